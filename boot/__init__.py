@@ -1,0 +1,1 @@
+"""Starting real nodes: images, network boot, the first program of a node."""

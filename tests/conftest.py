@@ -1,0 +1,87 @@
+"""What all tests share: one temporary folder a session, nothing left behind, and strictness about skips.
+
+BPFS_STRICT=1 turns every skip into a failure that names the reason: on a machine that is meant to have all abilities
+a test that did not run is a test that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests import leftovers
+
+STRICT = os.environ.get("BPFS_STRICT", "") not in ("", "0")
+
+_FOLDER = pytest.StashKey[Path]()
+_FOUND = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Short, because paths of Unix sockets end at 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="bpt-", dir="/tmp"))
+    config.stash[_FOLDER] = folder
+    # Ordinary users' processes move in tests, too: they have to get through to their files.
+    folder.chmod(0o755)
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = str(folder)
+    # A cluster of the developer's must not be taken for one of the tests.
+    os.environ.pop("BPFS", None)
+
+
+@pytest.fixture(scope="session")
+def session_folder(pytestconfig: pytest.Config) -> Path:
+    """The folder that everything of this session lives in; its path marks our processes and mounts."""
+    return pytestconfig.stash[_FOLDER]
+
+
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if STRICT and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped, and BPFS_STRICT=1 allows no skips: {_skip_reason(report)}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    folder = session.config.stash[_FOLDER]
+    found = leftovers.wait_until_clean(folder)
+    session.config.stash[_FOUND] = found
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        leftovers.sweep(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(_FOUND, []):
+        terminalreporter.write_line(f"LEFT BEHIND: {line}", red=True)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_FOLDER, None)
+    if folder is not None and not leftovers.mounts(folder):
+        shutil.rmtree(folder, ignore_errors=True)
