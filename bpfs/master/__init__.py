@@ -1,0 +1,1 @@
+"""bpmaster: the composition root of the master and what only it needs."""

@@ -1,0 +1,1 @@
+"""The nodes as the master knows them."""

@@ -1,0 +1,1 @@
+"""bpslave: the composition root of a node and what only it needs."""

@@ -1,0 +1,1 @@
+"""What travels between master and slaves: messages, codec, links."""

@@ -1,0 +1,404 @@
+"""Every message that master and slave exchange, in one place.
+
+A message is a frozen dataclass with a number of its own. Fields travel by position, so the rules of change are: numbers are never
+reused, and any change of fields is a new `VERSION`. Peers of different versions refuse each other in the handshake.
+
+Direction is noted as `slave -> master`, `master -> slave` or `both`; a *request* names its reply, everything else is a notice.
+Field types are those the codec can check: int, float, bool, str, bytes, ``tuple[T, ...]``, ``T | None``, and `Plain` (any value of
+msgpack, bounded by the frame).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, dataclass_transform
+
+VERSION = 1
+"""Raised with every change of a message. Both sides must have the same."""
+
+Plain: TypeAlias = Any
+"""A value that msgpack can carry; the receiver checks it by itself."""
+
+
+class Message:
+    """Base of all messages; `number` is the type's number on the wire."""
+
+    __slots__ = ()
+    number: int = 0
+
+
+REGISTRY: dict[int, type[Message]] = {}
+
+
+@dataclass_transform(frozen_default=True)
+def _message(number: int) -> Callable[[type], type]:
+    """Make a class a frozen dataclass and enter it into the registry."""
+
+    def register(cls: type) -> type:
+        made = dataclass(frozen=True, slots=True)(cls)
+        assert number not in REGISTRY, f"message number {number} is used twice"
+        made.number = number
+        REGISTRY[number] = made
+        return made
+
+    return register
+
+
+# -- handshake: 1-9 ----------------------------------------------------------------------------------------------------------
+
+
+@_message(1)
+class Hello(Message):
+    """slave -> master: first frame of a slave's connection."""
+
+    version: int
+    nonce: bytes  # 32 random bytes, never used twice
+
+
+@_message(2)
+class Challenge(Message):
+    """master -> slave: the master proves the key and asks for the same."""
+
+    version: int
+    nonce: bytes
+    proof: bytes  # HMAC-SHA256 of the role "master" and both nonces
+
+
+@_message(3)
+class Join(Message):
+    """slave -> master: the slave's proof and what it is."""
+
+    proof: bytes  # HMAC-SHA256 of the role "slave" and both nonces
+    wanted: int | None  # node number the slave was told to have; None: master decides
+    macs: tuple[str, ...]  # hardware addresses, for `node` lines of the configuration
+    hostname: str
+    kernel: str
+    incarnation: bytes  # 16 random bytes, new whenever the slave starts afresh
+    real: bool  # the node image's init says that this machine may be rebooted
+
+
+@_message(4)
+class Welcome(Message):
+    """master -> slave: you are in."""
+
+    node: int
+    lease: float  # seconds
+    heartbeat: float  # seconds between heartbeats of the slave
+    block_first: int  # the pids that this node hands out itself:
+    block_last: int  # ... first to last, both included
+    mount: str  # where the tree is mounted
+    cluster: bytes  # 16 bytes, drawn anew whenever the master starts
+
+
+@_message(5)
+class Refused(Message):
+    """master -> slave: you are not in; the connection is closed later.
+
+    A `parked` connection stays open until the reason has gone: its end says "try again at once".
+    """
+
+    reason: str
+    parked: bool
+
+
+@_message(6)
+class StreamOpen(Message):
+    """slave -> master: first frame of a byte stream (stdio of a job); raw bytes follow at once."""
+
+    token: bytes  # one-time, 32 bytes, handed out by the master over the slave's link
+
+
+@_message(7)
+class Ready(Message):
+    """slave -> master: job space and engine are there; the node may become up."""
+
+    init: int  # HostPid of the node's init as the slave's engine workers see it; 0: no job space
+    real: bool
+
+
+# -- life: 10-19 -------------------------------------------------------------------------------------------------------------
+
+
+@_message(10)
+class Heartbeat(Message):
+    """slave -> master: I live. The lease counts from the moment this was *sent*, once the answer has come."""
+
+    count: int
+
+
+@_message(11)
+class HeartbeatSeen(Message):
+    """master -> slave: heartbeat `count` arrived; your lease runs anew from when you sent it."""
+
+    count: int
+
+
+@_message(12)
+class Sample(Message):
+    """slave -> master: figures of the node, at a low rate and only when they changed."""
+
+    load: str  # one line as in /proc/loadavg
+    memory: tuple[tuple[str, int], ...]  # (key of /proc/meminfo, kB)
+    cpus: int
+    uptime: float  # seconds
+    kernel: str
+
+
+@_message(13)
+class Fence(Message):
+    """master -> slave, request (reply Done): kill all jobs; `then` tells what next.
+
+    `afresh`: start as a new incarnation; `reboot`, `halt`, `pwroff`: the machine where it is a real node, the daemon elsewhere.
+    The answer comes when no job lives any more.
+    """
+
+    reason: str
+    then: str
+
+
+@_message(14)
+class Leaving(Message):
+    """slave -> master: no job lives here any more, I am going; no lease need be waited for."""
+
+    reason: str
+
+
+@_message(15)
+class Done(Message):
+    """both: the reply that says nothing but "done"."""
+
+
+@_message(16)
+class Fault(Message):
+    """slave -> master: the node cannot hold jobs (no job space, no engine): it becomes `error`."""
+
+    reason: str
+
+
+@_message(17)
+class SetClock(Message):
+    """master -> slave, request (reply Done): set the clock of a real node; EOPNOTSUPP elsewhere."""
+
+    realtime_ns: int
+
+
+# -- engine: 20-29 -----------------------------------------------------------------------------------------------------------
+
+
+@_message(20)
+class EngineOpen(Message):
+    """master -> slave, request (reply Done): give this session a worker. The master chooses the number."""
+
+    session: int
+
+
+@_message(21)
+class EngineCall(Message):
+    """master -> slave, request (reply EngineReply): one request to the session's worker.
+
+    `fds` are handles of descriptors that the slave holds (see RelayAttached); they are passed to the worker in this order, and
+    closed by the slave.
+    """
+
+    session: int
+    body: bytes  # msgpack map, opaque to the slave
+    fds: tuple[int, ...] = ()
+
+
+@_message(22)
+class EngineReply(Message):
+    """slave -> master: the worker's answer; `fds` are handles of descriptors that came with it."""
+
+    body: bytes
+    fds: tuple[int, ...] = ()
+
+
+@_message(23)
+class EngineClose(Message):
+    """master -> slave: end the session; the worker undoes what was not finished."""
+
+    session: int
+
+
+@_message(24)
+class EngineLost(Message):
+    """slave -> master: the session's worker ended by itself while no call was under way."""
+
+    session: int
+
+
+@_message(25)
+class FdClose(Message):
+    """master -> slave: close held descriptors."""
+
+    fds: tuple[int, ...]
+
+
+# -- jobs: 30-39 -------------------------------------------------------------------------------------------------------------
+
+
+@_message(30)
+class JobReport(Message):
+    """slave -> master: a packet of the node's init (struct report of nodeinit.c). Strictly in order."""
+
+    kind: int  # 1: a child of `reporter` changed state; 2: `pid`/`reporter` got a signal to forward
+    pid: int
+    reporter: int
+    code: int  # CLD_... of siginfo
+    status: int  # exit code or signal number
+    uid: int
+    utime_us: int
+    stime_us: int
+    maxrss_kb: int
+    sender: int
+
+
+@_message(31)
+class Signal(Message):
+    """master -> slave, request (reply Done): send a signal to a job; ESRCH when it is not there."""
+
+    pid: int
+    sig: int
+    si_code: int
+    si_pid: int
+    si_uid: int
+    value: int
+
+
+@_message(32)
+class KillAll(Message):
+    """master -> slave, request (reply Done): kill every job of the node; the answer comes when none lives."""
+
+
+@_message(33)
+class HostPidOf(Message):
+    """master -> slave, request (reply HostPidIs): the pid of a job as the slave's engine workers see it."""
+
+    pid: int
+
+
+@_message(34)
+class HostPidIs(Message):
+    """slave -> master: 0 when there is no such process in the job space."""
+
+    hostpid: int
+
+
+@_message(35)
+class Forget(Message):
+    """master -> slave: remove placeholders that have no child left."""
+
+
+@_message(36)
+class JobStatus(Message):
+    """master -> slave, request (reply JobStatusIs): text of files of /proc/PID of a job."""
+
+    pid: int
+    names: tuple[str, ...]  # of: stat, status, cmdline
+
+
+@_message(37)
+class JobStatusIs(Message):
+    """slave -> master: one text per name asked for."""
+
+    texts: tuple[bytes, ...]
+
+
+# -- tree: 40-49 -------------------------------------------------------------------------------------------------------------
+
+
+@_message(40)
+class FsRequest(Message):
+    """slave -> master, request (reply FsReply): one operation on the tree by a caller on the node.
+
+    Which fields an operation uses is the business of bpfs.tree on both sides.
+    """
+
+    op: str
+    path: tuple[str, ...]
+    handle: int
+    offset: int
+    size: int
+    data: bytes
+    pid: int  # cluster pid of the caller
+    uid: int
+    gid: int
+    value: Plain = None
+
+
+@_message(41)
+class FsReply(Message):
+    """master -> slave: what the operation gave."""
+
+    handle: int = 0
+    data: bytes = b""
+    value: Plain = None
+
+
+@_message(42)
+class FsAnswer(Message):
+    """master -> slave: the write `token` may be answered to its caller now; its outcome comes later (self-migration)."""
+
+    token: int
+
+
+@_message(43)
+class FsChanged(Message):
+    """master -> slave: what the node may have cached under these paths is out of date."""
+
+    paths: tuple[tuple[str, ...], ...]
+
+
+@_message(44)
+class FsWriter(Message):
+    """master -> slave, request (reply FsReply): deal with the caller of a write that waits on the node."""
+
+    token: int
+    op: str
+    value: Plain = None
+
+
+# -- stdio: 50-59 ------------------------------------------------------------------------------------------------------------
+
+
+@_message(50)
+class RelayAttach(Message):
+    """master -> slave, request (reply RelayAttached): join a job's stdio to its ghost.
+
+    The slave connects to the master's port, sends StreamOpen(token), makes pipes or a terminal for the channels, and gives both to
+    its iorelay.
+    """
+
+    stream: int
+    token: bytes
+    channels: Plain  # channel table as bpfs.procs describes it
+
+
+@_message(51)
+class RelayAttached(Message):
+    """slave -> master: handles of the job's ends, one a channel, for EngineCall.fds."""
+
+    fds: tuple[int, ...]
+
+
+@_message(52)
+class RelayDetach(Message):
+    """master -> slave, request (reply Done)."""
+
+    stream: int
+
+
+@_message(53)
+class RelayDrain(Message):
+    """master -> slave, request (reply Done): everything the job wrote has been sent to its ghost."""
+
+    stream: int
+
+
+@_message(54)
+class RelayLost(Message):
+    """slave -> master: the stream broke."""
+
+    stream: int
+    reason: str
