@@ -12,11 +12,19 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import leftovers
 
 STRICT = os.environ.get("BPFS_STRICT", "") not in ("", "0")
+
+# No deadlines: the machine may be busy with anything. In strict mode the same examples every time, so that a change is
+# judged by itself; new examples are looked for on developers' machines.
+hypothesis.settings.register_profile(
+    "bpfs", deadline=None, derandomize=STRICT, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("bpfs")
 
 _FOLDER = pytest.StashKey[Path]()
 _FOUND = pytest.StashKey[list[str]]()
