@@ -1,7 +1,8 @@
 """The configuration file: /etc/beowulf/config, in the ClusterWare manner.
 
-A keyword a line with its arguments, ``#`` starts a comment, words may be quoted as in a shell. The keywords are one table,
-`KEYWORDS`; an unknown one is an error that names file, line and the nearest known keyword. The virtual cluster needs no file.
+A keyword a line with its arguments, ``#`` starts a comment, words may be quoted as in a shell. The keywords are one
+table, `KEYWORDS`; an unknown one is an error that names file, line and the nearest known keyword. The virtual
+cluster needs no file.
 """
 
 from __future__ import annotations
@@ -69,3 +70,173 @@ class Config:
             if any(mac in entry.macs for mac in macs):
                 return entry.number
         return None
+
+
+# -- the keywords: one table -----------------------------------------------------------------------
+
+Apply = Callable[[Config, list[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keyword:
+    """A keyword of the file.
+
+    Attributes:
+        usage: its arguments as the manual shows them.
+        least, most: how many arguments it takes.
+        apply: checks the arguments and enters them; raises ValueError with a sentence.
+        help: one line.
+    """
+
+    usage: str
+    least: int
+    most: int
+    apply: Apply
+    help: str
+
+
+def _number(text: str, least: int, most: int, what: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
+        raise ValueError(f"{what} must be a number from {least} to {most}, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.1 <= value <= 86400:
+        raise ValueError(f"{what} must be seconds from 0.1 to 86400, not {text!r}")
+    return value
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is no network address") from None
+
+
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+def _mac(text: str) -> str:
+    if not _MAC.fullmatch(text.lower()):
+        raise ValueError(f"{text!r} is no hardware address")
+    return text.lower()
+
+
+def _interface(config: Config, args: list[str]) -> None:
+    config.interface = args[0]
+
+
+def _nodes(config: Config, args: list[str]) -> None:
+    config.nodes = _number(args[0], 1, 100000, "nodes")
+
+
+def _iprange(config: Config, args: list[str]) -> None:
+    first, last = _address(args[0]), _address(args[-1])
+    if int(ipaddress.ip_address(first)) > int(ipaddress.ip_address(last)):
+        raise ValueError(f"{first} comes after {last}")
+    config.ranges.append((first, last))
+
+
+def _node(config: Config, args: list[str]) -> None:
+    numbered = args[0].isdigit()
+    number = int(args[0]) if numbered else max((entry.number for entry in config.entries), default=-1) + 1
+    macs = tuple(_mac(word) for word in args[numbered:] if word != "off")
+    if any(entry.number == number for entry in config.entries):
+        raise ValueError(f"node {number} is there already")
+    taken = {mac: entry.number for entry in config.entries for mac in entry.macs}
+    for mac in macs:
+        if mac in taken:
+            raise ValueError(f"{mac} belongs to node {taken[mac]} already")
+    config.entries.append(NodeEntry(number, macs))
+
+
+def _bprocport(config: Config, args: list[str]) -> None:
+    config.port = _number(args[0], 0, 65535, "bprocport")
+
+
+def _lease(config: Config, args: list[str]) -> None:
+    config.lease = _seconds(args[0], "lease")
+
+
+def _pingtimeout(config: Config, args: list[str]) -> None:
+    config.pingtimeout = _seconds(args[0], "pingtimeout")
+
+
+def _key(config: Config, args: list[str]) -> None:
+    config.key = Path(args[0])
+
+
+def _mount(config: Config, args: list[str]) -> None:
+    if not args[0].startswith("/"):
+        raise ValueError(f"the mount point must be an absolute path, not {args[0]!r}")
+    config.mount = args[0]
+
+
+KEYWORDS = {
+    "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
+    "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
+    "iprange": Keyword("FIRST [LAST]", 1, 2, _iprange, "addresses for nodes, in order of their numbers"),
+    "node": Keyword("[NUMBER] MAC...", 1, 9, _node, "hardware addresses of a node; `off` keeps a number free"),
+    "bprocport": Keyword("PORT", 1, 1, _bprocport, f"TCP port of bpmaster (default {DEFAULT_PORT})"),
+    "lease": Keyword("SECONDS", 1, 1, _lease, f"how long a node lives without the master (default {DEFAULT_LEASE:g})"),
+    "pingtimeout": Keyword("SECONDS", 1, 1, _pingtimeout, "silence after which a node is down; more than the lease"),
+    "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
+    "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
+}
+"""Every keyword of /etc/beowulf/config."""
+
+
+def parse(text: str, name: str) -> Config:
+    """Read the text of a configuration file.
+
+    Args:
+        name: the file's name, for messages.
+
+    Raises:
+        ConfigError: naming file and line.
+    """
+    config = Config()
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{name}:{number}"
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {str(error).lower()}") from None
+        if words:
+            _apply(config, words[0], words[1:], where)
+    if config.pingtimeout is not None and config.pingtimeout <= config.lease:
+        raise ConfigError(f"{name}: pingtimeout ({config.pingtimeout:g}) must be more than lease ({config.lease:g})")
+    return config
+
+
+def _apply(config: Config, name: str, args: list[str], where: str) -> None:
+    keyword = KEYWORDS.get(name)
+    if keyword is None:
+        near = difflib.get_close_matches(name, KEYWORDS, 1, 0.0)
+        raise ConfigError(f"{where}: unknown keyword {name!r}; the nearest known one is {near[0]!r}")
+    if not keyword.least <= len(args) <= keyword.most:
+        raise ConfigError(f"{where}: write: {name} {keyword.usage}")
+    try:
+        keyword.apply(config, args)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def read(path: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, or is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no UTF-8 text") from None
+    return parse(text, str(path))

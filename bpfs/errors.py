@@ -1,6 +1,7 @@
 """Errors that carry both an errno (for the kernel) and a sentence (for a person).
 
-Everything below the edges raises these; tree/ turns them into a FUSE errno, cli/ into one line on stderr and an exit code.
+Everything below the edges raises these; tree/ turns them into a FUSE errno, cli/ into one line on stderr and an
+exit code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What happened in the cluster, in order: numbered events that readers wait for.
 
-Events are posted from the trio thread only. Readers keep the number of the last event they saw; who falls behind by more than
-`KEPT` events is told how many were lost.
+Events are posted from the trio thread only. Readers keep the number of the last event they saw; who falls behind by
+more than `KEPT` events is told how many were lost.
 """
 
 from __future__ import annotations

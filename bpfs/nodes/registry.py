@@ -1,7 +1,7 @@
 """The table of nodes: what the master knows of each, and who is told when that changes.
 
-All of it belongs to the trio thread; nothing here waits. A change is made by a method of the table, which checks it, posts an event
-and calls the listeners, so that nobody can change a node silently.
+All of it belongs to the trio thread; nothing here waits. A change is made by a method of the table, which checks
+it, posts an event and calls the listeners, so that nobody can change a node silently.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class NodeTable:
                 return number
         raise BpfsError(ENOSPC, f"all {self.limit} node numbers are taken")
 
-    # -- changes -------------------------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def set_state(self, node: Node, state: NodeState, cause: Cause, reason: str = "") -> None:
         """Bring a node into a state.
@@ -174,7 +174,9 @@ class NodeTable:
         node.state = state
         node.reason = "" if state is NodeState.UP else reason
         node.since = time.time()
-        self._tell(node, "state", f"node {node.number} state {state.value}" + (f" ({node.reason})" if node.reason else ""))
+        self._tell(
+            node, "state", f"node {node.number} state {state.value}" + (f" ({node.reason})" if node.reason else "")
+        )
 
     def set_reason(self, node: Node, reason: str) -> None:
         """Give a new reason for the state the node is in."""

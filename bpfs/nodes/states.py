@@ -1,6 +1,7 @@
 """The states of a node, and who may change them: one table.
 
-A node is never moved between states but by `check`: every change names its cause, and what the table lacks is refused.
+A node is never moved between states but by `check`: every change names its cause, and what the table lacks is
+refused.
 """
 
 from __future__ import annotations
@@ -98,5 +99,9 @@ def check(number: int, old: NodeState, new: NodeState, cause: Cause) -> None:
         BpfsError: EINVAL, with a sentence that names node, states and cause.
     """
     if cause not in TRANSITIONS.get((old, new), frozenset()):
-        raise BpfsError(EINVAL, f"node {number} cannot go from {old.value} to {new.value} because {cause.value}"
-                        if cause is not Cause.ADMIN else f"node {number} cannot be set from {old.value} to {new.value}")
+        raise BpfsError(
+            EINVAL,
+            f"node {number} cannot go from {old.value} to {new.value} because {cause.value}"
+            if cause is not Cause.ADMIN
+            else f"node {number} cannot be set from {old.value} to {new.value}",
+        )

@@ -1,18 +1,19 @@
 """Every message that master and slave exchange, in one place.
 
-A message is a frozen dataclass with a number of its own. Fields travel by position, so the rules of change are: numbers are never
-reused, and any change of fields is a new `VERSION`. Peers of different versions refuse each other in the handshake.
+A message is a frozen dataclass with a number of its own. Fields travel by position, so the rules of change are:
+numbers are never reused, and any change of fields is a new `VERSION`. Peers of different versions refuse each other
+in the handshake.
 
-Direction is noted as `slave -> master`, `master -> slave` or `both`; a *request* names its reply, everything else is a notice.
-Field types are those the codec can check: int, float, bool, str, bytes, ``tuple[T, ...]``, ``T | None``, and `Plain` (any value of
-msgpack, bounded by the frame).
+Direction is noted as `slave -> master`, `master -> slave` or `both`; a *request* names its reply, everything else
+is a notice. Field types are those the codec can check: int, float, bool, str, bytes, ``tuple[T, ...]``, ``T |
+None``, and `Plain` (any value of msgpack, bounded by the frame).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, dataclass_transform
+from typing import Any, TypeAlias, cast, dataclass_transform
 
 VERSION = 1
 """Raised with every change of a message. Both sides must have the same."""
@@ -36,16 +37,16 @@ def _message(number: int) -> Callable[[type], type]:
     """Make a class a frozen dataclass and enter it into the registry."""
 
     def register(cls: type) -> type:
-        made = dataclass(frozen=True, slots=True)(cls)
+        made: Any = dataclass(frozen=True, slots=True)(cls)
         assert number not in REGISTRY, f"message number {number} is used twice"
         made.number = number
         REGISTRY[number] = made
-        return made
+        return cast(type, made)
 
     return register
 
 
-# -- handshake: 1-9 ----------------------------------------------------------------------------------------------------------
+# -- handshake: 1-9 --------------------------------------------------------------------------------
 
 
 @_message(1)
@@ -117,7 +118,7 @@ class Ready(Message):
     real: bool
 
 
-# -- life: 10-19 -------------------------------------------------------------------------------------------------------------
+# -- life: 10-19 -----------------------------------------------------------------------------------
 
 
 @_message(10)
@@ -149,8 +150,8 @@ class Sample(Message):
 class Fence(Message):
     """master -> slave, request (reply Done): kill all jobs; `then` tells what next.
 
-    `afresh`: start as a new incarnation; `reboot`, `halt`, `pwroff`: the machine where it is a real node, the daemon elsewhere.
-    The answer comes when no job lives any more.
+    `afresh`: start as a new incarnation; `reboot`, `halt`, `pwroff`: the machine where it is a real node, the
+    daemon elsewhere. The answer comes when no job lives any more.
     """
 
     reason: str
@@ -183,7 +184,7 @@ class SetClock(Message):
     realtime_ns: int
 
 
-# -- engine: 20-29 -----------------------------------------------------------------------------------------------------------
+# -- engine: 20-29 ---------------------------------------------------------------------------------
 
 
 @_message(20)
@@ -197,8 +198,8 @@ class EngineOpen(Message):
 class EngineCall(Message):
     """master -> slave, request (reply EngineReply): one request to the session's worker.
 
-    `fds` are handles of descriptors that the slave holds (see RelayAttached); they are passed to the worker in this order, and
-    closed by the slave.
+    `fds` are handles of descriptors that the slave holds (see RelayAttached); they are passed to the worker in this
+    order, and closed by the slave.
     """
 
     session: int
@@ -235,7 +236,7 @@ class FdClose(Message):
     fds: tuple[int, ...]
 
 
-# -- jobs: 30-39 -------------------------------------------------------------------------------------------------------------
+# -- jobs: 30-39 -----------------------------------------------------------------------------------
 
 
 @_message(30)
@@ -305,7 +306,7 @@ class JobStatusIs(Message):
     texts: tuple[bytes, ...]
 
 
-# -- tree: 40-49 -------------------------------------------------------------------------------------------------------------
+# -- tree: 40-49 -----------------------------------------------------------------------------------
 
 
 @_message(40)
@@ -338,7 +339,8 @@ class FsReply(Message):
 
 @_message(42)
 class FsAnswer(Message):
-    """master -> slave: the write `token` may be answered to its caller now; its outcome comes later (self-migration)."""
+    """master -> slave: the write `token` may be answered to its caller now; its outcome comes later
+    (self-migration)."""
 
     token: int
 
@@ -359,15 +361,15 @@ class FsWriter(Message):
     value: Plain = None
 
 
-# -- stdio: 50-59 ------------------------------------------------------------------------------------------------------------
+# -- stdio: 50-59 ----------------------------------------------------------------------------------
 
 
 @_message(50)
 class RelayAttach(Message):
     """master -> slave, request (reply RelayAttached): join a job's stdio to its ghost.
 
-    The slave connects to the master's port, sends StreamOpen(token), makes pipes or a terminal for the channels, and gives both to
-    its iorelay.
+    The slave connects to the master's port, sends StreamOpen(token), makes pipes or a terminal for the channels,
+    and gives both to its iorelay.
     """
 
     stream: int
