@@ -115,14 +115,15 @@ install_venv() {
         say "making the virtual environment .venv with $("$PYTHON_FOUND" --version)"
         "$PYTHON_FOUND" -m venv --clear "$VENV" || die "the virtual environment could not be made with $PYTHON_FOUND"
     fi
-    stamp=$VENV/.installed-${extras//,/-}
+    stamp=$VENV/.installed${extras:+-${extras//,/-}}
     want=$("$VENV/bin/python" -c 'import sys; print(sys.version)'; sha256sum pyproject.toml mountscripts/hatch_build.py; printf '%s\n' "$TOP")
     [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
     say "installing Python dependencies${extras:+ (with $extras)}"
     # The back end first, so that nothing is fetched for an isolated build of our own tree.
-    local log=$VENV/install.log
-    if ! { "$VENV/bin/python" -m pip install -q "hatchling>=1.24" && "$VENV/bin/python" -m pip install -q --no-build-isolation -e ".[$extras]" \
-        || { say "once more, with isolated builds"; "$VENV/bin/python" -m pip install -q -e ".[$extras]"; }; } </dev/null >"$log" 2>&1; then
+    local log=$VENV/install.log target=.${extras:+[$extras]}
+    if ! { "$VENV/bin/python" -m pip install -q "hatchling>=1.24" &&
+        "$VENV/bin/python" -m pip install -q --no-build-isolation -e "$target"; } </dev/null >"$log" 2>&1 &&
+        ! "$VENV/bin/python" -m pip install -q -e "$target" </dev/null >>"$log" 2>&1; then
         tail -n 30 "$log" >&2
         die "pip could not install the dependencies (all of it: $log)"
     fi
