@@ -118,6 +118,9 @@ class Handle(Protocol):
     def blocking(self) -> bool:
         """Whether reads may wait for something to happen."""
 
+    def may_interrupt(self) -> bool:
+        """Whether a signal to its caller may end the read or write that waits now."""
+
     async def read(self, offset: int, size: int) -> bytes:
         """At most `size` bytes; empty at the end. A blocking read may be cancelled."""
 
@@ -134,6 +137,10 @@ Listener: TypeAlias = Callable[[Path, bool], None]
 
 class Tree(Protocol):
     """A file tree."""
+
+    @property
+    def immediate(self) -> bool:
+        """Whether `getattr` answers at once, so that attributes are better asked for when they are needed."""
 
     async def getattr(self, path: Path, caller: Caller) -> Attributes:
         """Raises ENOENT where there is none."""

@@ -58,6 +58,9 @@ class LocalTree:
         self._nursery = nursery
         self._listeners: list[Listener] = []
 
+    immediate = True
+    """See `Tree`."""
+
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def listen(self, listener: Listener) -> None:
@@ -202,6 +205,7 @@ class _Opened:
         self._nursery = nursery
         self._content: bytes | None = None
         self._rest = b""  # of a stream: what the last read had no room for
+        self._request: WriteRequest | None = None  # the write that waits now
         self._reading = trio.Lock()
         self._writing = trio.Lock()
         # From the opening on: events between open(2) and the first read(2) are not lost.
@@ -211,6 +215,10 @@ class _Opened:
     def blocking(self) -> bool:
         """Whether reads may wait."""
         return self._stream is not None or self._entry.blocks
+
+    def may_interrupt(self) -> bool:
+        """See `Handle`."""
+        return self._request is None or self._request.may_interrupt
 
     async def read(self, offset: int, size: int) -> bytes:
         """See `Handle`. A file is read as it was when its beginning was read, so that two reads never tear it."""
@@ -251,11 +259,14 @@ class _Opened:
         """Runs the handler until it is done or has answered; being cancelled leaves it running."""
         outcome: list[BpfsError] = []
         self._nursery.start_soon(self._handle, request, outcome, name=f"write {'/'.join(self._path)}")
+        self._request = request
         try:
             await request.wait_answered()
         except trio.Cancelled:
             request.interrupted.set()
             raise
+        finally:
+            self._request = None
         if outcome:
             raise outcome[0]
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The mount of a tree: session, loop, end. One a process, since pyfuse3 has one global session.
+
+The session loop of pyfuse3 waits until the FUSE descriptor is readable and then reads it, blocking and with the GIL
+held. When the request has vanished in between (its caller was interrupted or killed) that read would freeze the whole
+daemon until the next request comes. So the descriptor is made non-blocking, and the loop is entered again on EAGAIN. A
+second look right before the read makes that rare, for each time costs a buffer that pyfuse3 does not free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from errno import EAGAIN, EBUSY, EINVAL, ENOTCONN
+from typing import Any
+
+import pyfuse3
+import trio
+
+from bpfs.errors import BpfsError
+from bpfs.tree.base import MASTER, Tree
+from bpfs.tree.callers import process_of
+from bpfs.tree.fuse import Operations
+from bpfs.tree.notify import Notifier
+
+log = logging.getLogger(__name__)
+
+_MAX_TASKS = 1_000_000
+"""One task a waiting caller; a limit would let blocked readers lock out everybody else."""
+
+_OPTIONS = {"fsname=bpfs", "subtype=bpfs", "allow_other", "default_permissions", "nosuid", "nodev", "noexec"}
+
+_MNT_FORCE, _MNT_DETACH = 1, 2  # sys/mount.h
+
+_mounted = False
+
+
+class FuseMount:
+    """A mounted tree. Made by `mount`."""
+
+    def __init__(self, mountpoint: str, operations: Operations, notifier: Notifier) -> None:
+        self.mountpoint = mountpoint
+        self._operations = operations
+        self._notifier = notifier
+
+    def interrupt(self, pid: int) -> None:
+        """Ends the waits of a process (pid as this daemon sees it) in blocking files with EINTR."""
+        self._operations.watch.interrupt(pid)
+
+    async def flush(self) -> None:
+        """Waits until the kernel knows of all changes."""
+        await self._notifier.flush()
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers for tests and for people: known inodes, open files."""
+        return self._operations.statistics()
+
+
+@asynccontextmanager
+async def mount(
+    tree: Tree, mountpoint: str, *, node: int = MASTER, identify: Callable[[int], int] = process_of
+) -> AsyncIterator[FuseMount]:
+    """Mounts `tree` and serves it; unmounts at the end, whoever still uses it.
+
+    Args:
+        tree: what to show.
+        mountpoint: an existing directory. A dead mount of an earlier daemon there is removed first.
+        node: the node number of this machine, for `Caller.node`.
+        identify: gives the cluster's pid of a thread (a tid as this process sees it), 0 where it has none.
+
+    Raises:
+        BpfsError: with the reason in words, when the mount cannot be made.
+    """
+    global _mounted
+    if _mounted:
+        raise BpfsError(EBUSY, "a process can have one mount only")
+    clear_dead_mount(mountpoint)
+    notifier = Notifier()
+    operations = Operations(tree, notifier, node, identify)
+    descriptor = _init(operations, mountpoint)
+    _mounted = True
+    _mend_session_loop(descriptor)
+    try:
+        async with trio.open_nursery() as nursery:
+            notifier.start()
+            nursery.start_soon(operations.watch.run, name="signals of waiting callers")
+            nursery.start_soon(_serve, nursery, name="fuse")
+            try:
+                yield FuseMount(mountpoint, operations, notifier)
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        notifier.close()
+        # First abort the connection: nobody waits for us any more, not even our own notifier.
+        _umount(mountpoint, _MNT_FORCE)
+        pyfuse3.close(unmount=True)
+        _mounted = False
+
+
+async def _serve(nursery: trio.Nursery) -> None:
+    await pyfuse3.main(min_tasks=1, max_tasks=_MAX_TASKS)
+    # The loop ends by itself when somebody unmounts.
+    log.warning("the tree was unmounted from outside")
+    raise BpfsError(ENOTCONN, "the tree was unmounted from outside")
+
+
+def _init(operations: Operations, mountpoint: str) -> int:
+    """Mounts; returns the descriptor of the session."""
+    if not os.path.isdir(mountpoint):
+        raise BpfsError(EINVAL, f"{mountpoint} is no directory")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise BpfsError(EINVAL, "/dev/fuse cannot be opened: is the fuse module loaded, and are you root?")
+    before = _fuse_descriptors()
+    try:
+        pyfuse3.init(operations, mountpoint, _OPTIONS)
+    except RuntimeError as error:
+        raise BpfsError(EINVAL, f"cannot mount on {mountpoint}: {error}") from None
+    (descriptor,) = _fuse_descriptors() - before
+    os.set_blocking(descriptor, False)
+    return descriptor
+
+
+def _fuse_descriptors() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+        except OSError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+# Not in the type stubs, being inner parts; .pyx functions find each other by these names in the module.
+_inner: Any = pyfuse3
+_original_loop = _inner._session_loop
+_original_wait = _inner._wait_fuse_readable
+
+
+def _mend_session_loop(descriptor: int) -> None:
+    """See the module's head."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+
+    async def session_loop(*args: Any) -> None:
+        while True:
+            try:
+                await _original_loop(*args)
+                return
+            except OSError as error:
+                if error.errno != EAGAIN:
+                    raise
+                log.debug("a request vanished before it was read")
+
+    async def wait_fuse_readable() -> bool:
+        while await _original_wait():
+            if poll.poll(0):
+                return True
+        return False
+
+    _inner._session_loop = session_loop
+    _inner._wait_fuse_readable = wait_fuse_readable
+
+
+# -- unmounting --------------------------------------------------------------------------------------------------------
+
+
+def clear_dead_mount(mountpoint: str) -> None:
+    """Removes mounts whose daemon is dead (killed) from a directory."""
+    for _ in range(16):  # they may lie on top of each other
+        try:
+            os.stat(mountpoint)
+            return
+        except OSError as error:
+            if error.errno != ENOTCONN:
+                return
+        if not _umount(mountpoint, _MNT_DETACH):
+            return
+
+
+def _umount(mountpoint: str, flags: int) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.umount2(os.fsencode(mountpoint), flags) == 0)
