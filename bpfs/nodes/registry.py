@@ -142,17 +142,6 @@ class NodeTable:
         self._tell(node, "added", f"node {number} added")
         return node
 
-    def next_free(self) -> int:
-        """The lowest number that no node has.
-
-        Raises:
-            BpfsError: ENOSPC.
-        """
-        for number in range(self.limit):
-            if number not in self._nodes:
-                return number
-        raise BpfsError(ENOSPC, f"all {self.limit} node numbers are taken")
-
     # -- changes -----------------------------------------------------------------------------------
 
     def set_state(self, node: Node, state: NodeState, cause: Cause, reason: str = "") -> None:

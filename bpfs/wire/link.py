@@ -120,6 +120,15 @@ class Link:
         self._detached = True
         return self._sock
 
+    def reattach(self) -> None:
+        """Take the socket back: nobody wanted it."""
+        self._detached = False
+
+    def shutdown_sending(self) -> None:
+        """Say that nothing more will be sent; what was sent still arrives."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     # -- sending -----------------------------------------------------------------------------------
 
     def notify_nowait(self, message: Message) -> None:
@@ -348,9 +357,6 @@ class Link:
         if not self._detached:
             with suppress(OSError):
                 trio.lowlevel.notify_closing(self._sock)
-            with suppress(OSError):
-                # What was sent last may still be on its way: SHUT_WR lets it arrive before the end.
-                self._sock.shutdown(socket.SHUT_RDWR)
             self._sock.close()
         waiting, self._waiting = self._waiting, {}
         for task, box in waiting.values():

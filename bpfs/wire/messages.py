@@ -75,7 +75,7 @@ class Join(Message):
     macs: tuple[str, ...]  # hardware addresses, for `node` lines of the configuration
     hostname: str
     kernel: str
-    incarnation: bytes  # 16 random bytes, new whenever the slave starts afresh
+    machine: bytes  # 16 random bytes, drawn by the slave's supervisor, the same over all its new starts
     real: bool  # the node image's init says that this machine may be rebooted
 
 

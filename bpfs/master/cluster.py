@@ -1,0 +1,63 @@
+"""What the master knows and has, in one object: the other rooms are handed this, and hang their own parts into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from bpfs.config import Config
+from bpfs.engines import Workers
+from bpfs.nodes.admin import Administrator
+from bpfs.nodes.admission import Admission
+from bpfs.nodes.events import EventLog
+from bpfs.nodes.registry import MASTER, NodeTable
+from bpfs.nodes.session import NodeHandler
+from bpfs.nodes.states import NodeState
+from bpfs.wire.messages import Message
+from bpfs.wire.streams import StreamBook
+
+
+@dataclass(slots=True)
+class Cluster:
+    """One cluster as its master sees it. Belongs to the trio thread."""
+
+    config: Config
+    key: bytes
+    workers: Workers
+    nursery: trio.Nursery  # for tasks that last as long as the master
+    events: EventLog = field(default_factory=EventLog)
+    streams: StreamBook = field(default_factory=StreamBook)
+    handlers: dict[type[Message], NodeHandler] = field(default_factory=dict)
+    """What is done with messages of slaves, beside what sessions do themselves: called with the node and the
+    message."""
+    identity: bytes = field(default_factory=lambda: os.urandom(16))
+    nodes: NodeTable = field(init=False)
+    admission: Admission = field(init=False)
+    administrator: Administrator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nodes = NodeTable(self.events, self.config.nodes)
+        self.admission = Admission(self.nodes, lambda: self.config)
+        self.administrator = Administrator(self.nodes, self.admission)
+        master = self.nodes.add(MASTER)
+        self.nodes.enter(master, NodeState.UP)
+
+    def handle(self, kind: type[Message], handler: Callable[..., Any]) -> None:
+        """Have `handler(node, message)` called for messages of this type from slaves (see bpfs.wire.link for its
+        nature)."""
+        assert kind not in self.handlers, f"two handlers for {kind.__name__}"
+        self.handlers[kind] = handler
+
+    def reconfigure(self, config: Config) -> None:
+        """Take a configuration that was read again; what needs a restart (port, interface, mount, key) stays."""
+        for name in ("interface", "address", "port", "mount", "key"):
+            setattr(config, name, getattr(self.config, name))
+        self.config = config
+        self.nodes.limit = config.nodes
+        for entry in config.entries:
+            if entry.number not in self.nodes and entry.number < config.nodes:
+                self.nodes.add(entry.number)

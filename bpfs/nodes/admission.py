@@ -1,0 +1,94 @@
+"""Which number a slave gets, and whether it gets in at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from bpfs.config import Config
+from bpfs.errors import BpfsError
+from bpfs.nodes.registry import Node, NodeTable
+from bpfs.wire.messages import Join
+
+BARRED = "down by the administrator"
+
+
+class NotAdmitted(Exception):
+    """A slave is refused; `parked`: it should wait for the reason to go."""
+
+    def __init__(self, reason: str, number: int = -1, parked: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.number = number
+        self.parked = parked
+
+
+@dataclass(slots=True)
+class _Known:
+    # Who had a number last: a slave without a configured number gets the one back that it had.
+    identity: tuple[str, tuple[str, ...]] = ("", ())
+    machine: bytes = b""
+
+
+@dataclass(slots=True)
+class Admission:
+    """The gate of the cluster."""
+
+    table: NodeTable
+    config: Callable[[], Config]  # the configuration as it is now
+    _known: dict[int, _Known] = field(default_factory=dict)
+    _unbarred: dict[int, trio.Event] = field(default_factory=dict)
+
+    def admit(self, join: Join) -> Node:
+        """Find the node for a slave that has proved the key.
+
+        Raises:
+            NotAdmitted: with the reason for the slave.
+        """
+        try:
+            number = self._number(join)
+            node = self.table.find(number) or self.table.add(number)
+        except BpfsError as error:
+            raise NotAdmitted(error.sentence) from None
+        known = self._known.setdefault(number, _Known())
+        same = known.machine == join.machine
+        if node.barred:
+            raise NotAdmitted(BARRED, number, parked=True)
+        if node.session is not None and not same:
+            raise NotAdmitted(f"node {number} is connected already, from {node.address}", number)
+        # A slave kills its jobs before it connects again: when the very same one comes, they are gone.
+        if node.doubtful and not same:
+            raise NotAdmitted(f"processes of node {number}'s former slave may still run; try again later", number)
+        known.machine = join.machine
+        known.identity = (join.hostname, join.macs)
+        return node
+
+    def _number(self, join: Join) -> int:
+        configured = self.config().number_for(join.macs)
+        if configured is not None:
+            return configured
+        if join.wanted is not None:
+            if join.wanted < 0:
+                raise NotAdmitted(f"{join.wanted} is no number of a slave")
+            return join.wanted
+        identity = (join.hostname, join.macs)
+        for number, known in sorted(self._known.items()):
+            if known.identity == identity and self.table.get(number).session is None:
+                return number
+        reserved = {entry.number for entry in self.config().entries}
+        for number in range(self.table.limit):
+            if number not in reserved and number not in self.table:
+                return number
+        raise NotAdmitted(f"all {self.table.limit} node numbers are taken")
+
+    def unbar(self, number: int) -> None:
+        """Let the parked slaves of a node try again."""
+        event = self._unbarred.pop(number, None)
+        if event is not None:
+            event.set()
+
+    async def wait_unbarred(self, number: int) -> None:
+        """Wait for `unbar`."""
+        await self._unbarred.setdefault(number, trio.Event()).wait()

@@ -1,0 +1,183 @@
+"""What the master does with one slave, from welcome to the end of the link.
+
+The lease, from both sides: a slave sends a heartbeat and notes when; the master answers it; with the answer the
+slave may hold jobs until that moment plus the lease. The master in turn counts from when it last *heard* the slave,
+which is never before the heartbeat was sent, and adds a margin: so when it declares a node dead, the slave's lease
+is over, whatever the network did to either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeAlias
+
+import trio
+
+from bpfs import log
+from bpfs.config import Config
+from bpfs.errors import BpfsError, LinkClosed
+from bpfs.nodes.registry import Node, NodeTable
+from bpfs.nodes.states import Cause, NodeState
+from bpfs.wire.link import Link, now
+from bpfs.wire.messages import (
+    Fault,
+    Fence,
+    Heartbeat,
+    HeartbeatSeen,
+    Join,
+    Leaving,
+    Message,
+    Ready,
+    Sample,
+    Welcome,
+)
+
+_log = log.get("nodes")
+
+NodeHandler: TypeAlias = Callable[[Node, Any], "Message | Awaitable[Message | None] | None"]
+NodeHandlers: TypeAlias = Mapping[type[Message], NodeHandler]
+
+FENCE_TIMEOUT = 10.0
+"""Seconds that a slave may take to kill its jobs on command; then its link is closed, and its lease is waited for."""
+
+BLOCK_SIZE = 2048
+"""Pids that a node hands out itself."""
+BLOCK_BASE = 2 << 20
+"""First pid of node 0's block: the upper half of the kernel's pid space (PID_MAX_LIMIT is 4 << 20) holds 1,024
+blocks."""
+
+
+def pid_block(number: int) -> range:
+    """The pids that a node hands out itself."""
+    first = BLOCK_BASE + number % 1024 * BLOCK_SIZE
+    return range(first, first + BLOCK_SIZE)
+
+
+class Session:
+    """The conversation with one slave."""
+
+    def __init__(
+        self, node: Node, link: Link, join: Join, table: NodeTable, config: Config, doubts: trio.Nursery
+    ) -> None:
+        """Args:
+        doubts: outlives the session: there the lease of a lost slave is waited for.
+        """
+        self.node = node
+        self.link = link
+        self.real = join.real
+        self._table = table
+        self._config = config
+        self._doubts = doubts
+        self._left = ""  # why the slave left, once it said so (no job lives there any more)
+        self._silent = False
+
+    async def run(self, welcome: Welcome, handlers: NodeHandlers) -> None:
+        """Serve the slave until the link ends. `handlers` get the node and the message."""
+        node, table = self.node, self._table
+        own: dict[type[Message], Callable[..., Any]] = {
+            Heartbeat: self._heartbeat,
+            Ready: self._ready,
+            Fault: self._fault,
+            Sample: self._sample,
+            Leaving: self._leaving,
+        }
+        if node.session is not None:
+            node.session.supersede()
+        bound = {kind: partial(handler, node) for kind, handler in handlers.items()}
+        node.session, node.real = self, self.real
+        if node.doubtful:
+            table.set_fenced(node)
+        try:
+            table.set_state(node, NodeState.BOOT, Cause.JOINED, "the slave makes its job space")
+            self.link.notify_nowait(welcome)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_silence, name=f"silence of node {node.number}")
+                await self.link.run(bound | own)
+                nursery.cancel_scope.cancel()
+        except LinkClosed:
+            pass  # within the welcome; the end below is the same
+        finally:
+            self._end()
+
+    # -- what the slave says -----------------------------------------------------------------------
+
+    def _heartbeat(self, message: Heartbeat) -> None:
+        with suppress(LinkClosed):
+            self.link.notify_nowait(HeartbeatSeen(message.count))
+
+    def _ready(self, message: Ready) -> None:
+        self.node.init = message.init
+        if self.node.state is NodeState.BOOT:
+            self._table.set_state(self.node, NodeState.UP, Cause.READY)
+            _log.info("node %d is up, at %s", self.node.number, self.node.address)
+
+    def _fault(self, message: Fault) -> None:
+        if self.node.state.linked:
+            _log.warning("node %d: %s", self.node.number, message.reason)
+            self._table.set_state(self.node, NodeState.ERROR, Cause.FAULT, message.reason)
+
+    def _sample(self, message: Sample) -> None:
+        self._table.set_sample(self.node, message)
+
+    def _leaving(self, message: Leaving) -> None:
+        self._left = message.reason or "the slave left"
+
+    # -- what the master does ----------------------------------------------------------------------
+
+    async def fence(self, reason: str, then: str) -> None:
+        """Have the slave kill its jobs, and close the link; returns with the link closed.
+
+        Whether the jobs are known to be gone afterwards tells `node.doubtful`; `node.wait_fenced` waits for it.
+        """
+        try:
+            await self.link.request(Fence(reason, then), FENCE_TIMEOUT)
+            self._left = reason
+        except BpfsError as error:
+            _log.warning("node %d did not confirm that it was fenced: %s", self.node.number, error)
+        self.link.close(reason)
+
+    def supersede(self) -> None:
+        """The same slave has come again: it has killed its jobs, and this session is over."""
+        self._left = "the slave started afresh"
+        self._end()
+
+    async def _watch_silence(self) -> None:
+        # One wake-up per silence interval: it costs nothing with 1,000 links.
+        while True:
+            left = self.link.heard + self._config.silence - now()
+            if left <= 0:
+                break
+            await trio.sleep(left)
+        self._silent = True
+        self.link.close(f"silent for {self._config.silence:g} s")
+
+    def _end(self) -> None:
+        node, table = self.node, self._table
+        self.link.close("the master ends the session")
+        if node.session is not self:
+            return  # a new one has taken over, and has dealt with the node
+        node.session, node.init = None, 0
+        reason = self._left or self.link.reason
+        if node.state is not NodeState.DOWN:
+            ending = not node.state.linked
+            cause = Cause.LEFT if self._left else Cause.LOST
+            table.set_state(node, NodeState.DOWN, cause, node.reason if ending else reason)
+            _log.info("node %d is down: %s", node.number, node.reason)
+        if self._left or self._silent:
+            table.set_fenced(node)
+        else:
+            table.set_doubtful(node)
+            self._doubts.start_soon(self._wait_doubt, name=f"lease of node {node.number}")
+
+    async def _wait_doubt(self) -> None:
+        # Ends early where the same slave comes back: `run` of its new session says so.
+        node = self.node
+        while node.doubtful:
+            left = self.link.heard + self._config.silence - now()
+            if left <= 0:
+                self._table.set_fenced(node)
+                return
+            with trio.move_on_after(left):
+                await node.wait_fenced()

@@ -1,0 +1,105 @@
+"""Byte streams beside the links: expected by a one-time token, then handed over as plain sockets.
+
+The master gives a token to a slave over its link; the slave connects to the master's port and sends
+`StreamOpen(token)` as its first frame. Tokens are random, used once, and forgotten with the one who expects them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import ETIMEDOUT
+
+import trio
+
+from bpfs.errors import BpfsError
+from bpfs.wire import codec
+from bpfs.wire.codec import Kind
+from bpfs.wire.messages import StreamOpen
+
+TOKEN = 32
+"""Bytes of a token: 256 random bits cannot be guessed, so looking one up needs no constant time."""
+
+
+class ExpectedStream:
+    """A stream that has been announced to a slave."""
+
+    def __init__(self, token: bytes) -> None:
+        self.token = token
+        self._arrived = trio.Event()
+        self._sock: socket.socket | None = None
+
+    def _arrive(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._arrived.set()
+
+    async def wait_connected(self, timeout: float) -> socket.socket:
+        """The connected socket (blocking mode off); the caller owns it.
+
+        Raises:
+            BpfsError: ETIMEDOUT.
+        """
+        with trio.move_on_after(timeout):
+            await self._arrived.wait()
+        if self._sock is None:
+            raise BpfsError(ETIMEDOUT, f"the node's stream did not come within {timeout:g} s")
+        sock, self._sock = self._sock, None
+        return sock
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+
+
+class StreamBook:
+    """The streams that are expected now."""
+
+    def __init__(self) -> None:
+        self._expected: dict[bytes, ExpectedStream] = {}
+
+    @contextmanager
+    def expect(self) -> Iterator[ExpectedStream]:
+        """Expect one stream for as long as the context lasts."""
+        stream = ExpectedStream(os.urandom(TOKEN))
+        self._expected[stream.token] = stream
+        try:
+            yield stream
+        finally:
+            self._expected.pop(stream.token, None)
+            stream._drop()
+
+    def arrive(self, token: bytes, sock: socket.socket) -> bool:
+        """Hand a stream to whoever expects it; False (and the socket is the caller's still) where nobody does."""
+        stream = self._expected.pop(token, None)
+        if stream is None:
+            return False
+        stream._arrive(sock)
+        return True
+
+
+async def connect(host: str, port: int) -> socket.socket:
+    """A TCP connection as a plain non-blocking socket.
+
+    Raises:
+        OSError: as connect(2) says.
+    """
+    stream = await trio.open_tcp_stream(host, port)
+    return socket.socket(fileno=stream.socket.detach())
+
+
+async def open_stream(host: str, port: int, token: bytes) -> socket.socket:
+    """The slave's side: connect and show the token; raw bytes may follow at once.
+
+    Raises:
+        OSError: as connect(2) and send(2) say.
+    """
+    sock = await connect(host, port)
+    try:
+        # The first bytes of a new connection always fit the socket's buffer.
+        sock.sendall(codec.encode(Kind.NOTICE, 0, StreamOpen(token)))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
