@@ -1,0 +1,385 @@
+/* nodeinit: pid 1 of a node's job pid namespace, and every placeholder in it.
+ *
+ * usage: nodeinit REPORT_FD FIRST_PID END_PID      (environment: BPFS_COOKIE=16 hex digits)
+ *
+ * It makes the namespaces, says which pid it got, and then only waits for signals: children that
+ * change state and signals that jobs send are reported, one SEQPACKET packet each. Placeholders
+ * are clones of it that run the same loop under a chosen pid, so that a process whose parent,
+ * group leader or session leader is on another node has them natively. No libc: such a process
+ * must cost a few pages only, and the engine clones it for every process that arrives.
+ *
+ * When it dies the kernel kills the whole namespace: it ends with its daemon (parent-death signal
+ * and the end of the report socket).
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later */
+#include "nodeinit.h"
+
+#include <asm/unistd.h>
+#include <linux/fcntl.h>
+#include <linux/mman.h>
+#include <linux/mount.h>
+#include <linux/prctl.h>
+#include <linux/resource.h>
+#include <linux/sched.h>
+#include <linux/wait.h>
+#include <asm/errno.h>
+#include <asm/signal.h>
+#include <asm/siginfo.h>
+#include <linux/time_types.h>
+
+#define COMMAND_SIGNAL 64 /* SIGRTMAX: the least likely to be a job's own */
+#define EVERY_SIGNAL (~0UL)
+#define MSG_DONTWAIT_ 0x40
+#define MSG_PEEK_ 2
+#define MSG_NOSIGNAL_ 0x4000
+
+/* How often pid 1 looks at the pid counter, and how many forks since the last look are a storm. */
+#define CALM_S 1
+#define STORM_NS 50000000
+
+static int report_fd;
+static uint32_t cookie;
+static int last_pid_fd = -1;
+static int first_pid, end_pid, seen_pid;
+
+static long call6(long number, long a, long b, long c, long d, long e, long f)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	long result;
+	__asm__ volatile("syscall"
+	                 : "=a"(result)
+	                 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+	                 : "rcx", "r11", "memory");
+	return result;
+}
+#define call(number, ...) CALL_(number, __VA_ARGS__, 0, 0, 0, 0, 0, 0)
+#define CALL_(number, a, b, c, d, e, f, ...) \
+	call6(number, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
+
+/* gcc turns loops and initializers into calls of these. */
+void *memset(void *to, int byte, unsigned long count)
+{
+	char *p = to;
+	while (count--)
+		*p++ = (char)byte;
+	return to;
+}
+
+void *memcpy(void *to, const void *from, unsigned long count)
+{
+	char *p = to;
+	const char *q = from;
+	while (count--)
+		*p++ = *q++;
+	return to;
+}
+
+static _Noreturn void end(int code)
+{
+	for (;;)
+		call(__NR_exit_group, code);
+}
+
+/* Nobody reads the reports any more: the daemon is gone, and nothing may outlive it. */
+static void send_report(const struct report *report)
+{
+	for (;;) {
+		long sent = call(__NR_sendto, report_fd, report, sizeof *report, MSG_NOSIGNAL_, 0, 0);
+		if (sent == sizeof *report)
+			return;
+		if (sent == -EPIPE || sent == -ECONNRESET || sent == -ENOTCONN || sent == -EBADF)
+			end(1);
+	}
+}
+
+static int text_to_int(const char *text)
+{
+	int value = 0;
+	while (*text >= '0' && *text <= '9')
+		value = value * 10 + *text++ - '0';
+	return value;
+}
+
+static uint64_t hex_to_u64(const char *text)
+{
+	uint64_t value = 0;
+	for (; *text; text++)
+		value = value << 4 | (uint64_t)(*text <= '9' ? *text - '0' : *text - 'a' + 10);
+	return value;
+}
+
+static int own_pid(void)
+{
+	return (int)call(__NR_getpid, 0);
+}
+
+/* ---- the pid block ---------------------------------------------------------------------- */
+
+static int read_last_pid(void)
+{
+	char text[16] = {0};
+	long count = call(__NR_pread64, last_pid_fd, text, sizeof text - 1, 0);
+	return count > 0 ? text_to_int(text) : -1;
+}
+
+static int restart_block(void)
+{
+	char text[16];
+	int at = sizeof text, value = first_pid - 1;
+	do
+		text[--at] = (char)('0' + value % 10);
+	while (value /= 10);
+	seen_pid = first_pid - 1;
+	return call(__NR_pwrite64, last_pid_fd, text + at, sizeof text - at, 0) > 0;
+}
+
+/* ns_last_pid is the namespace's own since 3.3; the limit is kept here by starting over at half
+ * of the block. The namespace's pid_max (6.14) would not do: a process that arrives from another
+ * node's block must be cloned with a pid above it, which the kernel refuses.
+ * Returns whether a fork storm is going on. */
+static int watch_block(void)
+{
+	if (last_pid_fd < 0)
+		return 0;
+	int now = read_last_pid();
+	if (now < 0)
+		return 0;
+	int moved = now - seen_pid;
+	seen_pid = now;
+	if (now < first_pid - 1 || now > first_pid + (end_pid - first_pid) / 2)
+		restart_block();
+	return moved < 0 || moved > (end_pid - first_pid) / 16;
+}
+
+/* ---- children and signals ---------------------------------------------------------------- */
+
+static uint64_t to_us(struct __kernel_old_timeval time)
+{
+	return (uint64_t)time.tv_sec * 1000000 + (uint64_t)time.tv_usec;
+}
+
+static void report_children(void)
+{
+	for (;;) {
+		siginfo_t info;
+		struct rusage usage;
+		info.si_pid = 0;
+		long error = call(__NR_waitid, P_ALL, 0, &info,
+		                  WEXITED | WSTOPPED | WCONTINUED | WNOHANG | __WALL, &usage);
+		if (error < 0 || !info.si_pid)
+			return;
+		struct report report = {
+			.kind = REPORT_CHILD,
+			.pid = info.si_pid,
+			.reporter = own_pid(),
+			.code = info.si_code,
+			.status = info.si_status,
+			.uid = info.si_uid,
+			.utime_us = to_us(usage.ru_utime),
+			.stime_us = to_us(usage.ru_stime),
+			.maxrss_kb = usage.ru_maxrss,
+		};
+		send_report(&report);
+	}
+}
+
+static void report_signal(const siginfo_t *info)
+{
+	struct report report = {
+		.kind = REPORT_SIGNAL,
+		.pid = own_pid(),
+		.reporter = own_pid(),
+		.code = info->si_code,
+		.status = info->si_signo,
+		.uid = info->si_code <= 0 ? info->si_uid : 0,
+		.utime_us = info->si_code == SI_QUEUE ? (uint64_t)info->si_value.sival_ptr : 0,
+		.sender = info->si_code <= 0 ? info->si_pid : 0,
+	};
+	send_report(&report);
+}
+
+/* Returns as fork does. */
+static long clone_placeholder(int pid, uint64_t command)
+{
+	int32_t tid = pid;
+	struct clone_args args = {
+		.flags = command & COMMAND_SIBLING ? CLONE_PARENT : 0,
+		.exit_signal = command & COMMAND_SIBLING ? 0 : SIGCHLD,
+		.set_tid = (uint64_t)&tid,
+		.set_tid_size = 1,
+	};
+	return pid ? call(__NR_clone3, &args, sizeof args) : 0;
+}
+
+static void obey(uint64_t command, uint32_t uid)
+{
+	int pid = (int)(command & COMMAND_PID_MASK);
+	if (command & COMMAND_KILL_ALL) {
+		call(__NR_kill, -1, SIGKILL);
+		return;
+	}
+	long made = clone_placeholder(pid, command);
+	if (made < 0) {
+		struct report report = {.kind = REPORT_FAILED, .pid = pid, .reporter = own_pid(),
+		                        .code = (int32_t)command, .status = (int32_t)-made};
+		send_report(&report);
+	}
+	if (made != 0)
+		return;
+	/* The real uid is the user's, so that he may signal it like the process it stands for; the
+	 * effective one stays root, which set_tid needs. */
+	if (pid)
+		call(__NR_setresuid, uid, 0, 0);
+	if (command & COMMAND_SETSID)
+		call(__NR_setsid, 0);
+	if (command & COMMAND_SETPGID)
+		call(__NR_setpgid, 0, 0);
+}
+
+/* From an ancestor namespace si_pid is 0, yet a job may write that into a queued signal as well:
+ * the cookie is what tells. */
+static int is_command(const siginfo_t *info)
+{
+	return info->si_signo == COMMAND_SIGNAL && info->si_code == SI_QUEUE && info->si_pid == 0 &&
+	       (uint64_t)info->si_value.sival_ptr >> 32 == cookie;
+}
+
+static void end_without_daemon(void)
+{
+	char byte;
+	if (call(__NR_recvfrom, report_fd, &byte, 1, MSG_PEEK_ | MSG_DONTWAIT_, 0, 0) == 0)
+		end(0);
+}
+
+static _Noreturn void loop(void)
+{
+	uint64_t every = EVERY_SIGNAL;
+	int storm = 0;
+	for (;;) {
+		siginfo_t info;
+		int first = own_pid() == 1;
+		struct __kernel_timespec pause = {.tv_sec = storm ? 0 : CALM_S, .tv_nsec = storm ? STORM_NS : 0};
+		long got = call(__NR_rt_sigtimedwait, &every, &info, first ? &pause : 0, sizeof every);
+		/* Also when nothing came: a tracer's stop can eat the wake-up. */
+		report_children();
+		if (got > 0 && is_command(&info))
+			obey((uint64_t)info.si_value.sival_ptr & 0xffffffff, info.si_uid);
+		else if (got == SIGIO && info.si_code == SI_KERNEL)
+			end_without_daemon();
+		else if (got > 0 && !(got == SIGCHLD && info.si_code > 0))
+			report_signal(&info);
+		if (own_pid() == 1)
+			storm = watch_block();
+	}
+}
+
+/* ---- start -------------------------------------------------------------------------------- */
+
+static void open_block(void)
+{
+	last_pid_fd = (int)call(__NR_open, "/proc/sys/kernel/ns_last_pid", O_RDWR | O_CLOEXEC, 0);
+	if (last_pid_fd >= 0 && !restart_block()) {
+		call(__NR_close, last_pid_fd);
+		last_pid_fd = -1;
+	}
+}
+
+static void fail(long error)
+{
+	struct report report = {.kind = REPORT_BORN, .status = (int32_t)-error};
+	send_report(&report);
+	end(1);
+}
+
+/* Mounts made outside later (the node's /bpfs, the view) go on arriving here; none goes out. */
+static void set_up_mounts(void)
+{
+	long error = call(__NR_mount, "none", "/", 0, MS_REC | MS_SLAVE, 0);
+	if (!error)
+		error = call(__NR_mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0);
+	if (error)
+		fail(error);
+}
+
+/* What the daemon ignored (nohup's SIGHUP, say) must not reach the jobs. */
+static void reset_signals(void)
+{
+	struct {
+		void *handler;
+		unsigned long flags;
+		void *restorer;
+		uint64_t mask;
+	} default_action = {0};
+	for (int signal = 1; signal <= 64; signal++)
+		call(__NR_rt_sigaction, signal, &default_action, 0, sizeof default_action.mask);
+}
+
+static void set_up_scratch(void)
+{
+	long at = call(__NR_mmap, SCRATCH_ADDRESS, SCRATCH_BYTES, PROT_READ | PROT_WRITE | PROT_EXEC,
+	               MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	if (at < 0)
+		fail(at);
+}
+
+static _Noreturn void run_as_init(void)
+{
+	call(__NR_setsid, 0);
+	call(__NR_prctl, PR_SET_PDEATHSIG, SIGKILL);
+	call(__NR_chdir, "/");
+	call(__NR_umask, 0);
+	reset_signals();
+	set_up_mounts();
+	set_up_scratch();
+	open_block();
+	call(__NR_fcntl, report_fd, F_SETFD, FD_CLOEXEC);
+	call(__NR_fcntl, report_fd, F_SETOWN, own_pid());
+	call(__NR_fcntl, report_fd, F_SETFL, O_RDWR | FASYNC);
+	struct report report = {.kind = REPORT_READY, .pid = 1, .reporter = 1, .code = last_pid_fd >= 0};
+	send_report(&report);
+	end_without_daemon();
+	loop();
+}
+
+static int starts_with(const char *text, const char *prefix)
+{
+	while (*prefix)
+		if (*text++ != *prefix++)
+			return 0;
+	return 1;
+}
+
+static int read_arguments(long *stack)
+{
+	char **argv = (char **)(stack + 1);
+	if (stack[0] != 4)
+		return 0;
+	report_fd = text_to_int(argv[1]);
+	first_pid = text_to_int(argv[2]);
+	end_pid = text_to_int(argv[3]);
+	for (char **env = argv + 5; *env; env++)
+		if (starts_with(*env, "BPFS_COOKIE="))
+			cookie = (uint32_t)hex_to_u64(*env + 12);
+	return cookie != 0;
+}
+
+/* The daemon becomes the parent (CLONE_PARENT): it gets the exit status, and its death counts. */
+__attribute__((used)) _Noreturn void start(long *stack)
+{
+	uint64_t every = EVERY_SIGNAL;
+	if (!read_arguments(stack))
+		end(2);
+	call(__NR_rt_sigprocmask, SIG_BLOCK, &every, 0, sizeof every);
+	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	if (pid == 0)
+		run_as_init();
+	if (pid < 0)
+		fail(pid);
+	struct report report = {.kind = REPORT_BORN, .pid = (int32_t)pid};
+	send_report(&report);
+	end(0);
+}
+
+__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tmov %rsp, %rdi\n\tand $-16, %rsp\n\tcall start\n");

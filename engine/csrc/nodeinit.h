@@ -1,0 +1,44 @@
+/* What nodeinit and the Python side (engine/jobspace.py) share: report packets and commands.
+ * SPDX-License-Identifier: GPL-2.0-or-later */
+#ifndef NODEINIT_H
+#define NODEINIT_H
+
+#include <stdint.h>
+
+enum report_kind {
+	REPORT_BORN = 0,    /* from the starter: pid = pid 1 as the caller sees it, or status = errno */
+	REPORT_CHILD = 1,   /* a child changed state: code and status as waitid gives them */
+	REPORT_SIGNAL = 2,  /* somebody sent `pid` the signal `status` (utime_us = its value) */
+	REPORT_READY = 3,   /* mounts and pid block are in place; code = 1 when the pid block is */
+	REPORT_FAILED = 4,  /* command `code` for `pid` failed with errno `status` */
+};
+
+/* All pids are the job namespace's own. */
+struct report {
+	uint32_t kind;
+	int32_t pid;
+	int32_t reporter;
+	int32_t code;
+	int32_t status;
+	uint32_t uid;
+	uint64_t utime_us;
+	uint64_t stime_us;
+	int64_t maxrss_kb;
+	int32_t sender;
+	int32_t zero;
+};
+
+/* A command is the signal SIGRTMAX sent with a value from an ancestor pid namespace:
+ * the upper half is the cookie of BPFS_COOKIE, the lower a pid (24 bits) and these. */
+enum command {
+	COMMAND_SETSID = 1 << 24,   /* the new process leads a session */
+	COMMAND_SETPGID = 2 << 24,  /* the new process leads a process group */
+	COMMAND_SIBLING = 4 << 24,  /* its parent is the parent of the process that makes it */
+	COMMAND_KILL_ALL = 8 << 24, /* pid 1: kill everything else in the namespace */
+};
+#define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */
+
+#define SCRATCH_ADDRESS 0x10000UL  /* where the engine injects its call runner */
+#define SCRATCH_BYTES (256UL << 10)
+
+#endif

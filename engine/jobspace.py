@@ -1,0 +1,274 @@
+"""A node's job pid namespace as its daemon holds it: started, watched, signalled, ended.
+
+pid 1 is nodeinit (csrc/nodeinit.c). Pids in this module are job pids (the cluster's) unless they are called host pids:
+those are pids as the caller sees them.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import placeholders
+from engine.linux import nsfs, pidfd, process_vm
+from engine.placeholders import INIT, Command
+
+PROGRAM = Path(__file__).parent / "bin" / "nodeinit"
+REPORT = struct.Struct("=IiiiiIQQqii")  # struct report of csrc/nodeinit.h
+_START_S = 20.0  # takes 3 ms; a loaded machine may need longer
+
+
+class Kind(enum.IntEnum):
+    """What a report is about (csrc/nodeinit.h)."""
+
+    BORN = 0  # the starter's answer; never seen outside of `JobSpace.start`
+    CHILD = 1  # a process ended, stopped or went on
+    SIGNAL = 2  # a job sent a signal to a placeholder (or to nodeinit): it is meant for the process elsewhere
+    READY = 3  # the namespace is set up; never seen outside of `JobSpace.start`
+    FAILED = 4  # a placeholder could not be made
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One packet of nodeinit or a placeholder; all pids are job pids.
+
+    Attributes:
+        pid: CHILD: the child; SIGNAL: whom it was sent to; FAILED: who was to be made.
+        reporter: nodeinit (1) or the placeholder that is the child's parent.
+        code: CHILD: CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_STOPPED or CLD_CONTINUED; SIGNAL: si_code.
+        status: CHILD: exit status or signal; SIGNAL: the signal; FAILED: errno.
+        uid: CHILD: the child's real uid; SIGNAL: the sender's.
+        utime_us, stime_us, maxrss_kb: CHILD: its usage, with that of its own reaped children.
+        value: SIGNAL: si_value of sigqueue(3).
+        sender: SIGNAL: the sender's pid; 0 from outside of the namespace or from the kernel.
+    """
+
+    kind: Kind
+    pid: int
+    reporter: int
+    code: int
+    status: int
+    uid: int
+    utime_us: int
+    stime_us: int
+    maxrss_kb: int
+    value: int
+    sender: int
+
+    @classmethod
+    def parse(cls, packet: bytes) -> Report:
+        """Read one packet. Raises struct.error or ValueError on anything that nodeinit does not send."""
+        kind, pid, reporter, code, status, uid, utime, stime, maxrss, sender, _ = REPORT.unpack(packet)
+        is_signal = kind == Kind.SIGNAL
+        return cls(
+            Kind(kind), pid, reporter, code, status, uid,
+            0 if is_signal else utime, stime, maxrss, utime if is_signal else 0, sender,
+        )  # fmt: skip
+
+
+class JobSpace:
+    """The namespaces of one node's jobs, held by one daemon. Dies with it.
+
+    Attributes:
+        init: host pid of nodeinit.
+        init_pidfd: readable when nodeinit, and so every job, is dead.
+        reports: SEQPACKET socket of the reports, non-blocking; readable when there are some or nodeinit is dead.
+        has_block: whether native forks get pids of the block (the kernel let us set ns_last_pid).
+    """
+
+    def __init__(self, init: int, reports: socket.socket, has_block: bool) -> None:
+        self.init = init
+        self.init_pidfd = process_vm.pidfd_open(init)
+        self.reports = reports
+        self.has_block = has_block
+        self._namespace = nsfs.open_pid_namespace(init)
+        self._dropped: set[int] = set()
+
+    @classmethod
+    def start(cls, block: range) -> JobSpace:
+        """Make the namespaces and their pid 1. Blocks for about 3 ms.
+
+        Call it from the main thread: the kernel kills nodeinit when the *thread* that started it ends.
+
+        Args:
+            block: the pids for what jobs fork natively.
+
+        Raises:
+            OSError: no permission, no nodeinit program, or the kernel refused.
+            TimeoutError: no answer.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("JobSpace.start must be called from the main thread")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                _run_starter(theirs, block)
+            ours.settimeout(_START_S)
+            init = _receive(ours, Kind.BORN).pid
+            try:
+                ready = _receive(ours, Kind.READY)
+                ours.setblocking(False)
+                return cls(init, ours, bool(ready.code))
+            except BaseException:
+                _end(init)
+                raise
+        except BaseException:
+            ours.close()
+            raise
+
+    def read_reports(self) -> list[Report]:
+        """Everything that has come in, without waiting. Deaths of placeholders that we dropped ourselves are left out."""
+        found = []
+        while True:
+            try:
+                packet = self.reports.recv(REPORT.size)
+            except BlockingIOError:
+                return found
+            except ConnectionResetError:
+                packet = b""
+            if not packet:
+                return found
+            report = Report.parse(packet)
+            if not self._is_ours(report):
+                found.append(report)
+
+    def _is_ours(self, report: Report) -> bool:
+        if report.kind != Kind.CHILD or report.pid not in self._dropped:
+            return False
+        if report.code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+            self._dropped.discard(report.pid)
+        return True
+
+    def hostpid(self, pid: int) -> int | None:
+        """The host pid of a job; None when no process of this node has the pid."""
+        return placeholders.outer_pid(self.init, self._namespace, pid)
+
+    def jobpid(self, hostpid: int) -> int | None:
+        """The inverse of `hostpid`; None when it is no process of this namespace."""
+        try:
+            return nsfs.inner_pid(self._namespace, hostpid)
+        except NotImplementedError:
+            if os.path.samestat(os.fstat(self._namespace), os.stat(f"/proc/{hostpid}/ns/pid")):
+                return nsfs.pids_by_status(hostpid)[-1]
+            return None
+
+    def open_process(self, pid: int) -> int:
+        """A pidfd of a job. Raises ProcessLookupError."""
+        hostpid = self.hostpid(pid)
+        if hostpid is None:
+            raise ProcessLookupError(3, f"process {pid} is not on this node")
+        handle = process_vm.pidfd_open(hostpid)
+        if self.hostpid(pid) != hostpid:  # it ended and its host pid was given to another
+            os.close(handle)
+            raise ProcessLookupError(3, f"process {pid} is not on this node")
+        return handle
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to one job. Raises ProcessLookupError."""
+        handle = self.open_process(pid)
+        try:
+            pidfd.send(handle, number)
+        finally:
+            os.close(handle)
+
+    def kill_all(self) -> None:
+        """SIGKILL for every process but nodeinit, in one step that no fork escapes. Their deaths are reported."""
+        placeholders.command(self.init, self.init, Command.KILL_ALL)
+
+    def processes(self) -> list[int]:
+        """Job pids of what runs here, nodeinit and placeholders left out."""
+        world = placeholders.World(self.init)
+        try:
+            return [ids.pid for ids in world.every() if ids.pid != INIT and not ids.placeholder]
+        finally:
+            world.close()
+
+    def placeholders(self) -> list[int]:
+        """Job pids of the placeholders."""
+        world = placeholders.World(self.init)
+        try:
+            return [ids.pid for ids in world.every() if ids.placeholder]
+        finally:
+            world.close()
+
+    def drop_unneeded_placeholders(self) -> list[int]:
+        """Kill the placeholders that are no job's parent, group or session leader. Cheap enough after every CHILD report.
+
+        Returns:
+            Their pids; empty also while a process is being born here.
+        """
+        dropped = placeholders.sweep(self.init)
+        self._dropped.update(dropped)
+        return dropped
+
+    def drop_placeholder(self, pid: int) -> None:
+        """Kill one placeholder because the process that it stands for ended: its children become nodeinit's, natively.
+
+        Raises:
+            ProcessLookupError: no placeholder has this pid.
+        """
+        if pid not in self.placeholders():
+            raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
+        self._dropped.add(pid)
+        self.signal(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill nodeinit and with it every job; returns when all are dead. Idempotent."""
+        if self.init_pidfd < 0:
+            return
+        try:
+            pidfd.send(self.init_pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        select.select([self.init_pidfd], [], [], _START_S)
+        _reap(self.init)
+        os.close(self.init_pidfd)
+        os.close(self._namespace)
+        self.init_pidfd = self._namespace = -1
+        self.reports.close()
+
+
+def _run_starter(theirs: socket.socket, block: range) -> None:
+    # nodeinit makes the namespaces itself: between fork and exec of a threaded program no Python may run.
+    arguments = [str(PROGRAM), str(theirs.fileno()), str(block.start), str(block.stop)]
+    environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}"}
+    subprocess.run(
+        arguments, env=environment, pass_fds=[theirs.fileno()], cwd="/", check=False, timeout=_START_S,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _receive(reports: socket.socket, wanted: Kind) -> Report:
+    packet = reports.recv(REPORT.size)
+    if not packet:
+        raise ProcessLookupError(3, "nodeinit ended at its start")
+    report = Report.parse(packet)
+    if report.status:
+        raise OSError(report.status, f"nodeinit: {os.strerror(report.status)}")
+    if report.kind != wanted:
+        raise ProcessLookupError(3, f"nodeinit answered {report.kind.name} instead of {wanted.name}")
+    return report
+
+
+def _end(init: int) -> None:
+    try:
+        os.kill(init, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    _reap(init)
+
+
+def _reap(init: int) -> None:
+    try:
+        os.waitpid(init, 0)
+    except ChildProcessError:
+        pass  # somebody else's child, or reaped by the caller's own loop

@@ -1,0 +1,410 @@
+"""Gives a process that arrives on a node its parent, group and session, though their leaders run elsewhere.
+
+A *placeholder* is a tiny process (a clone of nodeinit) with the pid of a parent, group leader or session leader that is
+not on this node. Under it, getppid, getpgrp, getsid, job-control stops and wait are the kernel's own.
+
+Session and group are inherited at birth, so the order matters: session leader, group leader, parent, process. The
+group's leader is a child of the session's: a group without a member whose parent is in another group of the same
+session is orphaned, and the kernel discards SIGTSTP for it.
+
+There is no state beside the kernel's: whatever exists in the job namespace is read there, so daemon and workers agree.
+A lock on the namespace itself (flock on its nsfs file) keeps them apart.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from engine.linux import nsfs, pidfd, process_vm
+
+INIT = 1  # nodeinit's pid in its namespace
+COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
+_PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
+
+
+class Command(enum.IntFlag):
+    """What nodeinit and its clones do on COMMAND_SIGNAL (csrc/nodeinit.h)."""
+
+    NONE = 0
+    SETSID = 1 << 24
+    SETPGID = 2 << 24
+    SIBLING = 4 << 24
+    KILL_ALL = 8 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """One process as its namespace sees it. `placeholder`: it runs nodeinit's program and nobody traces it."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    placeholder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`maker` makes placeholder `pid`; when both are the same, it becomes a leader itself."""
+
+    maker: int
+    pid: int
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """How the process itself is to be born.
+
+    Attributes:
+        maker: job pid of the process that must clone it.
+        sibling: clone with CLONE_PARENT.
+        setsid: the child must call setsid().
+        pgid: the child must call setpgid(0, pgid); None: it is in the right group.
+    """
+
+    maker: int
+    sibling: bool
+    setsid: bool
+    pgid: int | None
+
+
+class World:
+    """What exists in a job namespace, read from its own /proc as far as it is asked for."""
+
+    def __init__(self, init: int) -> None:
+        self._proc = os.open(f"/proc/{init}/root/proc", os.O_PATH | os.O_CLOEXEC)
+        self._exe: tuple[int, int] | None = None
+        self._made: dict[int, Ids] = {}
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._proc)
+
+    def get(self, pid: int) -> Ids | None:
+        """The process, or None when no living process has this pid."""
+        return self._made.get(pid) or self._read(pid)
+
+    def every(self) -> list[Ids]:
+        """Every living process of the namespace."""
+        listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
+        try:
+            names = os.listdir(listing)
+        finally:
+            os.close(listing)
+        found = (self._read(int(name)) for name in names if name.isdigit())
+        return [ids for ids in found if ids]
+
+    def add(self, ids: Ids) -> None:
+        """Count on a process that a step is going to make."""
+        self._made[ids.pid] = ids
+
+    def _read(self, pid: int) -> Ids | None:
+        text = self._text(f"{pid}/stat")
+        comm, found, rest = text.rpartition(b") ")
+        fields = rest.split(None, 4)
+        if not found or fields[0] in (b"Z", b"X"):
+            return None
+        placeholder = pid != INIT and comm.endswith(b"(nodeinit") and self._is_clone(pid)
+        return Ids(pid, int(fields[1]), int(fields[2]), int(fields[3]), placeholder)
+
+    def _is_clone(self, pid: int) -> bool:
+        try:
+            own = self._exe = self._exe or self._exe_of(INIT)
+            # A process in the making runs this program, too, but has a tracer.
+            return self._exe_of(pid) == own and b"\nTracerPid:\t0\n" in self._text(f"{pid}/status")
+        except OSError:
+            return False  # ended meanwhile
+
+    def _exe_of(self, pid: int) -> tuple[int, int]:
+        status = os.stat(f"{pid}/exe", dir_fd=self._proc)
+        return status.st_dev, status.st_ino
+
+    def _text(self, path: str) -> bytes:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.read(fd, 4096)
+        except ProcessLookupError:
+            return b""
+        finally:
+            os.close(fd)
+
+
+def plan(world: World, pid: int, ppid: int, pgid: int, sid: int) -> tuple[list[Step], Birth]:
+    """Work out which placeholders are missing and how the process is to be born under them.
+
+    Ids 0 and 1 are outside of what the cluster knows, and map to nodeinit. A process whose parent is in another session
+    than its own (an orphan that a subreaper adopted) gets nodeinit as its parent.
+
+    Raises:
+        FileExistsError: the pid is in use on this node.
+    """
+    if world.get(pid):
+        raise FileExistsError(17, f"pid {pid} is in use on this node")
+    steps: list[Step] = []
+    session = _session(world, pid, sid, steps)
+    group = _group(world, pid, pgid, session, steps)
+    return steps, _birth(world, pid, ppid, session, group, steps)
+
+
+def _session(world: World, pid: int, sid: int, steps: list[Step]) -> int:
+    session = max(sid, INIT)
+    if session in (pid, INIT):
+        return session
+    leader = world.get(session)
+    if leader is None:
+        if any(other.sid == session for other in world.every()):
+            return session  # the leader is gone, its session is not, and the kernel keeps the number for it
+        _make(world, steps, Ids(session, INIT, session, session, True), INIT, Command.SETSID)
+    elif leader.sid != session and leader.placeholder:
+        # It stood for a parent so far; its children keep the session they have.
+        _make(world, steps, Ids(session, leader.ppid, session, session, True), session, Command.SETSID)
+    return session
+
+
+def _group(world: World, pid: int, pgid: int, session: int, steps: list[Step]) -> int:
+    group = max(pgid, INIT) if session != pid else pid
+    if group in (pid, session):
+        return group
+    leader = world.get(group)
+    if leader is None:
+        if any(other.pgid == group for other in world.every()):
+            return group
+        maker = _member(world, session)
+        sibling = Command.NONE if maker == INIT or _is_placeholder(world, maker) else Command.SIBLING
+        parent = maker if not sibling else _parent(world, maker)
+        _make(world, steps, Ids(group, parent, group, session, True), maker, Command.SETPGID | sibling)
+    elif leader.pgid != group and leader.placeholder and leader.sid == session:
+        _make(world, steps, Ids(group, leader.ppid, group, session, True), group, Command.SETPGID)
+    return group
+
+
+def _birth(world: World, pid: int, ppid: int, session: int, group: int, steps: list[Step]) -> Birth:
+    parent = max(ppid, INIT)
+    leads = session == pid
+    if not leads and parent != INIT and not world.get(parent):
+        maker = _member(world, session)
+        sibling = maker != INIT and not _is_placeholder(world, maker)
+        ids = Ids(parent, _parent(world, maker) if sibling else maker, _pgid(world, maker), session, True)
+        _make(world, steps, ids, maker, Command.SIBLING if sibling else Command.NONE)
+    elif parent != INIT and not world.get(parent):
+        _make(world, steps, Ids(parent, INIT, INIT, INIT, True), INIT, Command.NONE)
+    known = world.get(parent)
+    if leads:
+        return Birth(parent, False, True, None)
+    pgid = None if group == INIT else group
+    if known and known.sid == session:
+        return Birth(parent, False, False, pgid if known.pgid != group else None)
+    maker = _member(world, session)
+    return Birth(maker, maker != INIT, False, pgid if _pgid(world, maker) != group else None)
+
+
+def _make(world: World, steps: list[Step], ids: Ids, maker: int, command: Command) -> None:
+    steps.append(Step(maker, ids.pid, command))
+    world.add(ids)
+
+
+def _member(world: World, session: int) -> int:
+    """Somebody who can give birth in a session: its leader, else a placeholder, else anybody in it."""
+    leader = world.get(session)
+    if leader and leader.sid == session:
+        return session
+    members = [ids for ids in world.every() if ids.sid == session]
+    if not members:
+        raise ProcessLookupError(3, f"session {session} has no member on this node")
+    return max(members, key=lambda ids: ids.placeholder).pid
+
+
+def _is_placeholder(world: World, pid: int) -> bool:
+    ids = world.get(pid)
+    return ids is not None and ids.placeholder
+
+
+def _parent(world: World, pid: int) -> int:
+    ids = world.get(pid)
+    return ids.ppid if ids else INIT
+
+
+def _pgid(world: World, pid: int) -> int:
+    ids = world.get(pid)
+    return ids.pgid if ids else INIT
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A `Birth` with the maker's pid as the caller sees it."""
+
+    maker: int
+    sibling: bool
+    setsid: bool
+    pgid: int | None
+
+
+@contextmanager
+def placing(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -> Iterator[Place]:
+    """Make the missing placeholders, and hold the namespace's lock while the process itself is born under them.
+
+    Leave the context when the process exists and has called setsid or setpgid as told; until then no other worker
+    makes a process here and no placeholder is dropped.
+
+    Args:
+        init: pid of nodeinit as the caller sees it.
+        pid, ppid, pgid, sid: as the process has them where it comes from (cluster pids).
+        uid: its real uid, which may signal the placeholders.
+
+    Raises:
+        FileExistsError: the pid is in use on this node.
+        TimeoutError: nodeinit does not answer.
+        OSError: the namespace is gone.
+    """
+    namespace = nsfs.open_pid_namespace(init)
+    world = None
+    try:
+        fcntl.flock(namespace, fcntl.LOCK_EX)
+        world = World(init)
+        steps, birth = plan(world, pid, ppid, pgid, sid)
+        if steps:
+            _carry_out(init, namespace, steps, uid)
+        maker = outer_pid(init, namespace, birth.maker)
+        if maker is None:
+            raise ProcessLookupError(3, f"process {birth.maker} is gone from this node")
+        yield Place(maker, birth.sibling, birth.setsid, birth.pgid)
+    finally:
+        if world:
+            world.close()
+        os.close(namespace)
+
+
+def outer_pid(init: int, namespace: int, pid: int) -> int | None:
+    """The caller's number for a job pid; None when there is no such process."""
+    if pid == INIT:
+        return init
+    try:
+        return nsfs.outer_pid(namespace, pid)
+    except NotImplementedError:
+        return _search(init, pid)
+
+
+def _search(init: int, pid: int) -> int | None:
+    # Needs CONFIG_PROC_CHILDREN. Children that are born or handed on meanwhile may be missed, the one asked for rarely.
+    left = [init]
+    while left:
+        candidate = left.pop()
+        if nsfs.pids_by_status(candidate)[-1:] == [pid]:
+            return candidate
+        try:
+            for task in os.listdir(f"/proc/{candidate}/task"):
+                with open(f"/proc/{candidate}/task/{task}/children", "rb") as file:
+                    left += [int(word) for word in file.read().split()]
+        except OSError:
+            continue
+    return None
+
+
+def command(init: int, target: int, order: Command, pid: int = 0, uid: int = 0) -> None:
+    """Send one command to nodeinit or a placeholder (pids as the caller sees them). Raises OSError."""
+    handle = process_vm.pidfd_open(target)
+    try:
+        pidfd.queue(handle, COMMAND_SIGNAL, _cookie(init) << 32 | order | pid, uid)
+    finally:
+        os.close(handle)
+
+
+def _cookie(init: int) -> int:
+    with open(f"/proc/{init}/environ", "rb", buffering=0) as file:
+        words = file.read().split(b"\0")
+    for word in words:
+        if word.startswith(b"BPFS_COOKIE="):
+            return int(word[12:], 16)
+    raise ProcessLookupError(3, f"process {init} is no nodeinit")
+
+
+def _carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
+    world = World(init)  # without the plan's expectations
+    try:
+        for step in steps:
+            maker = outer_pid(init, namespace, step.maker)
+            if maker is None:
+                raise ProcessLookupError(3, f"process {step.maker} is gone from this node")
+            command(init, maker, step.command, 0 if step.pid == step.maker else step.pid, uid)
+            _wait_made(world, step)
+    finally:
+        world.close()
+
+
+def _wait_made(world: World, step: Step) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    tries = 0
+    while not _is_made(world.get(step.pid), step):
+        if time.monotonic() > deadline:
+            raise TimeoutError(110, f"placeholder {step.pid} did not appear on this node")
+        tries += 1
+        if tries > 20:
+            time.sleep(0.0005)
+
+
+def _is_made(ids: Ids | None, step: Step) -> bool:
+    if ids is None:
+        return False
+    if step.command & Command.SETSID:
+        return ids.sid == step.pid
+    return ids.pgid == step.pid if step.command & Command.SETPGID else True
+
+
+def sweep(init: int) -> list[int]:
+    """Kill the placeholders that are no process's parent, group leader or session leader any more.
+
+    Returns:
+        Their job pids. Empty also while a worker is giving birth: try again later.
+    """
+    try:
+        namespace = nsfs.open_pid_namespace(init)
+    except OSError:
+        return []  # the namespace is gone, and they with it
+    try:
+        try:
+            fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return []
+        return [pid for pid in _unneeded(init) if _kill(init, namespace, pid)]
+    finally:
+        os.close(namespace)
+
+
+def _unneeded(init: int) -> list[int]:
+    world = World(init)
+    try:
+        everybody = world.every()
+    finally:
+        world.close()
+    needed: set[int] = set()
+    for ids in everybody:
+        if not ids.placeholder:
+            needed |= {ids.ppid, ids.pgid, ids.sid}
+    return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed]
+
+
+def _kill(init: int, namespace: int, pid: int) -> bool:
+    outer = outer_pid(init, namespace, pid)
+    if outer is None:
+        return False
+    try:
+        handle = process_vm.pidfd_open(outer)
+    except ProcessLookupError:
+        return False
+    try:
+        pidfd.send(handle, 9)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
