@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from errno import EINVAL, ENOENT, EOPNOTSUPP
+from itertools import chain
 from pathlib import Path
 
 from bpfs.errors import BpfsError
@@ -60,7 +61,7 @@ def _read(path: Path) -> str:
 def _write(path: Path, text: object, doing: str = "") -> None:
     # One write(2), nothing buffered: its errno is the answer, and close(2) would lose it.
     try:
-        fd = os.open(path, os.O_WRONLY)
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
         try:
             os.write(fd, f"{text}\n".encode())
         finally:
@@ -69,21 +70,21 @@ def _write(path: Path, text: object, doing: str = "") -> None:
         raise BpfsError(error.errno or EINVAL, f"{doing or path}: {error.strerror}") from None
 
 
-def _stream(path: Path) -> Iterator[str]:
-    """Lines of a file whose reads wait for them."""
+def _batches(path: Path) -> Iterator[list[Event]]:
+    # Opened now, not at the first read: what happens from here on counts.
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise BpfsError(error.errno or EINVAL, f"{path}: {error.strerror}") from None
-    return _lines(fd)
+    return _read_batches(fd)
 
 
-def _lines(fd: int) -> Iterator[str]:
+def _read_batches(fd: int) -> Iterator[list[Event]]:
     rest = ""
     try:
         while data := os.read(fd, _READ_SIZE):
             *lines, rest = (rest + data.decode(errors="replace")).split("\n")
-            yield from lines
+            yield [parse_event(line) for line in lines]
     finally:
         os.close(fd)
 
@@ -109,8 +110,13 @@ class Node:
         """Returns the content of one of the node's files, without the last newline."""
         return _read(self.path / name).removesuffix("\n")
 
-    def _set(self, name: str, value: object) -> None:
-        _write(self.path / name, value, f"node {self.number}: cannot set {name} to {value}")
+    def write(self, name: str, value: object) -> None:
+        """Writes to one of the node's files.
+
+        Raises:
+            BpfsError: what the cluster has against it.
+        """
+        _write(self.path / name, value, f"cannot set {name} of node {self.number} to {value}")
 
     @property
     def state(self) -> str:
@@ -119,7 +125,7 @@ class Node:
 
     @state.setter
     def state(self, wanted: str) -> None:
-        self._set("state", wanted)
+        self.write("state", wanted)
 
     @property
     def reason(self) -> str:
@@ -133,7 +139,7 @@ class Node:
 
     @owner.setter
     def owner(self, user: str | int) -> None:
-        self._set("owner", user)
+        self.write("owner", user)
 
     @property
     def group(self) -> str:
@@ -142,7 +148,7 @@ class Node:
 
     @group.setter
     def group(self, group: str | int) -> None:
-        self._set("group", group)
+        self.write("group", group)
 
     @property
     def mode(self) -> int:
@@ -151,7 +157,7 @@ class Node:
 
     @mode.setter
     def mode(self, mode: int) -> None:
-        self._set("mode", f"{mode:03o}")
+        self.write("mode", f"{mode:03o}")
 
     @property
     def load(self) -> tuple[float, float, float]:
@@ -216,7 +222,7 @@ class Node:
 
     def events(self) -> Iterator[Event]:
         """What happens to this node from now on, without end."""
-        return map(parse_event, _stream(self.path / "events"))
+        return chain.from_iterable(_batches(self.path / "events"))
 
 
 class Process:
@@ -351,6 +357,15 @@ class Cluster:
         found = parse_status(_read(self.mount / "status"))
         return sorted(status for status in found if status.number != MASTER)
 
+    def status_of(self, number: int) -> NodeStatus:
+        """What the files of one node tell, the master's too.
+
+        Raises:
+            BpfsError: ENOENT, there is no such node.
+        """
+        node = Node(self, number)
+        return NodeStatus(number, node.state, node.mode, node.owner, node.group, node.address)
+
     @property
     def current(self) -> Node:
         """The node that this program runs on."""
@@ -367,7 +382,11 @@ class Cluster:
 
     def events(self) -> Iterator[Event]:
         """What happens in the cluster from now on, without end."""
-        return map(parse_event, _stream(self.mount / "events"))
+        return chain.from_iterable(_batches(self.mount / "events"))
+
+    def changes(self) -> Iterator[list[Event]]:
+        """As `events`, but all that have come meanwhile at once: for those who then look at everything anew."""
+        return _batches(self.mount / "events")
 
     def run(
         self,
