@@ -90,8 +90,9 @@ class File(Entry[T]):
     follow: Callable[[T], Stream] | None = None
     blocks: bool = False
     """`read` waits: its size is unknown and ^C of the caller ends it."""
-    sized: bool = True
-    """stat(2) may call `read` (where that is no coroutine function) to tell the size. False: reading is dear."""
+    sized: bool = False
+    """stat(2) tells the size of what `read` gives: only for contents that change together with `LocalTree.changed`.
+    Others show 0, as in /proc, which makes every program read up to the end."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _to_errno(
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
     """The edge: what an operation raises becomes an errno for the caller."""
 
-    async def guarded(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EACCES, EBADF, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EPERM
-from inspect import isawaitable, iscoroutinefunction
+from inspect import isawaitable
 from typing import Any
 
 import trio
@@ -185,7 +185,7 @@ def _directory(access: Access, lasting: bool, target: Any) -> Attributes:
 
 
 def _size(entry: File[Any], target: Any) -> int:
-    if entry.read is None or entry.blocks or not entry.sized or iscoroutinefunction(entry.read):
+    if entry.read is None or not entry.sized:
         return 0
     content = entry.read(target)
     return len(_encode(content)) if isinstance(content, str | bytes) else 0

@@ -9,7 +9,6 @@ second look right before the read makes that rare, for each time costs a buffer 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import select
@@ -21,6 +20,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from bpfs import kernel
 from bpfs.errors import BpfsError
 from bpfs.tree.base import MASTER, Tree
 from bpfs.tree.callers import process_of
@@ -34,7 +34,7 @@ _MAX_TASKS = 1_000_000
 
 _OPTIONS = {"fsname=bpfs", "subtype=bpfs", "allow_other", "default_permissions", "nosuid", "nodev", "noexec"}
 
-_MNT_FORCE, _MNT_DETACH = 1, 2  # sys/mount.h
+_MNT_FORCE = 1  # sys/mount.h; aborts the connection of a FUSE mount even when it is busy
 
 _mounted = False
 
@@ -178,10 +178,13 @@ def clear_dead_mount(mountpoint: str) -> None:
         except OSError as error:
             if error.errno != ENOTCONN:
                 return
-        if not _umount(mountpoint, _MNT_DETACH):
+        if not _umount(mountpoint, kernel.MNT_DETACH):
             return
 
 
 def _umount(mountpoint: str, flags: int) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.umount2(os.fsencode(mountpoint), flags) == 0)
+    try:
+        kernel.umount(mountpoint, flags)
+    except OSError:
+        return False
+    return True

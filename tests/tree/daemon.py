@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon of its own for the tests of the mount: ``python -m tests.tree.daemon MOUNTPOINT``.
+"""A daemon of its own for tests of the mount: ``python -m tests.tree.daemon MOUNTPOINT``.
 
-pyfuse3 can mount once a process, and what is tested is what other processes see. Prints ``ready`` when mounted; ends on SIGTERM.
+pyfuse3 can mount once a process, and what is tested is what other processes see. Prints ``ready`` when mounted; ends on
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import trio
 from bpfs.errors import BpfsError
 from bpfs.tree.base import Caller, Changes
 from bpfs.tree.entries import Access, Collection, Control, Directory, File, Link, Table, Verb, WriteRequest
-from bpfs.tree.events import EventHub
 from bpfs.tree.formats import parse_number, parse_permissions, value
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import FuseMount, mount
@@ -31,12 +31,29 @@ class Box:
         self.value = "0"
 
 
+class Hub:
+    """Lines for readers, by topic; None hears all."""
+
+    def __init__(self) -> None:
+        self.readers: list[tuple[int | None, trio.MemorySendChannel[str]]] = []
+
+    def publish(self, line: str, topic: int | None = None) -> None:
+        for wanted, channel in self.readers:
+            if wanted in (None, topic):
+                channel.send_nowait(f"{line}\n")
+
+    def subscribe(self, topic: int | None = None) -> trio.MemoryReceiveChannel[str]:
+        send, receive = trio.open_memory_channel[str](1000)
+        self.readers.append((topic, send))
+        return receive
+
+
 class State:
     """All that the tables show."""
 
     def __init__(self) -> None:
         self.boxes = {number: Box(number) for number in range(3)}
-        self.hub = EventHub()
+        self.hub = Hub()
         self.last = ""
         self.gate = trio.Event()
         self.done: list[str] = []

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The files of the root of /bpfs and of nodes/N: tables on top of the node table.
+
+Formats, modes and errors are described in bpfs(5); a test holds page and tables together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from bpfs.nodes.admin import Administrator
+from bpfs.nodes.events import EventLog
+from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.nodes.states import parse_state
+from bpfs.tree.base import Caller, Changes
+from bpfs.tree.entries import Access, Collection, Entry, File, Link, Table, WriteRequest
+from bpfs.tree.formats import (
+    group_name,
+    key_values,
+    lines,
+    parse_group,
+    parse_permissions,
+    parse_user,
+    permissions,
+    user_name,
+    value,
+)
+from bpfs.tree.local import LocalTree
+from bpfs.wire.messages import Sample
+
+MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "SwapTotal", "SwapFree")
+"""Lines of /proc/meminfo that nodes/N/memory shows; see proc(5)."""
+
+
+class NodeFiles:
+    """Makes the root table.
+
+    Args:
+        nodes: the table of nodes, which is also the object that functions in the root table get.
+        administrator: carries out what is written to state files.
+        node_entries: more files for nodes/N; their functions get the `Node`.
+        root_entries: more files for the root; their functions get the `NodeTable`.
+    """
+
+    def __init__(
+        self,
+        nodes: NodeTable,
+        administrator: Administrator,
+        node_entries: Iterable[Entry[Node]] = (),
+        root_entries: Iterable[Entry[NodeTable]] = (),
+    ) -> None:
+        self.nodes = nodes
+        self._administrator = administrator
+        self.node_table = self._make_node_table().extended(*node_entries)
+        self.root_table = self._make_root_table().extended(*root_entries)
+
+    def attach(self, tree: LocalTree) -> None:
+        """Has a tree made of `root_table` tell its mounts of every change."""
+
+        def tell(node: Node, what: str) -> None:
+            # Figures come all the time, and no attribute of a file depends on them.
+            if what != "sample":
+                tree.changed("nodes", str(node.number))
+
+        self.nodes.listen(tell)
+
+    # -- tables -------------------------------------------------------------------------------------------------
+
+    def _make_root_table(self) -> Table[NodeTable]:
+        return Table(
+            Link("self", "the node this is", target=lambda _, caller: f"nodes/{caller.node}"),
+            Link("master", "the master's own directory", target=lambda _, caller: f"nodes/{MASTER}"),
+            File("status", "a line a node: number state mode owner group address", read=_status),
+            File("events", "blocks: a line an event, from the opening on", follow=lambda nodes: _follow(nodes.events)),
+            Collection(
+                "nodes",
+                "a directory a node; -1 is the master",
+                names=lambda nodes: map(str, nodes.numbers),
+                lookup=_find,
+                table=self.node_table,
+                member_access=lambda node: Access(node.uid, node.gid, 0o555),
+                member_change=self._change,
+            ),
+        )
+
+    def _make_node_table(self) -> Table[Node]:
+        nodes = self.nodes
+        return Table(
+            File(
+                "state",
+                "down boot unavailable up error reboot halt pwroff",
+                read=lambda node: value(node.state.value),
+                write=self._set_state,
+                mode=0o644,
+                sized=True,
+            ),
+            File("reason", "why it is not up, in a sentence", read=_reason, sized=True),
+            File(
+                "owner",
+                "the user whose node it is",
+                read=lambda node: value(user_name(node.uid)),
+                write=lambda node, request: nodes.set_owner(node, parse_user(request.text)),
+                mode=0o644,
+            ),
+            File(
+                "group",
+                "its group",
+                read=lambda node: value(group_name(node.gid)),
+                write=lambda node, request: nodes.set_group(node, parse_group(request.text)),
+                mode=0o644,
+            ),
+            File(
+                "mode",
+                "who may migrate there: x bits",
+                read=lambda node: value(permissions(node.mode)),
+                write=lambda node, request: nodes.set_mode(node, parse_permissions(request.text)),
+                # As with chmod(2): the owner may, too.
+                access=lambda node: Access(node.uid, node.gid, 0o644),
+                sized=True,
+            ),
+            File("load", "as /proc/loadavg of the node", read=partial(_figure, lambda it: value(it.load.strip()))),
+            File("memory", "key value, in kB", read=partial(_figure, lambda it: key_values(it.memory))),
+            File("cpus", "how many processors", read=partial(_figure, lambda it: value(it.cpus))),
+            File("uptime", "seconds since it started", read=partial(_figure, lambda it: f"{it.uptime:.2f}\n")),
+            File("kernel", "the release of its kernel", read=partial(_figure, lambda it: value(it.kernel))),
+            File("address", "its address", read=lambda node: value(node.address), sized=True),
+            File(
+                "events",
+                "blocks: a line an event of this node, from the opening on",
+                follow=lambda node: _follow(nodes.events, node.number),
+            ),
+        )
+
+    # -- writes -------------------------------------------------------------------------------------------------
+
+    async def _set_state(self, node: Node, request: WriteRequest) -> None:
+        await self._administrator.set_state(node, parse_state(request.text))
+
+    def _change(self, node: Node, caller: Caller, changes: Changes) -> None:
+        """chown, chgrp and chmod of nodes/N: as `owner`, `group`, `mode`; the kernel has checked who may."""
+        if changes.uid is not None:
+            self.nodes.set_owner(node, changes.uid)
+        if changes.gid is not None:
+            self.nodes.set_group(node, changes.gid)
+        if changes.mode is not None:
+            # The directory's own r and x bits are for reading its files; of what chmod says, only x means something.
+            self.nodes.set_mode(node, changes.mode & 0o111)
+
+
+def migrate_access(node: Node) -> Access:
+    """Access to nodes/N/migrate: its w bits are the node's x bits, so that the kernel itself refuses."""
+    return Access(node.uid, node.gid, 0o444 | (node.mode & 0o111) << 1)
+
+
+# -- reads ------------------------------------------------------------------------------------------------------------
+
+
+def _find(nodes: NodeTable, name: str) -> Node | None:
+    # Canonical names only: "07" and "+7" are no nodes.
+    if not name.removeprefix("-").isdecimal() or not name.isascii() or len(name) > 10:
+        return None
+    number = int(name)
+    return nodes.find(number) if str(number) == name else None
+
+
+def _status(nodes: NodeTable) -> str:
+    return lines(
+        f"{node.number} {node.state.value} {permissions(node.mode)} {user_name(node.uid)} {group_name(node.gid)}"
+        f" {node.address or '-'}"
+        for node in nodes
+    )
+
+
+def _reason(node: Node) -> str:
+    return value(node.reason) if node.reason else ""
+
+
+def _figure(show: Callable[[Sample], str], node: Node) -> str:
+    """What a node's last figures say; nothing where it has never told any."""
+    sample = read_sample() if node.number == MASTER else node.sample
+    return show(sample) if sample is not None else ""
+
+
+def read_sample() -> Sample:
+    """The figures of this machine, now."""
+    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return Sample(
+        load=Path("/proc/loadavg").read_text(),
+        memory=tuple((key, int(memory[key].split()[0])) for key in MEMORY_KEYS if key in memory),
+        cpus=len(os.sched_getaffinity(0)),
+        uptime=float(Path("/proc/uptime").read_text().split()[0]),
+        kernel=os.uname().release,
+    )
+
+
+class _Follower:
+    """Texts of events from its making on; all there are at a time."""
+
+    def __init__(self, log: EventLog, node: int | None) -> None:
+        self._log = log
+        self._node = node
+        self._seen = log.last
+
+    async def __anext__(self) -> str:
+        text = ""
+        while not text:
+            events = await self._log.wait_since(self._seen)
+            lost = self._log.lost(self._seen)
+            self._seen = self._log.last
+            text = lines(event.text for event in events if self._node in (None, event.node))
+            if lost:
+                text = f"lost {lost}\n{text}"
+        return text
+
+    async def aclose(self) -> None:
+        """Nothing to give back: the log keeps no account of readers."""
+
+
+def _follow(log: EventLog, node: int | None = None) -> _Follower:
+    return _Follower(log, node)
