@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from errno import EINVAL
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import trio
 
@@ -35,8 +35,7 @@ class Caller:
     node: int = MASTER
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """What stat(2) and the mount have to know of an entry."""
 
     mode: int  # type and permission bits, as st_mode
@@ -45,7 +44,7 @@ class Attributes:
     size: int = 0
     mtime_ns: int = 0
     # The object behind the entry: a name that comes to mean another object (a reused pid) becomes another inode.
-    identity: object = field(default=None, compare=False)
+    identity: object = None
     # The kernel may keep the name and the attributes until told otherwise (`Tree.listen`).
     lasting: bool = False
     # A file with verbs: every lookup makes an inode of its own, since the kernel lets one writer an inode in at a time.
@@ -138,10 +137,6 @@ Listener: TypeAlias = Callable[[Path, bool], None]
 class Tree(Protocol):
     """A file tree."""
 
-    @property
-    def immediate(self) -> bool:
-        """Whether `getattr` answers at once, so that attributes are better asked for when they are needed."""
-
     async def getattr(self, path: Path, caller: Caller) -> Attributes:
         """Raises ENOENT where there is none."""
 
@@ -181,8 +176,3 @@ def one_line(data: bytes) -> str:
     if len(text.splitlines()) > 1 or "\0" in text:
         raise BpfsError(EINVAL, "one line a write, please")
     return text
-
-
-def with_size(attributes: Attributes, size: int) -> Attributes:
-    """The same attributes with another size."""
-    return replace(attributes, size=size)

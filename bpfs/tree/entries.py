@@ -36,7 +36,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from errno import EINVAL
 from inspect import isawaitable
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from bpfs.errors import BpfsError
 from bpfs.tree.base import Attributes, Caller, Changes, Path, WriteRequest
@@ -50,8 +50,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """Owner, group and permission bits of an entry."""
 
     uid: int = 0

@@ -67,10 +67,10 @@ class _Open:
 @dataclass(slots=True)
 class _OpenDirectory:
     inode: Inode
-    names: list[str]
     caller: Caller
-    # Filled ahead where asking name by name would be dear (a tree on the other side of a wire), else empty.
-    known: dict[str, Attributes]
+    # Attributes as of the listing, and how many changes there had been by then.
+    listed: Sequence[tuple[str, Attributes]]
+    changes: int
 
 
 class Operations(pyfuse3.Operations):
@@ -90,11 +90,13 @@ class Operations(pyfuse3.Operations):
         self._numbers = itertools.count(1)
         self._files: dict[int, _Open] = {}
         self._directories: dict[int, _OpenDirectory] = {}
+        self._changes = 0
         tree.listen(self._hear)
 
     # -- changes of the tree -------------------------------------------------------------------------------------------
 
     def _hear(self, path: Path, gone: bool) -> None:
+        self._changes += 1
         inode = self.inodes.find(path)
         if inode is not None and not gone:
             for known in inode.below():
@@ -164,26 +166,25 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: Any) -> int:
         """See pyfuse3."""
         directory, caller = self._inode(inode), self._caller(ctx)
-        listing = await self._tree.listdir(directory.path, caller)
+        changes = self._changes
+        listed = await self._tree.listdir(directory.path, caller)
         number = next(self._numbers)
-        self._directories[number] = _OpenDirectory(directory, [name for name, _ in listing], caller, {})
-        if not self._tree.immediate:
-            self._directories[number].known = dict(listing)
+        self._directories[number] = _OpenDirectory(directory, caller, listed, changes)
         return number
 
     @_to_errno
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """See pyfuse3. Attributes are those of this moment: the kernel will keep them, so they must not be older."""
         opened = self._directories[fh]
-        for place, name in enumerate(opened.names[start_id:], start_id + 1):
-            attributes = opened.known.get(name)
-            if attributes is None:
+        for place in range(start_id, len(opened.listed)):
+            name, attributes = opened.listed[place]
+            if opened.changes != self._changes:
                 try:
                     attributes = await self._tree.getattr((*opened.inode.path, name), opened.caller)
                 except BpfsError:
                     continue  # gone since the listing
             inode = self.inodes.look_up(opened.inode, name, attributes)
-            if not pyfuse3.readdir_reply(token, os.fsencode(name), _entry(inode.number, attributes), place):
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), _entry(inode.number, attributes), place + 1):
                 self.inodes.forget(inode.number, 1)
                 return
 

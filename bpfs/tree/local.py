@@ -11,10 +11,9 @@ import logging
 import stat
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from errno import EACCES, EBADF, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EPERM
 from inspect import isawaitable
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -27,8 +26,7 @@ log = logging.getLogger(__name__)
 _STARTED_NS = time.time_ns()
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
+class _Node(NamedTuple):
     """A place in the tree: an entry, and the object that its functions get."""
 
     entry: Entry[Any]
@@ -57,9 +55,6 @@ class LocalTree:
         self._root = _Node(Directory("", "the root", table), target)
         self._nursery = nursery
         self._listeners: list[Listener] = []
-
-    immediate = True
-    """See `Tree`."""
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

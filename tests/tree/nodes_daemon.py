@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The real tables over a table of nodes that nobody is: ``python -m tests.tree.nodes_daemon MOUNTPOINT NODES``.
+
+One line of figures per line on stdin (``load N TEXT``, ``mode N OCTAL``, ``state N STATE``) is what a slave would have
+sent.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import trio
+
+from bpfs.config import Config
+from bpfs.nodes.admin import Administrator
+from bpfs.nodes.admission import Admission
+from bpfs.nodes.events import EventLog
+from bpfs.nodes.files import NodeFiles, read_sample
+from bpfs.nodes.registry import Node, NodeTable
+from bpfs.nodes.states import NodeState
+from bpfs.tree.local import LocalTree
+from bpfs.tree.mount import mount
+from bpfs.wire.messages import Sample
+
+
+def with_load(sample: Sample, load: str) -> Sample:
+    """A sample with another load line."""
+    return Sample(load, sample.memory, sample.cpus, sample.uptime, sample.kernel)
+
+
+def obey(nodes: NodeTable, line: str) -> None:
+    """One line of stdin."""
+    word, number, text = line.split(None, 2)
+    node = nodes.get(int(number))
+    if word == "load":
+        assert node.sample is not None
+        nodes.set_sample(node, with_load(node.sample, text))
+    elif word == "mode":
+        nodes.set_mode(node, int(text, 8))
+    elif word == "state":
+        nodes.enter(node, NodeState(text), "as told")
+
+
+async def listen(nodes: NodeTable) -> None:
+    stdin = trio.lowlevel.FdStream(0)
+    rest = b""
+    async for data in stdin:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            obey(nodes, line.decode())
+        if lines:
+            print("done", flush=True)
+
+
+async def main(mountpoint: str, count: int) -> None:
+    nodes = NodeTable(EventLog(), limit=4096)
+    nodes.enter(nodes.add(-1), NodeState.UP)
+    sample = read_sample()
+    for number in range(count):
+        node: Node = nodes.add(number)
+        nodes.set_address(node, f"10.0.{number >> 8}.{number & 255}")
+        nodes.set_sample(node, with_load(sample, f"0.00 0.01 0.05 1/100 {number}"))
+        nodes.enter(node, NodeState.UP)
+    files = NodeFiles(nodes, Administrator(nodes, Admission(nodes, lambda: Config())))
+    async with trio.open_nursery() as nursery:
+        tree = LocalTree(files.root_table, nodes, nursery)
+        files.attach(tree)
+        async with mount(tree, mountpoint):
+            nursery.start_soon(listen, nodes)
+            print("ready", flush=True)
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                async for _ in signals:
+                    break
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1], int(sys.argv[2]))
