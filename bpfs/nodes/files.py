@@ -21,6 +21,7 @@ from bpfs.tree.formats import (
     group_name,
     key_values,
     lines,
+    number_of_name,
     parse_group,
     parse_permissions,
     parse_user,
@@ -159,11 +160,8 @@ def migrate_access(node: Node) -> Access:
 
 
 def _find(nodes: NodeTable, name: str) -> Node | None:
-    # Canonical names only: "07" and "+7" are no nodes.
-    if not name.removeprefix("-").isdecimal() or not name.isascii() or len(name) > 10:
-        return None
-    number = int(name)
-    return nodes.find(number) if str(number) == name else None
+    number = number_of_name(name)
+    return nodes.find(number) if number is not None else None
 
 
 def _status(nodes: NodeTable) -> str:

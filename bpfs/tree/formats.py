@@ -17,6 +17,7 @@ from bpfs.errors import BpfsError
 ID_LIMIT = 2**32 - 2
 """Highest uid and gid: the one above, (uid_t)-1, means "no change" to chown(2)."""
 
+_CANONICAL = re.compile(r"0|-?[1-9][0-9]{0,9}", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,10}", re.ASCII)
 
 
@@ -53,6 +54,11 @@ def parse_number(text: str, least: int, most: int, what: str = "number") -> int:
     if not least <= number <= most:
         raise BpfsError(EINVAL, f"{number} is out of range for a {what} ({least} to {most})")
     return number
+
+
+def number_of_name(name: str) -> int | None:
+    """The number that a file name is, in its one way of writing it (``07`` and ``+7`` are no 7), or None."""
+    return int(name) if _CANONICAL.fullmatch(name) else None
 
 
 def parse_permissions(text: str) -> int:

@@ -17,7 +17,7 @@ import trio
 from bpfs.errors import BpfsError
 from bpfs.tree.base import Caller, Changes
 from bpfs.tree.entries import Access, Collection, Control, Directory, File, Link, Table, Verb, WriteRequest
-from bpfs.tree.formats import parse_number, parse_permissions, value
+from bpfs.tree.formats import number_of_name, parse_number, parse_permissions, value
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import FuseMount, mount
 
@@ -38,9 +38,13 @@ class Hub:
         self.readers: list[tuple[int | None, trio.MemorySendChannel[str]]] = []
 
     def publish(self, line: str, topic: int | None = None) -> None:
-        for wanted, channel in self.readers:
+        for reader in list(self.readers):
+            wanted, channel = reader
             if wanted in (None, topic):
-                channel.send_nowait(f"{line}\n")
+                try:
+                    channel.send_nowait(f"{line}\n")
+                except trio.BrokenResourceError:
+                    self.readers.remove(reader)
 
     def subscribe(self, topic: int | None = None) -> trio.MemoryReceiveChannel[str]:
         send, receive = trio.open_memory_channel[str](1000)
@@ -62,7 +66,8 @@ class State:
 
 
 def find_box(state: State, name: str) -> Box | None:
-    return state.boxes.get(int(name)) if name.isdigit() else None
+    number = number_of_name(name)
+    return state.boxes.get(number) if number is not None else None
 
 
 async def main(mountpoint: str) -> None:
