@@ -74,3 +74,19 @@ def mount(source: str, target: str, kind: str, flags: int) -> None:
 def umount(target: str, flags: int = MNT_DETACH) -> None:
     """Unmount; by default at once, even when busy."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def set_title(title: str) -> None:
+    """Set name and command line that ps shows; as much as fits where the program's arguments are
+    (proc_pid_stat(5))."""
+    set_comm(title.partition(":")[0])
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: fields 48 and 49
+    except (OSError, ValueError, IndexError):
+        return
+    if 0 < start < end:
+        # The last byte stays NUL: otherwise the kernel reads on into the environment.
+        text = os.fsencode(title)[: end - start - 1]
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)

@@ -14,9 +14,11 @@ from bpfs.engines import Workers
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
 from bpfs.nodes.events import EventLog
-from bpfs.nodes.registry import MASTER, NodeTable
+from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import NodeHandler
 from bpfs.nodes.states import NodeState
+from bpfs.tree.entries import Entry
+from bpfs.tree.local import LocalTree
 from bpfs.wire.messages import Message
 from bpfs.wire.streams import StreamBook
 
@@ -34,6 +36,11 @@ class Cluster:
     handlers: dict[type[Message], NodeHandler] = field(default_factory=dict)
     """What is done with messages of slaves, beside what sessions do themselves: called with the node and the
     message."""
+    node_entries: list[Entry[Node]] = field(default_factory=list)
+    """More files for nodes/N; to be there before the tree is mounted."""
+    root_entries: list[Entry[NodeTable]] = field(default_factory=list)
+    """More files for the root; to be there before the tree is mounted."""
+    tree: LocalTree | None = None
     identity: bytes = field(default_factory=lambda: os.urandom(16))
     nodes: NodeTable = field(init=False)
     admission: Admission = field(init=False)

@@ -222,13 +222,6 @@ class EngineClose(Message):
     session: int
 
 
-@_message(24)
-class EngineLost(Message):
-    """slave -> master: the session's worker ended by itself while no call was under way."""
-
-    session: int
-
-
 @_message(25)
 class FdClose(Message):
     """master -> slave: close held descriptors."""
@@ -243,7 +236,7 @@ class FdClose(Message):
 class JobReport(Message):
     """slave -> master: a packet of the node's init (struct report of nodeinit.c). Strictly in order."""
 
-    kind: int  # 1: a child of `reporter` changed state; 2: `pid`/`reporter` got a signal to forward
+    kind: int  # engine.jobspace.Kind: CHILD, SIGNAL, FAILED
     pid: int
     reporter: int
     code: int  # CLD_... of siginfo
@@ -252,6 +245,7 @@ class JobReport(Message):
     utime_us: int
     stime_us: int
     maxrss_kb: int
+    value: int  # of a queued signal
     sender: int
 
 
@@ -287,8 +281,10 @@ class HostPidIs(Message):
 
 
 @_message(35)
-class Forget(Message):
-    """master -> slave: remove placeholders that have no child left."""
+class DropPlaceholder(Message):
+    """master -> slave: the process that this placeholder stands for has ended."""
+
+    pid: int
 
 
 @_message(36)

@@ -1,0 +1,110 @@
+"""bpcluster: a whole cluster of virtual nodes on this machine, up and down with one command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from errno import EPERM
+
+from bpfs.cli.common import EXIT_ERROR, make_parser, run
+from bpfs.config import DEFAULT_LEASE
+from bpfs.errors import BpfsError
+from bpfs.rundir import RunDir, chosen_mount
+
+PROG = "bpcluster"
+
+_EPILOG = """\
+`up` returns when every node is up, or else names what failed and leaves nothing behind. `status` prints a line a
+node. `down` ends everything that belongs to the cluster, also when its daemons have been killed. Clusters with
+different mount points may run side by side. Exit code: 0, 1 when something failed or there is no cluster, 2 for a
+command line that makes no sense.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run(PROG, _main, argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of nodes from 1 to 1000")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.5 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a lease in seconds from 0.5 to 86400")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(PROG, "Runs a cluster of virtual nodes on this machine.", _EPILOG)
+    # After the verb it counts as well as before it.
+    mount = argparse.ArgumentParser(add_help=False)
+    mount.add_argument(
+        "--mount", metavar="DIR", default=argparse.SUPPRESS, help="which cluster (default: $BPFS or /bpfs)"
+    )
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    up = verbs.add_parser("up", parents=[mount], help="start a cluster", description="Starts master and nodes.")
+    up.add_argument("-n", "--nodes", metavar="N", type=_count, default=4, help="how many nodes (default: 4)")
+    up.add_argument("--lease", metavar="SECONDS", type=_seconds, default=DEFAULT_LEASE, help="the lease (default: 30)")
+    up.add_argument("--netns", action="store_true", help="a network namespace for each node, joined by a bridge")
+    up.add_argument("--no-tree", action="store_true", help="do not mount the tree")
+    up.add_argument("--verbose", action="store_true", help="log more")
+    up.set_defaults(body=_up)
+    status = verbs.add_parser("status", parents=[mount], help="show the nodes", description="Prints a line a node.")
+    status.set_defaults(body=_status)
+    down = verbs.add_parser("down", parents=[mount], help="end a cluster", description="Ends all that belongs to it.")
+    down.set_defaults(body=_down)
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    body: Callable[[argparse.Namespace, str], int] = args.body
+    if os.geteuid() != 0:
+        raise BpfsError(EPERM, "needs root: it mounts, makes namespaces, and traces processes")
+    return body(args, chosen_mount(args.mount))
+
+
+def _up(args: argparse.Namespace, mount: str) -> int:
+    # The daemons' code is for `up` alone: the other verbs answer at once.
+    from bpfs.cli.virtual import Up, UpOptions
+
+    Up(UpOptions(mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose)).run()
+    return 0
+
+
+def _status(_args: argparse.Namespace, mount: str) -> int:
+    from bpfs.cli.virtual import node_states
+
+    rundir = RunDir(mount)
+    if not rundir.path.is_dir():
+        print(f"{PROG}: there is no cluster at {mount}", file=sys.stderr)
+        return EXIT_ERROR
+    states = node_states(rundir)
+    counts = Counter(state for state, _ in states.values())
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no nodes"
+    print(f"{mount}: {summary}")
+    for number, (state, reason) in sorted(states.items()):
+        print(f"{number} {state} {reason}".rstrip())
+    return 0
+
+
+def _down(_args: argparse.Namespace, mount: str) -> int:
+    from bpfs.cli.virtual import take_down
+
+    take_down(mount)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

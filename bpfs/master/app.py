@@ -1,0 +1,162 @@
+"""bpmaster's composition root: parse, key, port, engine, mount, ready; then serve until told to end, and undo all
+of it.
+
+Whatever can be wrong is complained of before the daemon is ready, and so on the starter's terminal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import struct
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from errno import ENODEV
+from pathlib import Path
+
+import trio
+from engine.zygote import Zygote
+
+from bpfs import config as configuration
+from bpfs import daemon, kernel, log
+from bpfs.config import Config
+from bpfs.daemon import Ready
+from bpfs.engines import Workers
+from bpfs.errors import BpfsError, ConfigError
+from bpfs.master import control, tree
+from bpfs.master.cluster import Cluster
+from bpfs.master.listener import Listener, open_port
+from bpfs.nodes.registry import MASTER
+from bpfs.rundir import RunDir
+from bpfs.sample import LOOK_EVERY, Sampler
+from bpfs.wire.handshake import read_key
+
+_log = log.get("master")
+
+FAREWELL = 3.0
+"""Seconds that slaves have to kill their jobs when the master ends; after it they fence themselves, alone."""
+
+SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+@dataclass(frozen=True, slots=True)
+class MasterOptions:
+    """The options of a master.
+
+    Attributes:
+        config: what it runs by.
+        config_path: the file that SIGHUP reads again; None: there is none.
+        tree: whether to mount the tree at all (tests of the rest do without).
+    """
+
+    config: Config
+    config_path: Path | None = None
+    tree: bool = True
+
+
+def serve(options: MasterOptions, ready: Ready) -> int:
+    """Be the master until told to end; gives the exit code."""
+    kernel.set_title(f"bpmaster: {options.config.mount}")
+    daemon.raise_limits()
+    key = read_key(options.config.key)
+    port = open_port(listen_address(options.config), options.config.port)
+    # Before trio and before any thread: workers are forks of the zygote, and it is a fork of this.
+    zygote = Zygote.start()
+    complaint = ""
+    try:
+        trio.run(_serve, options, ready, key, port, Workers(zygote))
+    except* BpfsError as group:
+        complaint = _first(group).sentence
+        _log.error("%s", complaint)
+        ready.failed(complaint)
+    finally:
+        zygote.close()
+        port.close()
+    return 1 if complaint else 0
+
+
+def _first(group: BaseExceptionGroup[BpfsError]) -> BpfsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, BpfsError)
+    return error
+
+
+def listen_address(config: Config) -> str:
+    """The address to listen on: as configured, else the interface's, else all.
+
+    Raises:
+        BpfsError: there is no such interface, or it has no address.
+    """
+    if config.address or not config.interface:
+        return config.address
+    request = struct.pack("256s", config.interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(sock, SIOCGIFADDR, request)[20:24])
+        except OSError as error:
+            raise BpfsError(ENODEV, f"interface {config.interface} has no address: {error.strerror}") from None
+
+
+async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.socket, workers: Workers) -> None:
+    rundir = RunDir(options.config.mount)
+    async with AsyncExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        cluster = Cluster(options.config, key, workers, nursery)
+        host, number = port.getsockname()
+        cluster.nodes.set_address(cluster.nodes.get(MASTER), host)
+        cluster.reconfigure(options.config)
+        rundir.make()
+        rundir.record("master", os.getpid())
+        rundir.write("port", f"{host} {number}\n")
+        if options.tree:
+            await stack.enter_async_context(tree.mounted(cluster))
+        nursery.start_soon(workers.keep_spare, name="spare worker")
+        nursery.start_soon(_sample, cluster, name="samples of the master")
+        nursery.start_soon(control.serve, cluster, rundir.control, name="control socket")
+        nursery.start_soon(Listener(cluster, port).run, name="cluster port")
+        _log.info("ready on %s port %d", host, number)
+        ready.ok()
+        async for signo in signals:
+            if signo != signal.SIGHUP:
+                break
+            _read_again(cluster, options.config_path)
+        _log.info("told to end")
+        await _farewell(cluster)
+
+
+async def _farewell(cluster: Cluster) -> None:
+    """Have all slaves kill their jobs; who does not answer in time finds the link closed, and does it then."""
+    with trio.move_on_after(FAREWELL):
+        async with trio.open_nursery() as nursery:
+            for node in cluster.nodes:
+                if node.session is not None:
+                    nursery.start_soon(node.session.fence, "the master ends", "afresh")
+
+
+def _read_again(cluster: Cluster, path: Path | None) -> None:
+    if path is None:
+        _log.info("there is no configuration file to read again")
+        return
+    try:
+        cluster.reconfigure(configuration.read(path))
+        _log.info("read %s again", path)
+    except ConfigError as error:
+        _log.error("the configuration stays as it was: %s", error)
+
+
+async def _sample(cluster: Cluster) -> None:
+    sampler, master = Sampler(), cluster.nodes.get(MASTER)
+    try:
+        while True:
+            sample = sampler.take_changed()
+            if sample is not None:
+                cluster.nodes.set_sample(master, sample)
+            await trio.sleep(LOOK_EVERY)
+    finally:
+        sampler.close()

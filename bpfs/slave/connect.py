@@ -1,0 +1,100 @@
+"""Finding the master: connect, prove, be welcomed; again and again, with back-off and jitter, until it works."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError, LinkClosed, ProtocolError
+from bpfs.slave import machine
+from bpfs.slave.options import SlaveOptions
+from bpfs.wire import handshake, streams
+from bpfs.wire.handshake import RefusedByMaster
+from bpfs.wire.link import Link, now
+from bpfs.wire.messages import Join, Welcome
+
+_log = log.get("wire")
+
+FIRST_DELAY, LAST_DELAY, GROWTH = 0.1, 5.0, 1.6
+"""Seconds between attempts: from the first, growing, to the last, each times 0.5 to 1.5 by chance.
+
+A restarted master then has 1,000 slaves back within seconds, and is asked by 200 a second while it is away."""
+
+PARKED = 60.0
+"""Seconds to stay on a parked connection at most; the master ends it earlier."""
+
+
+def _own_macs() -> tuple[str, ...]:
+    found = set()
+    for path in Path("/sys/class/net").glob("*/address"):
+        try:
+            mac = path.read_text().strip()
+        except OSError:
+            continue
+        if len(mac) == 17 and mac != "00:00:00:00:00:00":
+            found.add(mac)
+    return tuple(sorted(found))
+
+
+def make_join(number: int | None, identity: bytes) -> Join:
+    """What this slave says of itself."""
+    system = os.uname()
+    return Join(b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node())
+
+
+class Seeker:
+    """Looks for the master until it is found."""
+
+    def __init__(self, options: SlaveOptions, join: Join) -> None:
+        self._options = options
+        self._join = join
+        self._complaint = ""
+
+    async def find(self) -> tuple[Link, Welcome, float]:
+        """A link on which the master said welcome, and when (`now()`) its proof of life was sent."""
+        delay = FIRST_DELAY
+        while True:
+            try:
+                return await self._attempt()
+            except RefusedByMaster as refusal:
+                self._complain(f"refused: {refusal}")
+                if refusal.parked:
+                    delay = FIRST_DELAY
+            except (ProtocolError, LinkClosed) as error:
+                self._complain(f"the handshake failed: {error} (is the cluster key the same?)")
+            except (OSError, BpfsError) as error:
+                self._complain(f"cannot connect: {error.strerror or error}")
+            except trio.TooSlowError:
+                self._complain("the master does not answer")
+            await trio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * GROWTH, LAST_DELAY)
+
+    def _complain(self, text: str) -> None:
+        # One line a reason, not one an attempt.
+        if text != self._complaint:
+            self._complaint = text
+            _log.warning("master %s port %d: %s", self._options.host, self._options.port, text)
+
+    async def _attempt(self) -> tuple[Link, Welcome, float]:
+        options = self._options
+        with trio.fail_after(handshake.TIMEOUT):
+            sock = await streams.connect(options.host, options.port)
+        link = Link(sock, "the master")
+        try:
+            with trio.fail_after(handshake.TIMEOUT):
+                sent = now()
+                return link, await handshake.enter(link, options.key, self._join), sent
+        except RefusedByMaster as refusal:
+            if refusal.parked:
+                self._complain(f"refused: {refusal}")
+                with trio.move_on_after(PARKED):
+                    await link.wait_closed_by_peer()
+            link.close("refused")
+            raise
+        except BaseException:
+            link.close("no welcome")
+            raise

@@ -1,0 +1,97 @@
+"""The master's engine sessions on this node: each is one worker, whose packets pass through unread.
+
+Descriptors cannot travel to the master: where an answer brings some, the slave holds them and sends handles; where
+a request wants some, the master names handles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import suppress
+from errno import EBADF, EEXIST, ENOENT
+
+from bpfs.engines import WorkerChannel, Workers
+from bpfs.errors import BpfsError
+from bpfs.wire.messages import EngineCall, EngineClose, EngineOpen, EngineReply, FdClose
+
+
+class HeldFds:
+    """Descriptors that the slave holds for the master, by handle. Handles are never used twice."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, int] = {}
+        self._next = itertools.count(1)
+
+    def hold(self, fd: int) -> int:
+        """Keep a descriptor; gives its handle."""
+        handle = next(self._next)
+        self._fds[handle] = fd
+        return handle
+
+    def take(self, handle: int) -> int:
+        """Give a descriptor out: it is the caller's.
+
+        Raises:
+            BpfsError: EBADF.
+        """
+        fd = self._fds.pop(handle, -1)
+        if fd < 0:
+            raise BpfsError(EBADF, f"the node holds no descriptor {handle}")
+        return fd
+
+    def close(self, message: FdClose | None = None) -> None:
+        """Handler, and the end: close these, or all."""
+        for handle in message.fds if message is not None else list(self._fds):
+            fd = self._fds.pop(handle, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+
+class EngineHost:
+    """The open engine sessions."""
+
+    def __init__(self, workers: Workers, held: HeldFds) -> None:
+        self._workers = workers
+        self._held = held
+        self._sessions: dict[int, WorkerChannel] = {}
+
+    def open(self, message: EngineOpen) -> None:
+        """Handler: give a session its worker."""
+        if message.session in self._sessions:
+            raise BpfsError(EEXIST, f"engine session {message.session} is open already")
+        self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
+
+    async def call(self, message: EngineCall) -> EngineReply:
+        """Handler: one request to the session's worker. Cancelling it aborts the session."""
+        channel = self._sessions.get(message.session)
+        if channel is None:
+            raise BpfsError(ENOENT, f"there is no engine session {message.session}")
+        fds: list[int] = []
+        try:
+            for handle in message.fds:
+                fds.append(self._held.take(handle))
+            body, received = await channel.exchange(message.body, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return EngineReply(body, tuple(self._held.hold(fd) for fd in received))
+
+    def close(self, message: EngineClose) -> None:
+        """Handler: end a session; its worker undoes what was not finished."""
+        channel = self._sessions.pop(message.session, None)
+        if channel is not None:
+            channel.close()
+
+    def close_all(self) -> None:
+        """End all sessions: the link is gone."""
+        for channel in self._sessions.values():
+            with suppress(OSError):
+                channel.close()
+        self._sessions.clear()
+
+    def __len__(self) -> int:
+        return len(self._sessions)

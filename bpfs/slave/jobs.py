@@ -1,0 +1,151 @@
+"""The node's job space: what its init reports goes to the master, what the master wants goes to the jobs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from errno import EINVAL, EIO, ESRCH
+from pathlib import Path
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError, LinkClosed
+from bpfs.wire.link import Link
+from bpfs.wire.messages import (
+    DropPlaceholder,
+    HostPidIs,
+    HostPidOf,
+    JobReport,
+    JobStatus,
+    JobStatusIs,
+    KillAll,
+    Signal,
+)
+from engine.jobspace import JobSpace, Kind
+from engine.linux import pidfd
+
+_log = log.get("jobs")
+
+SI_QUEUE = -1  # sigqueue(3): the value counts
+STATUS_FILES = frozenset({"stat", "status", "cmdline"})
+
+
+class Jobs:
+    """One job space and its messages."""
+
+    def __init__(self, space: JobSpace, link: Link) -> None:
+        self._space = space
+        self._link = link
+        self.closed = False
+
+    @classmethod
+    def start(cls, block: range, link: Link) -> Jobs:
+        """Make the job space; takes about 3 ms.
+
+        Raises:
+            BpfsError: with a sentence.
+        """
+        try:
+            return cls(JobSpace.start(block), link)
+        except (OSError, RuntimeError) as error:
+            raise BpfsError(EIO, f"no job space can be made: {error}") from None
+
+    @property
+    def init(self) -> int:
+        """HostPid of the job space's init."""
+        return self._space.init
+
+    @property
+    def space(self) -> JobSpace:
+        """The engine's own object."""
+        return self._space
+
+    async def run(self) -> str:
+        """Pass reports on; returns, with the reason, when the job space has died."""
+        while not self.closed:
+            try:
+                await trio.lowlevel.wait_readable(self._space.reports)
+            except (trio.ClosedResourceError, OSError):
+                break
+            reports = self._space.read_reports()
+            for report in reports:
+                with suppress(LinkClosed):
+                    self._link.notify_nowait(
+                        JobReport(
+                            kind=int(report.kind),
+                            pid=report.pid,
+                            reporter=report.reporter,
+                            code=report.code,
+                            status=report.status,
+                            uid=report.uid,
+                            utime_us=report.utime_us,
+                            stime_us=report.stime_us,
+                            maxrss_kb=report.maxrss_kb,
+                            value=report.value,
+                            sender=report.sender,
+                        )
+                    )
+            if not reports and self._is_dead():
+                return "the init of the job space has died"
+            if any(report.kind is Kind.CHILD for report in reports):
+                with suppress(OSError):
+                    self._space.drop_unneeded_placeholders()
+        return "the job space is closed"
+
+    def _is_dead(self) -> bool:
+        try:
+            return not self._space.reports.recv(1, 0x42)  # MSG_PEEK | MSG_DONTWAIT
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Kill every job; returns when all are dead."""
+        if not self.closed:
+            self.closed = True
+            with suppress(OSError):
+                trio.lowlevel.notify_closing(self._space.reports)
+            self._space.close()
+
+    # -- handlers ----------------------------------------------------------------------------------
+
+    def signal(self, message: Signal) -> None:
+        """Handler: send a signal to a job."""
+        if not 0 <= message.sig <= 64:
+            raise BpfsError(EINVAL, f"{message.sig} is no signal")
+        try:
+            process = self._space.open_process(message.pid)
+            try:
+                if message.si_code == SI_QUEUE:
+                    pidfd.queue(process, message.sig, message.value, message.si_uid)
+                else:
+                    pidfd.send(process, message.sig)
+            finally:
+                os.close(process)
+        except ProcessLookupError:
+            raise BpfsError(ESRCH, f"there is no process {message.pid} on this node") from None
+
+    def kill_all(self, _message: KillAll) -> None:
+        """Handler: kill all jobs; the job space stays."""
+        self._space.kill_all()
+
+    def hostpid(self, message: HostPidOf) -> HostPidIs:
+        """Handler: a job's pid as engine workers here see it."""
+        return HostPidIs(self._space.hostpid(message.pid) or 0)
+
+    def drop_placeholder(self, message: DropPlaceholder) -> None:
+        """Handler: the process that a placeholder stands for has ended."""
+        with suppress(ProcessLookupError):
+            self._space.drop_placeholder(message.pid)
+
+    def status(self, message: JobStatus) -> JobStatusIs:
+        """Handler: files of /proc of a job."""
+        hostpid = self._space.hostpid(message.pid)
+        if hostpid is None or not set(message.names) <= STATUS_FILES:
+            raise BpfsError(ESRCH, f"there is no process {message.pid} on this node")
+        try:
+            return JobStatusIs(tuple(Path(f"/proc/{hostpid}/{name}").read_bytes()[:65536] for name in message.names))
+        except OSError:
+            raise BpfsError(ESRCH, f"process {message.pid} has just ended") from None

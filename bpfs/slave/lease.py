@@ -1,0 +1,52 @@
+"""The slave's side of the lease: heartbeats out, answers in, and the moment at which it must not hold jobs any
+more."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import trio
+
+from bpfs.errors import LinkClosed
+from bpfs.slave.supervisor import Reporter
+from bpfs.wire.link import Link, now
+from bpfs.wire.messages import Heartbeat, HeartbeatSeen, Welcome
+
+
+class Lease:
+    """Counts from when an answered heartbeat was *sent*: so the master, which counts from later, never gives up
+    earlier."""
+
+    def __init__(self, link: Link, welcome: Welcome, sent: float, reporter: Reporter) -> None:
+        """Args:
+        sent: when, by `now()`, we sent what the welcome answers.
+        """
+        self._link = link
+        self._welcome = welcome
+        self._reporter = reporter
+        self._sent: dict[int, float] = {}
+        self._count = 0
+        self._extend(sent)
+
+    def _extend(self, sent: float) -> None:
+        self.end = sent + self._welcome.lease
+        self._reporter.note(self.end, self._welcome.node)
+
+    def seen(self, message: HeartbeatSeen) -> None:
+        """Handler: the master has answered."""
+        sent = self._sent.pop(message.count, None)
+        if sent is not None:
+            self._sent = {count: when for count, when in self._sent.items() if count > message.count}
+            self._extend(sent)
+
+    async def run(self) -> None:
+        """Send heartbeats; returns when the lease is over."""
+        beat = now()
+        while now() < self.end:
+            if now() >= beat:
+                self._count += 1
+                self._sent[self._count] = now()
+                with suppress(LinkClosed):
+                    self._link.notify_nowait(Heartbeat(self._count))
+                beat = now() + self._welcome.heartbeat
+            await trio.sleep(max(0.0, min(beat, self.end) - now()))

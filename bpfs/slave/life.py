@@ -1,0 +1,206 @@
+"""One life of a slave: connect, hold jobs, end. The composition root of bpslave; its supervisor makes the next
+life.
+
+Whatever ends it (the link closed or silent for the lease, a fence, a signal), the way out is the same: leave the
+nursery, kill the jobs, exit with a code that says what next. What is left after that, the supervisor kills.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from errno import EINVAL
+from typing import Any
+
+import trio
+from engine.zygote import Zygote
+
+from bpfs import daemon, kernel, log
+from bpfs.engines import Workers
+from bpfs.errors import BpfsError, LinkClosed
+from bpfs.sample import LOOK_EVERY, Sampler
+from bpfs.slave import machine
+from bpfs.slave.connect import Seeker, make_join
+from bpfs.slave.enginehost import EngineHost, HeldFds
+from bpfs.slave.jobs import Jobs
+from bpfs.slave.lease import Lease
+from bpfs.slave.options import SlaveOptions
+from bpfs.slave.supervisor import End, Reporter
+from bpfs.wire.link import Link
+from bpfs.wire.messages import (
+    Done,
+    DropPlaceholder,
+    EngineCall,
+    EngineClose,
+    EngineOpen,
+    Fault,
+    FdClose,
+    Fence,
+    HeartbeatSeen,
+    HostPidOf,
+    JobStatus,
+    KillAll,
+    Leaving,
+    Message,
+    Ready,
+    SetClock,
+    Signal,
+    Welcome,
+)
+
+_log = log.get("slave")
+
+THEN = {"afresh": End.AFRESH, "reboot": End.REBOOT, "halt": End.HALT, "pwroff": End.PWROFF}
+
+LAST_WORDS = 2.0
+"""Seconds for the answer to a fence to reach the master, which closes the link then."""
+
+
+class Slave:
+    """What one life has; other parts hang their handlers and tasks into it."""
+
+    def __init__(self, options: SlaveOptions, link: Link, welcome: Welcome, workers: Workers) -> None:
+        self.options = options
+        self.link = link
+        self.welcome = welcome
+        self.number = welcome.node
+        self.workers = workers
+        self.held = HeldFds()
+        self.engines = EngineHost(workers, self.held)
+        self.jobs: Jobs | None = None
+        self.end: End = End.AFRESH
+        self.handlers: dict[type[Message], Callable[[Any], Any]] = {
+            EngineOpen: self.engines.open,
+            EngineCall: self.engines.call,
+            EngineClose: self.engines.close,
+            FdClose: self.held.close,
+            Fence: self._fence,
+            SetClock: self._set_clock,
+        }
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, lease: Lease) -> End:
+        """Be the node until something ends it; no job lives when it returns."""
+        self.handlers[HeartbeatSeen] = lease.seen
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._until_told, name="signals")
+                self._make_job_space()
+                nursery.start_soon(self._until_link_ends, name="link")
+                nursery.start_soon(self._until_lease_ends, lease, name="lease")
+                nursery.start_soon(self._send_samples, name="samples")
+                nursery.start_soon(self.workers.keep_spare, name="spare worker")
+                if self.jobs is not None:
+                    nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
+                    self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node()))
+        except* LinkClosed as group:
+            _log.warning("starting afresh: %s", group.exceptions[0])
+        finally:
+            self._kill_jobs()
+            self.link.close("the slave ends")
+        return self.end
+
+    def _make_job_space(self) -> None:
+        block = range(self.welcome.block_first, self.welcome.block_last + 1)
+        try:
+            jobs = self.jobs = Jobs.start(block, self.link)
+        except BpfsError as error:
+            _log.error("%s", error)
+            self.link.notify_nowait(Fault(error.sentence))
+            return
+        self.handlers |= {
+            Signal: jobs.signal,
+            KillAll: jobs.kill_all,
+            HostPidOf: jobs.hostpid,
+            JobStatus: jobs.status,
+            DropPlaceholder: jobs.drop_placeholder,
+        }
+
+    def _kill_jobs(self) -> None:
+        # Engine sessions first: a process that is being built here ends with its worker or with the job space.
+        self.engines.close_all()
+        if self.jobs is not None:
+            self.jobs.close()
+        self.held.close()
+
+    def _stop(self, end: End, reason: str) -> None:
+        self.end = end
+        _log.info("this life of the slave ends: %s", reason)
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    # -- what ends a life --------------------------------------------------------------------------
+
+    async def _until_link_ends(self) -> None:
+        self._stop(self.end, await self.link.run(self.handlers))
+
+    async def _until_lease_ends(self, lease: Lease) -> None:
+        await lease.run()
+        self._stop(End.AFRESH, f"no answer from the master for {self.welcome.lease:g} s")
+
+    async def _until_jobs_end(self, jobs: Jobs) -> None:
+        reason = await jobs.run()
+        if not jobs.closed:
+            with suppress(LinkClosed):
+                self.link.notify_nowait(Leaving(reason))
+            self._stop(End.AFRESH, reason)
+
+    async def _until_told(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                self._kill_jobs()
+                with suppress(LinkClosed):
+                    self.link.notify_nowait(Leaving("the slave was ended"))
+                self._stop(End.FOR_GOOD, "told to end")
+
+    async def _fence(self, message: Fence) -> Done:
+        """Handler: kill the jobs, answer, end."""
+        if message.then not in THEN:
+            raise BpfsError(EINVAL, f"{message.then!r} is nothing to do after a fence")
+        _log.info("fenced by the master: %s", message.reason)
+        self.end = THEN[message.then]
+        self._kill_jobs()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._end_soon, name="end after fence")
+        return Done()
+
+    async def _end_soon(self) -> None:
+        await trio.sleep(LAST_WORDS)
+        self._stop(self.end, "fenced")
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def _set_clock(self, message: SetClock) -> None:
+        machine.set_clock(message.realtime_ns)
+
+    async def _send_samples(self) -> None:
+        sampler = Sampler()
+        try:
+            while True:
+                sample = sampler.take_changed()
+                if sample is not None:
+                    await self.link.notify(sample)
+                await trio.sleep(LOOK_EVERY)
+        finally:
+            sampler.close()
+
+
+def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None) -> int:
+    """Live once; gives the exit code for the supervisor."""
+    kernel.set_title(f"bpslave: node {'?' if number is None else number} of {options.host} port {options.port}")
+    daemon.raise_limits()
+    zygote = Zygote.start()
+    try:
+        return int(trio.run(_live, options, reporter, identity, number, zygote))
+    finally:
+        zygote.close()
+
+
+async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
+    seeker = Seeker(options, make_join(number, identity))
+    link, welcome, sent = await seeker.find()
+    _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
+    slave = Slave(options, link, welcome, Workers(zygote))
+    return await slave.run(Lease(link, welcome, sent, reporter))

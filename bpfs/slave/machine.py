@@ -1,0 +1,94 @@
+"""What may be done to the machine itself, and where: only a real node can be rebooted, halted, powered off, or have
+its clock set.
+
+Whether this is a real node is nobody's choice but the node image's init's. Four things must hold at once, and a
+developer's or user's machine has none of the last three:
+
+* the init has written this boot's id into `MARK`, owned by root, mode 0400;
+* the root file system is the initramfs (ramfs or tmpfs): nothing is installed here;
+* this is the machine's initial pid namespace: no container, no virtual node;
+* pid 1 of the machine is our init: its name is `INIT_COMM`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from errno import EOPNOTSUPP
+from pathlib import Path
+
+from bpfs.errors import BpfsError
+
+MARK = Path("/run/bpfs-node-image")
+INIT_COMM = "bpfs-init"
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_INITIAL_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+_RAM_ROOTS = {0x858458F6, 0x01021994}  # RAMFS_MAGIC, TMPFS_MAGIC of include/uapi/linux/magic.h
+
+_COMMANDS = {"reboot": 0x01234567, "halt": 0xCDEF0123, "pwroff": 0x4321FEDC}  # linux/reboot.h
+
+
+def is_real_node() -> bool:
+    """Whether the node image's init says that this machine is a real node, and nothing speaks against it."""
+    try:
+        info = MARK.lstat()
+        marked = (
+            stat.S_ISREG(info.st_mode)
+            and info.st_uid == 0
+            and stat.S_IMODE(info.st_mode) == 0o400
+            and MARK.read_text().strip() == _BOOT_ID.read_text().strip()
+        )
+        return (
+            marked
+            and os.readlink("/proc/self/ns/pid") == _INITIAL_PID_NS
+            and Path("/proc/1/comm").read_text().strip() == INIT_COMM
+            and _root_type() in _RAM_ROOTS
+        )
+    except OSError:
+        return False
+
+
+def _root_type() -> int:
+    # struct statfs begins with f_type, a long; 120 bytes on x86_64.
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None, use_errno=True).statfs(b"/", buffer) != 0:
+        return 0
+    return int.from_bytes(buffer.raw[:8], "little")
+
+
+def end(how: str) -> None:
+    """Reboot, halt or power off the machine. Never returns where it works.
+
+    Args:
+        how: `reboot`, `halt` or `pwroff`.
+
+    Raises:
+        BpfsError: EOPNOTSUPP: this is no real node.
+        OSError: the kernel refused.
+    """
+    _expect_real(how)
+    os.sync()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.reboot(ctypes.c_int(_COMMANDS[how] - (1 << 32) if _COMMANDS[how] >> 31 else _COMMANDS[how])) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), how)
+
+
+def set_clock(realtime_ns: int) -> None:
+    """Set the machine's clock.
+
+    Raises:
+        BpfsError: EOPNOTSUPP: this is no real node.
+        OSError: the kernel refused.
+    """
+    import time
+
+    _expect_real("the setting of the clock")
+    time.clock_settime_ns(time.CLOCK_REALTIME, realtime_ns)
+
+
+def _expect_real(what: str) -> None:
+    if not is_real_node():
+        raise BpfsError(EOPNOTSUPP, f"{what}: this is no real node")

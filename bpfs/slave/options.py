@@ -1,0 +1,25 @@
+"""What a slave is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SlaveOptions:
+    """The options of one slave.
+
+    Attributes:
+        host, port: the master's.
+        key: the cluster key.
+        number: the node number to ask for; None: the master decides.
+        mount: where to mount the tree here; None: nowhere.
+        verbose: log more.
+    """
+
+    host: str
+    port: int
+    key: bytes
+    number: int | None = None
+    mount: str | None = None
+    verbose: bool = False

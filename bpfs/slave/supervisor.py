@@ -1,0 +1,258 @@
+"""The slave's supervisor: starts the slave's lives, one process each, and holds the fence.
+
+A *life* is a forked process (bpfs.slave.life): it connects, holds jobs, and ends. When it ends, however, the
+supervisor kills whatever it left (all descendants end up as the supervisor's children: pid 1 of a virtual node by
+nature, elsewhere as subreaper) and only then starts the next life. So a slave that connects again has no job of an
+earlier life, whatever happened to it.
+
+The supervisor is also the last keeper of the lease: a life tells it until when it may go on, and one that is hung
+or stopped beyond that is killed. It imports nothing that the life does not, and being its parent in memory, starts
+it in milliseconds.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import random
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
+
+from bpfs import kernel, log
+from bpfs.errors import BpfsError
+from bpfs.slave import machine
+from bpfs.slave.options import SlaveOptions
+
+_log = log.get("supervisor")
+
+NOTE = struct.Struct("=dq")
+"""From a life: its lease's end (seconds of CLOCK_BOOTTIME; 0: no jobs, no lease) and its node number."""
+
+GRACE = 0.2
+"""Seconds after the lease's end in which a life should have ended by itself; less than any margin of the master's."""
+
+END_TIMEOUT = 5.0
+"""Seconds for a life to end in peace when we are told to end."""
+
+SHORT_LIFE = 5.0
+"""A life shorter than this, ended by a fault of its own, is followed by a pause that doubles each time."""
+PAUSE_MAX = 10.0
+
+
+class End(enum.IntEnum):
+    """How a life ended, as its exit code; any other code, or a signal, is a crash."""
+
+    FOR_GOOD = 0  # told to end: so does the supervisor
+    AFRESH = 75  # fenced, or told to start afresh
+    REBOOT = 76
+    HALT = 77
+    PWROFF = 78
+
+
+class Reporter:
+    """A life's way to tell its supervisor."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def note(self, lease_end: float, number: int) -> None:
+        """Say until when this life may hold jobs."""
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._fd, NOTE.pack(lease_end, number))
+
+
+Live: TypeAlias = Callable[[SlaveOptions, Reporter, bytes, "int | None"], int]
+
+
+class Supervisor:
+    """Runs lives until told to end."""
+
+    def __init__(self, options: SlaveOptions, live: Live) -> None:
+        """Args:
+        live: one life, in its own process; see bpfs.slave.life.
+        """
+        self._options = options
+        self._live = live
+        self._number = options.number
+        self._identity = os.urandom(16)
+        self._told_to_end = False
+        self._wake, self._wake_send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> int:
+        """Give the exit code."""
+        kernel.set_subreaper()
+        signal.set_wakeup_fd(self._wake_send, warn_on_full_buffer=False)
+        for signo in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(signo, self._on_signal)
+        pause = 0.0
+        while not self._told_to_end:
+            began = time.monotonic()
+            code = self._one_life()
+            if code in (End.FOR_GOOD, End.REBOOT, End.HALT, End.PWROFF) and self._finish(code):
+                return 0
+            crashed = code not in list(End)
+            if crashed:
+                _log.error("the slave ended unexpectedly (%s); starting it afresh", _describe(code))
+            short = crashed and time.monotonic() - began < SHORT_LIFE
+            pause = min(max(2 * pause, 0.2), PAUSE_MAX) if short else 0.0
+            self._wait(pause * random.uniform(0.8, 1.2))
+        return 0
+
+    def _on_signal(self, signo: int, _frame: object) -> None:
+        if signo != signal.SIGCHLD:
+            self._told_to_end = True
+
+    def _finish(self, code: int) -> bool:
+        """Do what the life was told to; True where the supervisor ends with it."""
+        if code == End.FOR_GOOD:
+            return True
+        how = End(code).name.lower()
+        if machine.is_real_node():
+            try:
+                machine.end(how)
+            except OSError as error:
+                _log.error("cannot %s: %s", how, error)
+            return False
+        # Elsewhere a reboot is a new life, and the end of the machine is the end of this daemon.
+        return code != End.REBOOT
+
+    # -- one life ----------------------------------------------------------------------------------
+
+    def _one_life(self) -> int:
+        """Start a life, watch it, and clear up after it; gives its exit code (minus the signal that killed it)."""
+        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        pid = os.fork()
+        if not pid:
+            os.close(receive)
+            self._be_life(send)
+        os.close(send)
+        try:
+            code = self._watch(pid, receive)
+        finally:
+            os.close(receive)
+        kill_descendants()
+        return code
+
+    def _be_life(self, send: int) -> None:
+        """In the child; never returns."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for signo in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(signo, signal.SIG_DFL)
+            kernel.set_parent_death_signal(signal.SIGKILL)
+            os.close(self._wake)
+            os.close(self._wake_send)
+            code = self._live(self._options, Reporter(send), self._identity, self._number)
+        except BpfsError as error:
+            _log.error("%s", error)
+        except BaseException as error:
+            _log.error("the slave failed", exc_info=error)
+        finally:
+            os._exit(code)
+
+    def _watch(self, pid: int, notes: int) -> int:
+        lease_end, asked, deadline = 0.0, False, 0.0
+        poller = select.poll()
+        poller.register(notes, select.POLLIN)
+        poller.register(self._wake, select.POLLIN)
+        while True:
+            timeout: float | None = None
+            if self._told_to_end and not asked:
+                asked, deadline = True, time.monotonic() + END_TIMEOUT
+                os.kill(pid, signal.SIGTERM)
+            if asked:
+                timeout = deadline - time.monotonic()
+            if lease_end:
+                left = lease_end + GRACE - time.clock_gettime(time.CLOCK_BOOTTIME)
+                timeout = left if timeout is None else min(timeout, left)
+            if timeout is not None and timeout <= 0:
+                _log.warning("the slave is killed: %s", "it did not end" if asked else "it outlived its lease")
+                os.kill(pid, signal.SIGKILL)
+                lease_end, asked, deadline = 0.0, True, time.monotonic() + END_TIMEOUT
+                timeout = END_TIMEOUT
+            for fd, _ in poller.poll(None if timeout is None else timeout * 1000 + 1):
+                if fd == self._wake:
+                    _drain(fd)
+                    code = _reap(pid)
+                    if code is not None:
+                        return code
+                else:
+                    data = _drain(fd)
+                    if not data:
+                        poller.unregister(notes)  # the life has closed it, so it is ending
+                    elif len(data) >= NOTE.size:
+                        lease_end, number = NOTE.unpack(
+                            data[len(data) // NOTE.size * NOTE.size - NOTE.size :][: NOTE.size]
+                        )
+                        self._number = number if number >= 0 else self._number
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._told_to_end and (left := deadline - time.monotonic()) > 0:
+            if select.select([self._wake], [], [], left)[0]:
+                _drain(self._wake)
+
+
+def _drain(fd: int) -> bytes:
+    data = b""
+    with suppress(BlockingIOError):
+        while chunk := os.read(fd, 4096):
+            data += chunk
+    return data
+
+
+def _reap(wanted: int) -> int | None:
+    """Reap every dead child; the exit code of the wanted one where it was among them."""
+    found = None
+    with suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            if pid == wanted:
+                found = os.waitstatus_to_exitcode(status)
+    return found
+
+
+def children() -> list[int]:
+    """The children of this process."""
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    try:
+        return [int(word) for word in path.read_text().split()]
+    except OSError:
+        # A kernel without CONFIG_PROC_CHILDREN: look at everybody's parent.
+        return [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and _parent(entry) == os.getpid()
+        ]
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def kill_descendants() -> None:
+    """Kill every descendant and wait until all are gone: orphans come to us, the reaper, and are next."""
+    while True:
+        for pid in children():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
