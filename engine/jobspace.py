@@ -126,8 +126,8 @@ class JobSpace:
             raise
 
     def read_reports(self) -> list[Report]:
-        """Everything that has come in, without waiting. Deaths of placeholders that we dropped ourselves are left out."""
-        found = []
+        """Everything that has come in, without waiting; deaths of placeholders that we dropped ourselves are left out."""
+        found: list[Report] = []
         while True:
             try:
                 packet = self.reports.recv(REPORT.size)
@@ -201,7 +201,7 @@ class JobSpace:
             world.close()
 
     def drop_unneeded_placeholders(self) -> list[int]:
-        """Kill the placeholders that are no job's parent, group or session leader. Cheap enough after every CHILD report.
+        """Kill the placeholders that are no job's parent, group or session leader; cheap enough after every CHILD report.
 
         Returns:
             Their pids; empty also while a process is being born here.

@@ -1,0 +1,108 @@
+"""Reads all descriptors of a stopped process into a table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.descriptors import external, locks, owner
+from engine.descriptors.model import CONTENT_LIMIT, Entry, Probe, Refusal, Source
+from engine.descriptors.table import KINDS
+from engine.linux import statx
+from engine.linux.kcmp import same_file
+
+_CLOEXEC = 0o2000000
+_INFO_BYTES = 1 << 16
+
+
+@dataclass(slots=True)
+class Descriptors:
+    """What `inspect` found.
+
+    Attributes:
+        table: one entry an open file description, see `engine.descriptors.model`; goes into the image.
+        externals: what must be relayed, see `engine.descriptors.external`.
+        refusals: sentences about what cannot move; when there are any, the table is not complete.
+    """
+
+    table: list[Entry] = field(default_factory=list)
+    externals: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT) -> Descriptors:
+    """Read the descriptors of a process that is stopped (so that they hold still). It is not changed.
+
+    Args:
+        pid: host pid.
+        tid: a living thread of it when the leader has exited.
+        content_limit: bytes of deleted files, memfds and pipes that may travel.
+
+    Raises:
+        OSError: the process is gone, or may not be looked at.
+    """
+    found = Descriptors()
+    with Source(pid, content_limit) as source:
+        source.probes = _merge(pid, _probe_all(b"/proc/%d/task/%d" % (pid, tid or pid)))
+        for probe in source.probes:
+            try:
+                _dump(source, probe, found)
+            except Refusal as refusal:
+                found.refusals.append(f"fd {probe.fd} {refusal}")
+    return found
+
+
+def _probe_all(process: bytes) -> list[Probe]:
+    probes = []
+    for fd in sorted(map(int, os.listdir(process + b"/fd"))):
+        path = b"%b/fd/%d" % (process, fd)
+        info = _read(b"%b/fdinfo/%d" % (process, fd))
+        # "pos:\t0\nflags:\t0100002\n…"
+        pos, flags = info.split(b"\n", 2)[:2]
+        bits = int(flags[6:], 8)
+        cloexec = bool(bits & _CLOEXEC)
+        probes.append(
+            Probe([(fd, cloexec)], os.readlink(path), bits & ~_CLOEXEC, int(pos[4:]), info, statx.of_path(path))
+        )
+    return probes
+
+
+def _read(path: bytes) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = part = os.read(fd, _INFO_BYTES)
+        # A big epoll set has more lines than one read of /proc gives.
+        while part and len(data) > 1024:
+            part = os.read(fd, _INFO_BYTES)
+            data += part
+        return data
+    finally:
+        os.close(fd)
+
+
+def _merge(pid: int, probes: list[Probe]) -> list[Probe]:
+    """Numbers that share one open file description become one probe. Only equals can be the same."""
+    groups: dict[tuple[object, ...], list[Probe]] = {}
+    merged = []
+    for probe in probes:
+        group = groups.setdefault((probe.link, probe.flags, probe.pos), [])
+        for other in group:
+            if same_file(pid, other.fd, probe.fd):
+                other.fds += probe.fds
+                break
+        else:
+            group.append(probe)
+            merged.append(probe)
+    return merged
+
+
+def _dump(source: Source, probe: Probe, found: Descriptors) -> None:
+    kind = next(kind for kind in KINDS if kind.matches(source, probe))
+    entry = kind.dump(source, probe)
+    if b"\nlock:" in probe.info and (held := locks.dump(probe)):
+        entry["locks"] = held
+    entry |= owner.dump(source, probe)
+    if entry["kind"] == "external":
+        found.externals.append(external.describe_external(source, probe, entry))
+    found.table.append(entry)

@@ -1,0 +1,19 @@
+"""kcmp(2): do two descriptors share one open file description?"""
+
+import ctypes
+import os
+from typing import Final
+
+from engine.linux.libc import LIBC, NR
+
+_KCMP_FILE: Final = 0
+_syscall = LIBC.syscall
+
+
+def same_file(pid: int, first: int, second: int) -> bool:
+    """Whether two descriptor numbers of a process are one open file description. Raises OSError."""
+    result = _syscall(NR["kcmp"], pid, pid, _KCMP_FILE, first, second)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), f"descriptors {first} and {second} of process {pid}")
+    return bool(result == 0)
