@@ -37,6 +37,9 @@ class Kind(enum.IntEnum):
     FAILED = 4  # a placeholder could not be made
 
 
+_START = (Kind.BORN, Kind.READY)
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """One packet of nodeinit or a placeholder; all pids are job pids.
@@ -113,13 +116,17 @@ class JobSpace:
             with theirs:
                 _run_starter(theirs, block)
             ours.settimeout(_START_S)
-            init = _receive(ours, Kind.BORN).pid
+            # The starter's and nodeinit's own packet come in any order.
+            first, second = _receive(ours, *_START), None
             try:
-                ready = _receive(ours, Kind.READY)
+                second = _receive(ours, *_START)
+                born, ready = sorted((first, second), key=lambda report: report.kind)
                 ours.setblocking(False)
-                return cls(init, ours, bool(ready.code))
+                return cls(born.pid, ours, bool(ready.code))
             except BaseException:
-                _end(init)
+                for report in (first, second):
+                    if report is not None and report.kind is Kind.BORN:
+                        _end(report.pid)
                 raise
         except BaseException:
             ours.close()
@@ -247,15 +254,15 @@ def _run_starter(theirs: socket.socket, block: range) -> None:
     )  # fmt: skip
 
 
-def _receive(reports: socket.socket, wanted: Kind) -> Report:
+def _receive(reports: socket.socket, *wanted: Kind) -> Report:
     packet = reports.recv(REPORT.size)
     if not packet:
         raise ProcessLookupError(3, "nodeinit ended at its start")
     report = Report.parse(packet)
     if report.status:
         raise OSError(report.status, f"nodeinit: {os.strerror(report.status)}")
-    if report.kind != wanted:
-        raise ProcessLookupError(3, f"nodeinit answered {report.kind.name} instead of {wanted.name}")
+    if report.kind not in wanted:
+        raise ProcessLookupError(3, f"nodeinit answered {report.kind.name} at its start")
     return report
 
 
