@@ -134,7 +134,8 @@ class Slave:
     # -- what ends a life --------------------------------------------------------------------------
 
     async def _until_link_ends(self) -> None:
-        self._stop(self.end, await self.link.run(self.handlers))
+        reason = await self.link.run(self.handlers)
+        self._stop(self.end, reason)  # which a fence may have set meanwhile
 
     async def _until_lease_ends(self, lease: Lease) -> None:
         await lease.run()
