@@ -23,7 +23,7 @@ bpsh, which is written in C for its start-up time, has the same grammar in csrc/
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EINVAL, ENOENT
 from typing import NamedTuple
 
@@ -80,20 +80,19 @@ def expand(
         NodespecError: EINVAL or ENOENT, with a sentence that names the term or the node.
     """
     slaves = sorted((node for node in nodes if node.number >= 0), key=lambda node: node.number)
-    terms = _terms(spec, read)
-    if not terms:
-        raise NodespecError(EINVAL, "the nodespec is empty")
     found: list[int] = []
-    for term in terms:
+    term = ""
+    for term in _terms(spec, read):
         found += _term(term, slaves, current)
+    if not term:
+        raise NodespecError(EINVAL, "the nodespec is empty")
     return found
 
 
-def _terms(spec: str, read: Callable[[str], str], *, in_file: str = "") -> list[str]:
-    terms: list[str] = []
+def _terms(spec: str, read: Callable[[str], str], *, in_file: str = "") -> Iterator[str]:
     for term in filter(None, _SEPARATORS.split(spec)):
         if not term.startswith("@"):
-            terms.append(term)
+            yield term
         elif in_file:
             raise NodespecError(EINVAL, f"{in_file}: a file of nodes cannot name another file")
         else:
@@ -101,8 +100,7 @@ def _terms(spec: str, read: Callable[[str], str], *, in_file: str = "") -> list[
                 text = read(term[1:])
             except OSError as error:
                 raise NodespecError(error.errno or EINVAL, f"{term[1:]}: {error.strerror}") from None
-            terms += _terms(re.sub(r"#[^\n]*", "", text), read, in_file=term[1:])
-    return terms
+            yield from _terms(re.sub(r"#[^\n]*", "", text), read, in_file=term[1:])
 
 
 def _term(term: str, slaves: Sequence[Candidate], current: int) -> list[int]:

@@ -32,6 +32,11 @@ def _state_and_parent(pid: int) -> tuple[str, int]:
     return (fields[0].decode(), int(fields[1])) if len(fields) > 1 else ("X", 0)
 
 
+def alive(pid: int) -> bool:
+    """Whether the process is there and has not ended (a zombie has)."""
+    return _state_and_parent(pid)[0] not in "ZX"
+
+
 def _ancestry(pid: int) -> list[int]:
     """The process and its ancestors up to pid 1."""
     found = []
@@ -48,7 +53,7 @@ def processes(folder: Path) -> dict[int, str]:
     spared = set(_ancestry(me))
     found = {}
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        if pid in spared or _state_and_parent(pid)[0] in "ZX":
+        if pid in spared or not alive(pid):
             continue
         cmdline = _read(f"/proc/{pid}/cmdline")
         if marker in cmdline or marker in _read(f"/proc/{pid}/environ") or me in _ancestry(pid):

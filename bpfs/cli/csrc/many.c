@@ -1,0 +1,459 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * bpsh on several nodes: a child a node that becomes the command's ghost, and a pipe for each of its standard input,
+ * output and error. One loop moves the bytes; nothing is kept that does not have to be: a slow reader of ours slows the
+ * commands, and standard input goes at the pace of the slowest.
+ */
+#define _GNU_SOURCE
+#include "bpsh.h"
+#include "nodespec.h"
+#include "output.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHUNK 65536        /* bytes of standard input that are on their way to the nodes */
+#define KILL_SECONDS 2.0   /* from SIGTERM to SIGKILL when a command took too long */
+
+struct job {
+	int node, rank;
+	volatile pid_t pid;     /* 0: not yet started, or reaped */
+	int input;              /* our end of its standard input; -1: closed */
+	size_t sent;            /* bytes of the current chunk */
+	struct stream stream[2];
+	int started, reaped, done;
+	int timed_out, killed;
+	int status;             /* of wait(2) */
+	double begin, end;
+};
+
+static struct job *jobs;
+static size_t job_count;
+static int wake[2]; /* a pipe: handlers write, the loop reads */
+static volatile sig_atomic_t interrupts, interrupt_signal;
+static struct sigaction old_pipe_action;
+static struct rlimit old_files;
+
+static struct {
+	char *text;
+	size_t length;
+	int wanted, ended;
+} input;
+
+/* -- signals ---------------------------------------------------------------------------------------------------- */
+
+static void signal_jobs(int number)
+{
+	for (size_t i = 0; i < job_count; i++)
+		if (jobs[i].pid > 0)
+			kill(jobs[i].pid, number);
+}
+
+static void on_signal(int number, siginfo_t *info, void *context)
+{
+	(void)context;
+	int saved = errno;
+	if (number != SIGCHLD) {
+		interrupt_signal = number;
+		/* The terminal has told the commands already: they are in our process group. */
+		if (info->si_code != SI_KERNEL)
+			signal_jobs(number);
+		if (++interrupts > 1) {
+			signal_jobs(SIGKILL);
+			signal(number, SIG_DFL);
+			raise(number); /* is let in when this handler returns */
+		}
+	}
+	ssize_t ignored = write(wake[1], "", 1);
+	(void)ignored;
+	errno = saved;
+}
+
+static void catch_signals(void)
+{
+	static const int number[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_NOCLDSTOP}, old;
+	if (pipe2(wake, O_CLOEXEC | O_NONBLOCK) < 0) {
+		complain("%s", strerror(errno));
+		exit(EXIT_FAILED);
+	}
+	sigaction(SIGCHLD, &action, NULL);
+	for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
+		sigaction(number[i], NULL, &old);
+		if (old.sa_handler != SIG_IGN) /* nohup, or a job in the background of a script */
+			sigaction(number[i], &action, NULL);
+	}
+	struct sigaction ignore = {.sa_handler = SIG_IGN};
+	sigaction(SIGPIPE, &ignore, &old_pipe_action);
+}
+
+/* -- starting ----------------------------------------------------------------------------------------------------- */
+
+/* Three descriptors of ours for each node, on top of those we came with. */
+static void raise_file_limit(size_t count)
+{
+	getrlimit(RLIMIT_NOFILE, &old_files);
+	struct rlimit raised = old_files;
+	rlim_t needed = (rlim_t)count * 3 + 64;
+	if (raised.rlim_cur >= needed)
+		return;
+	raised.rlim_cur = needed < raised.rlim_max ? needed : raised.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &raised);
+}
+
+static void __attribute__((noreturn)) child(const struct options *options, struct job *job, int ends[3], pid_t parent)
+{
+	for (int fd = 0; fd < 3; fd++)
+		if (ends[fd] >= 0 && dup2(ends[fd], fd) < 0)
+			_exit(EXIT_FAILED);
+	sigaction(SIGPIPE, &old_pipe_action, NULL);
+	setrlimit(RLIMIT_NOFILE, &old_files);
+	/* When bpsh is killed the commands hear what they would hear of a terminal that goes away. */
+	prctl(PR_SET_PDEATHSIG, SIGHUP);
+	if (getppid() != parent)
+		_exit(EXIT_FAILED);
+	_exit(become(options, job->node, job->rank));
+}
+
+/* Standard input of a command: a pipe of ours, or with --fanout its own view of the file that ours is. */
+static int open_input(const struct options *options, int ends[2])
+{
+	ends[0] = ends[1] = -1;
+	if (options->null[0] || options->file[0])
+		return 0;
+	if (input.wanted)
+		return pipe2(ends, O_CLOEXEC);
+	ends[0] = open("/proc/self/fd/0", O_RDONLY | O_CLOEXEC);
+	if (ends[0] >= 0)
+		lseek(ends[0], lseek(0, 0, SEEK_CUR), SEEK_SET);
+	return ends[0] < 0 ? -1 : 0;
+}
+
+static int start_job(const struct options *options, struct job *job)
+{
+	int in[2] = {-1, -1}, out[2][2] = {{-1, -1}, {-1, -1}}, failed = 0;
+	failed |= open_input(options, in);
+	for (int i = 0; i < 2; i++)
+		if (!options->null[i + 1] && !options->file[i + 1])
+			failed |= pipe2(out[i], O_CLOEXEC);
+	pid_t parent = getpid();
+	pid_t pid = failed ? -1 : fork();
+	if (pid == 0)
+		child(options, job, (int[]){in[0], out[0][1], out[1][1]}, parent);
+	int why = errno;
+	int theirs[] = {in[0], out[0][1], out[1][1]};
+	for (int i = 0; i < 3; i++)
+		if (theirs[i] >= 0)
+			close(theirs[i]);
+	int *ours[] = {&in[1], &out[0][0], &out[1][0]};
+	for (int i = 0; i < 3; i++)
+		if (*ours[i] >= 0 && pid < 0) {
+			close(*ours[i]);
+			*ours[i] = -1;
+		} else if (*ours[i] >= 0) {
+			fcntl(*ours[i], F_SETFL, O_NONBLOCK); /* our end only: the other one is another description */
+		}
+	job->input = in[1];
+	job->stream[0].fd = out[0][0];
+	job->stream[1].fd = out[1][0];
+	job->started = 1;
+	job->begin = now();
+	if (pid > 0) {
+		job->pid = pid;
+		return 0;
+	}
+	complain("node %d: %s", job->node, strerror(why));
+	job->status = EXIT_FAILED << 8;
+	job->reaped = 1;
+	job->end = job->begin;
+	return -1;
+}
+
+/* -- standard input ----------------------------------------------------------------------------------------------- */
+
+static void close_input(struct job *job)
+{
+	if (job->input >= 0)
+		close(job->input);
+	job->input = -1;
+}
+
+static void send_input(struct job *job)
+{
+	ssize_t put = write(job->input, input.text + job->sent, input.length - job->sent);
+	if (put >= 0)
+		job->sent += (size_t)put;
+	else if (errno != EAGAIN && errno != EINTR)
+		close_input(job); /* it reads no more */
+}
+
+/* Whether the next chunk may be read: everybody has all of this one, and somebody wants more. */
+static int input_idle(void)
+{
+	int readers = 0;
+	for (size_t i = 0; i < job_count; i++) {
+		if (jobs[i].started && jobs[i].input < 0)
+			continue;
+		if (jobs[i].sent < input.length)
+			return 0;
+		readers++;
+	}
+	return readers > 0;
+}
+
+static void read_input(void)
+{
+	ssize_t got = read(0, input.text, CHUNK);
+	if (got < 0 && (errno == EINTR || errno == EAGAIN))
+		return;
+	input.length = got > 0 ? (size_t)got : 0;
+	for (size_t i = 0; i < job_count; i++)
+		jobs[i].sent = 0;
+	if (got > 0)
+		return;
+	input.ended = 1;
+	for (size_t i = 0; i < job_count; i++)
+		close_input(&jobs[i]);
+}
+
+/* Decides how standard input is shared; returns -1 when it cannot be. */
+static int prepare_input(const struct options *options)
+{
+	struct stat status;
+	if (options->null[0] || options->file[0])
+		return 0;
+	if (!options->fanout || (size_t)options->fanout >= job_count) {
+		input.wanted = 1;
+		input.text = must_alloc(NULL, CHUNK);
+		return 0;
+	}
+	/* Those that start later have to read it from its beginning as well. */
+	if (fstat(0, &status) == 0 && (S_ISREG(status.st_mode) || S_ISCHR(status.st_mode)))
+		return 0;
+	complain("--fanout below the number of nodes needs -n, or a file as standard input");
+	return -1;
+}
+
+/* -- the end of a command ----------------------------------------------------------------------------------------- */
+
+static void reap(void)
+{
+	int status;
+	pid_t pid;
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		for (size_t i = 0; i < job_count; i++)
+			if (jobs[i].pid == pid) {
+				jobs[i].pid = 0;
+				jobs[i].reaped = 1;
+				jobs[i].status = status;
+				jobs[i].end = now();
+			}
+}
+
+static int exit_code(const struct options *options, const struct job *job)
+{
+	if (job->timed_out)
+		return EXIT_TIMEOUT;
+	if (WIFSIGNALED(job->status))
+		return options->bproc_exit ? EXIT_FAILED : 128 + WTERMSIG(job->status);
+	return WEXITSTATUS(job->status);
+}
+
+static void print_json(const struct options *options, const struct job *job)
+{
+	char text[256];
+	int length = snprintf(text, sizeof text, "{\"node\": %d, \"rank\": %d, \"exit\": ", job->node, job->rank);
+	if (WIFSIGNALED(job->status))
+		length += snprintf(text + length, sizeof text - (size_t)length, "null, \"signal\": %d", WTERMSIG(job->status));
+	else
+		length += snprintf(text + length, sizeof text - (size_t)length, "%d, \"signal\": null", exit_code(options, job));
+	length += snprintf(text + length, sizeof text - (size_t)length, ", \"timeout\": %s, \"seconds\": %.3f, \"stdout\": ",
+			   job->timed_out ? "true" : "false", job->end - job->begin);
+	print_bytes(text, (size_t)length);
+	print_json_string(job->stream[0].text, job->stream[0].length);
+	print_bytes(", \"stderr\": ", 12);
+	print_json_string(job->stream[1].text, job->stream[1].length);
+	print_bytes("}\n", 2);
+}
+
+/* Both outputs are at their end and the command is reaped. */
+static void finish_job(const struct options *options, struct job *job)
+{
+	job->done = 1;
+	close_input(job);
+	if (job->timed_out)
+		complain("node %d: timed out after %g s", job->node, options->timeout);
+	else if (WIFSIGNALED(job->status) && WTERMSIG(job->status) != SIGPIPE && !interrupts)
+		complain("node %d: %s", job->node, strsignal(WTERMSIG(job->status)));
+	if (options->times)
+		dprintf(2, "%3d: %.3f s\n", job->node, job->end - job->begin);
+	if (options->json)
+		print_json(options, job);
+}
+
+static void watch_time(const struct options *options, struct job *job, double time)
+{
+	double limit = job->begin + options->timeout + (job->timed_out ? KILL_SECONDS : 0);
+	if (!options->timeout || !job->started || job->reaped || job->killed || time < limit)
+		return;
+	kill(job->pid, job->timed_out ? SIGKILL : SIGTERM);
+	kill(job->pid, SIGCONT);
+	job->killed = job->timed_out;
+	job->timed_out = 1;
+}
+
+static void divider(const struct options *options, const struct job *job)
+{
+	static const char dashes[] = "---------------------------------------------------------------------\n";
+	char text[128];
+	if (options->dividers)
+		print_bytes(text, (size_t)snprintf(text, sizeof text, "%d\t%s", job->node, dashes));
+}
+
+/* -g: a block for every different output, headed by the nodes it came from. */
+static void print_gathered(void)
+{
+	static const char line[] = "---------------\n";
+	int *node = must_alloc(NULL, job_count * sizeof *node);
+	for (size_t i = 0; i < job_count; i++) {
+		const struct stream *first = &jobs[i].stream[0];
+		size_t alike = 0;
+		if (!jobs[i].done || !first->length)
+			continue;
+		for (size_t j = i; j < job_count; j++) {
+			const struct stream *other = &jobs[j].stream[0];
+			if (!jobs[j].done || other->length != first->length ||
+			    memcmp(other->text, first->text, first->length))
+				continue;
+			node[alike++] = jobs[j].node;
+			jobs[j].done = j == i; /* told */
+		}
+		char *spec = nodespec_fold(node, alike), count[32];
+		print_bytes(line, sizeof line - 1);
+		print_bytes(spec, strlen(spec));
+		print_bytes(count, (size_t)snprintf(count, sizeof count, " (%zu)\n", alike));
+		print_bytes(line, sizeof line - 1);
+		print_bytes(first->text, first->length);
+		if (first->text[first->length - 1] != '\n')
+			print_bytes("\n", 1);
+		free(spec);
+	}
+	free(node);
+}
+
+/* -- the loop ----------------------------------------------------------------------------------------------------- */
+
+/* Waits for anything to do, and does it. `shown` is the job whose output may be read with -s; job_count: all of them. */
+static void turn(const struct options *options, struct pollfd *ready, size_t shown)
+{
+	size_t count = 0;
+	double soonest = -1;
+	ready[count++] = (struct pollfd){.fd = wake[0], .events = POLLIN};
+	ready[count++] = (struct pollfd){
+		.fd = input.wanted && !input.ended && input_idle() ? 0 : -1, .events = POLLIN};
+	for (size_t i = 0; i < job_count; i++) {
+		struct job *job = &jobs[i];
+		int visible = !options->sequential || i == shown;
+		if (!job->started || job->done) {
+			for (int j = 0; j < 3; j++)
+				ready[count++].fd = -1;
+			continue;
+		}
+		/* Without POLLOUT there is still POLLERR, which tells that the reader is gone. */
+		ready[count++] = (struct pollfd){.fd = job->input, .events = job->sent < input.length ? POLLOUT : 0};
+		for (int j = 0; j < 2; j++)
+			ready[count++] = (struct pollfd){.fd = visible ? job->stream[j].fd : -1, .events = POLLIN};
+		if (options->timeout && !job->reaped && !job->killed) {
+			double limit = job->begin + options->timeout + (job->timed_out ? KILL_SECONDS : 0);
+			if (soonest < 0 || limit < soonest)
+				soonest = limit;
+		}
+	}
+	double wait = soonest < 0 ? -1 : (soonest - now()) * 1000 + 1;
+	if (poll(ready, count, soonest < 0 ? -1 : wait < 0 ? 0 : (int)wait) < 0)
+		return; /* EINTR: the handler has left a byte */
+	char drain[64];
+	while (ready[0].revents && read(wake[0], drain, sizeof drain) > 0)
+		;
+	for (size_t i = 0; i < job_count; i++) {
+		struct pollfd *at = ready + 2 + i * 3;
+		if (at[0].fd >= 0 && at[0].revents & POLLERR)
+			close_input(&jobs[i]);
+		else if (at[0].fd >= 0 && at[0].revents)
+			send_input(&jobs[i]);
+		for (int j = 0; j < 2; j++)
+			if (at[1 + j].fd >= 0 && at[1 + j].revents)
+				stream_pump(&jobs[i].stream[j], options, jobs[i].node);
+	}
+	if (ready[1].fd >= 0 && ready[1].revents)
+		read_input();
+}
+
+int run_many(const struct options *options, const int *node, size_t count)
+{
+	int worst = 0;
+	size_t next = 0, running = 0, done = 0, shown = 0;
+	jobs = must_alloc(NULL, count * sizeof *jobs);
+	memset(jobs, 0, count * sizeof *jobs);
+	for (size_t i = 0; i < count; i++) {
+		jobs[i] = (struct job){.node = node[i], .rank = (int)i, .input = -1};
+		jobs[i].stream[0] = (struct stream){.fd = -1, .out = 1, .keep = options->gather || options->json};
+		jobs[i].stream[1] = (struct stream){.fd = -1, .out = 2, .keep = options->json};
+	}
+	job_count = count;
+	if (prepare_input(options) < 0)
+		return 2;
+	raise_file_limit(count);
+	catch_signals();
+	struct pollfd *ready = must_alloc(NULL, (2 + count * 3) * sizeof *ready);
+	if (options->sequential)
+		divider(options, &jobs[0]);
+	while (done < count) {
+		while (next < count && !interrupts && (!options->fanout || running < (size_t)options->fanout)) {
+			start_job(options, &jobs[next++]);
+			running++;
+		}
+		if (interrupts && next < count) { /* what has not begun does not begin any more */
+			count = job_count = next;
+			continue;
+		}
+		reap();
+		for (size_t i = 0; i < next; i++) {
+			struct job *job = &jobs[i];
+			watch_time(options, job, now());
+			if (job->reaped && job->timed_out)
+				for (int j = 0; j < 2; j++)
+					if (job->stream[j].fd >= 0) /* what it left in the background gets no hearing */
+						stream_finish(&job->stream[j], options, job->node);
+			if (job->done || !job->reaped || job->stream[0].fd >= 0 || job->stream[1].fd >= 0)
+				continue;
+			finish_job(options, job);
+			int code = exit_code(options, job);
+			worst = code > worst ? code : worst;
+			running--;
+			done++;
+		}
+		while (options->sequential && shown < count && jobs[shown].done)
+			if (++shown < count)
+				divider(options, &jobs[shown]);
+		if (done < count && (next == count || (options->fanout && running >= (size_t)options->fanout)))
+			turn(options, ready, shown);
+	}
+	if (options->gather && !options->json)
+		print_gathered();
+	if (interrupts) {
+		signal(interrupt_signal, SIG_DFL);
+		raise(interrupt_signal);
+	}
+	return worst;
+}
