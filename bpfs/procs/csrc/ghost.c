@@ -1,0 +1,508 @@
+/* ghost - stands on the master in the place of a process that runs on a node.
+ *
+ * It is exec'd inside the very process that left: same pid, parent, group, session and terminal, all descriptors open, all
+ * signals blocked. It forwards signals, relays the job's terminals, pipes and sockets over the stream, stops and continues with
+ * the real process, and ends with its very status. Environment: BPFS_CONTROL (number of the SEQPACKET socket to bpmaster),
+ * BPFS_LEASE (seconds to go on without it).
+ */
+#define _GNU_SOURCE
+#include "ghost.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define FOREGROUND_TICK_MS 250 /* a background job that is put in front without SIGCONT learns it by this */
+#define BARRIER_MS 300         /* most a stop or continue waits for output to come through */
+#define READER_MS 100          /* at the end: without progress so long, a slow reader is left to a child */
+#define NETWORK_MS 2000        /* at the end: most without any progress */
+
+static struct port control, signals;
+static int64_t lease_ends = -1; /* set once the master is gone */
+static int lease_seconds;
+static pid_t master_pid;
+static bool announced_cont; /* C_CONT came: the next SIGCONT of the master's is not the user's */
+static bool pumping;        /* this is a child that only pumps; the ghost has ended */
+
+/* One thing at a time waits until all output the job made so far has been written. */
+static struct {
+	enum { B_NONE, B_STOP, B_CONT, B_END } what;
+	bool killed, core;
+	int number; /* signal, exit code */
+	uint32_t token;
+	bool drained;
+	int64_t deadline;
+	struct signalfd_siginfo info;
+} barrier;
+
+static bool hold_asked, hold_home;
+static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
+
+void tell(uint32_t type, int a, int b, int c, int d, uint64_t value)
+{
+	struct ctl m = { .type = type, .a = a, .b = b, .c = c, .d = d, .value = value };
+
+	if (control.fd >= 0)
+		send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
+}
+
+static void forward(const struct signalfd_siginfo *i)
+{
+	tell(C_SIGNAL, i->ssi_signo, i->ssi_code, i->ssi_pid, i->ssi_uid, i->ssi_ptr);
+}
+
+/* ---- the end ---- */
+
+static void die(int signo)
+{
+	struct rlimit none = { 0, 0 };
+	sigset_t set;
+
+	if (!barrier.core)
+		setrlimit(RLIMIT_CORE, &none);
+	else
+		core_prepare();
+	signal(signo, SIG_DFL);
+	sigemptyset(&set);
+	sigaddset(&set, signo);
+	raise(signo);
+	sigprocmask(SIG_UNBLOCK, &set, NULL);
+	_exit(128 + signo); /* its default is not to end: no such status exists */
+}
+
+/* The ghost ends now; what is still owed to readers, or comes from children of the job, a child pumps on. */
+static void become_pump(void)
+{
+	sigset_t set;
+
+	pumping = true;
+	prctl(PR_SET_NAME, "bpfs-pump");
+	close(control.fd);
+	close(signals.fd);
+	control.fd = signals.fd = -1;
+	sigfillset(&set);
+	sigdelset(&set, SIGTERM);
+	sigprocmask(SIG_SETMASK, &set, NULL);
+	the_stream.tcp.listed = false; /* the old epoll set is shared with the dead */
+	for (int i = 0; i < the_stream.nchans; i++)
+		the_chans[i].src.listed = the_chans[i].sink.listed = false;
+	loop_init();
+	stream_mark(&the_stream);
+}
+
+static void end_now(void)
+{
+	if ((!all_written() || any_alive()) && fork() == 0) {
+		become_pump();
+		return;
+	}
+	if (all_written() && !any_alive()) {
+		frame_put(&the_stream, F_BYE, 0, NULL, 0);
+		stream_service(&the_stream);
+	}
+	if (barrier.killed)
+		die(barrier.number);
+	_exit(barrier.number);
+}
+
+static void pump_check(void)
+{
+	if (!all_written() || any_alive())
+		return;
+	frame_put(&the_stream, F_BYE, 0, NULL, 0);
+	stream_service(&the_stream);
+	_exit(0);
+}
+
+/* ---- stop and continue ---- */
+
+static bool cont_pending(void)
+{
+	sigset_t set;
+
+	return sigpending(&set) == 0 && sigismember(&set, SIGCONT);
+}
+
+static void stop_now(int signo)
+{
+	sigset_t set;
+
+	tell(C_STOPPED, signo, 0, 0, 0, 0);
+	sigemptyset(&set);
+	sigaddset(&set, signo);
+	signal(signo, SIG_DFL);
+	raise(signo);
+	sigprocmask(SIG_UNBLOCK, &set, NULL); /* stops here */
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	tell(C_CONTINUED, 0, 0, 0, 0, 0);
+	ttys_refresh(true);
+}
+
+static void barrier_start(int what, int number)
+{
+	if (barrier.what == B_CONT)
+		forward(&barrier.info);
+	barrier.what = what;
+	barrier.number = number;
+	barrier.token++;
+	barrier.drained = !the_stream.open || the_stream.held;
+	barrier.deadline = now_ms() + (what != B_END ? BARRIER_MS : all_written() ? NETWORK_MS : READER_MS);
+	if (!barrier.drained) {
+		uint32_t data[2] = { barrier.token, what == B_END };
+		frame_put(&the_stream, F_DRAIN, 0, data, sizeof(data));
+	}
+}
+
+static void barrier_check(void)
+{
+	bool written = all_written();
+
+	if (barrier.what == B_NONE)
+		return;
+	if (!the_stream.open)
+		barrier.drained = true;
+	if (barrier.what == B_END && the_stream.progress)
+		barrier.deadline = now_ms() + (written ? NETWORK_MS : READER_MS);
+	if (!(barrier.drained && written) && now_ms() < barrier.deadline)
+		return;
+	switch (barrier.what) {
+	case B_STOP:
+		barrier.what = B_NONE;
+		if (!cont_pending()) /* else the user has continued it in the meantime */
+			stop_now(barrier.number);
+		break;
+	case B_CONT:
+		barrier.what = B_NONE;
+		forward(&barrier.info);
+		break;
+	default:
+		barrier.what = B_NONE;
+		end_now();
+	}
+}
+
+/* ---- signals ---- */
+
+static void one_signal(const struct signalfd_siginfo *i)
+{
+	int n = i->ssi_signo;
+	bool kernel = i->ssi_code == SI_KERNEL;
+
+	if ((pid_t)i->ssi_pid == getpid() && n == SIGPIPE)
+		return; /* our own write to a closed pipe */
+	if (n == SIGCHLD && i->ssi_code > 0)
+		return; /* pump children; the job's own are the master's business */
+	if (n == SIGWINCH && kernel && the_stream.open) {
+		ttys_winsize();
+		return;
+	}
+	if (kernel && (n == SIGINT || n == SIGQUIT || n == SIGTSTP) && ttys_signal(n))
+		return;
+	if (n != SIGCONT) {
+		forward(i);
+		return;
+	}
+	if (announced_cont && (pid_t)i->ssi_pid == master_pid) {
+		announced_cont = false;
+		return;
+	}
+	if (barrier.what == B_END)
+		return;
+	/* The terminal's settings shall be there before the job goes on. */
+	ttys_refresh(true);
+	barrier_start(B_CONT, SIGCONT);
+	barrier.info = *i;
+}
+
+static void control_event(struct port *p, uint32_t events);
+
+static void signal_event(struct port *p, uint32_t events)
+{
+	struct signalfd_siginfo info;
+	char c;
+
+	(void)events;
+	/* What the master said before it sent a signal shall be known before the signal is. */
+	while (control.fd >= 0 && recv(control.fd, &c, 1, MSG_PEEK | MSG_DONTWAIT) >= 0)
+		control_event(&control, 0);
+	while (read(p->fd, &info, sizeof(info)) == sizeof(info))
+		one_signal(&info);
+}
+
+/* ---- the stream ---- */
+
+void side_lost(struct stream *s, int err)
+{
+	(void)s;
+	if (!pumping)
+		tell(C_STREAM_LOST, err, 0, 0, 0, 0);
+	if (hold_asked)
+		hold_asked = false;
+}
+
+void side_serviced(struct stream *s)
+{
+	for (int i = 0; i < s->nchans; i++)
+		if (the_chans[i].tty)
+			tty_settle(&the_chans[i]);
+}
+
+static void hold_done(void)
+{
+	for (int i = 0; i < the_stream.nchans; i++)
+		the_chans[i].granted = 0;
+	hold_asked = false;
+	hold_deadline = now_ms() + 50;
+}
+
+static void hold_check(void)
+{
+	int pumps = 0;
+
+	if (!hold_deadline || (!all_written() && now_ms() < hold_deadline))
+		return;
+	hold_deadline = 0;
+	uint64_t kept = take_held(hold_home, &pumps);
+	tell(C_HELD, pumps, 0, 0, 0, kept);
+}
+
+bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
+{
+	struct chan *c = chan_find(s, h->chan);
+	uint32_t value = 0;
+
+	if (h->len >= sizeof(value))
+		memcpy(&value, data, sizeof(value));
+	switch (h->type) {
+	case F_DRAINED:
+		if (value == barrier.token)
+			barrier.drained = true;
+		return true;
+	case F_HELD:
+		if (hold_asked)
+			hold_done();
+		return true;
+	case F_NOSIG:
+		tell(C_SIGNAL, value, SI_KERNEL, 0, 0, 0);
+		return true;
+	}
+	if (!c || !c->tty)
+		return false;
+	switch (h->type) {
+	case F_WANT:
+		tty_want(c, value);
+		return true;
+	case F_TERMIOS:
+		if (h->len != sizeof(struct kernel_termios))
+			return false;
+		tty_set(c, (const struct kernel_termios *)data);
+		return true;
+	case F_FLUSH:
+		tty_discard(c);
+		return true;
+	}
+	return false;
+}
+
+static void hold(bool home)
+{
+	hold_home = home;
+	if (!the_stream.open) {
+		hold_deadline = now_ms();
+		return;
+	}
+	hold_asked = true;
+	the_stream.held = true;
+	for (int i = 0; i < the_stream.nchans; i++)
+		the_chans[i].granted = HOLD_MAX;
+	frame_put(&the_stream, F_HOLD, 0, NULL, 0);
+}
+
+static void resume(void)
+{
+	hold_asked = false;
+	hold_deadline = 0;
+	the_stream.held = false;
+	frame_put(&the_stream, F_RESUME, 0, NULL, 0);
+	stream_grant_all();
+	ttys_greet();
+}
+
+static void new_stream(int fd, const struct ctl *m, size_t len)
+{
+	struct frame bye = { .type = F_BYE };
+	int high = fd >= 0 ? high_fd(fd) : -1;
+
+	if (fd >= 0)
+		close(fd);
+	if (the_stream.open) {
+		if (!the_stream.splice_left && (!the_stream.tx.len || the_stream.held))
+			send(the_stream.tcp.fd, &bye, sizeof(bye), MSG_NOSIGNAL | MSG_DONTWAIT);
+		the_stream.open = false; /* on purpose: not a loss */
+		port_close(&the_stream.tcp);
+		buf_free(&the_stream.tx);
+		if (the_stream.way[0] >= 0) {
+			close(the_stream.way[0]);
+			close(the_stream.way[1]);
+		}
+	}
+	hold_asked = false;
+	if (high < 0 || stream_table((const uint8_t *)m->text, len)) {
+		tell(C_STREAM_LOST, EINVAL, 0, 0, 0, 0);
+		return;
+	}
+	stream_init(&the_stream, high);
+	for (int i = 0; i < the_stream.nchans; i++) {
+		struct chan *c = &the_chans[i];
+
+		c->credit = c->moved = 0;
+		c->draining = false;
+		if (c->src.fd >= 0)
+			c->eof_sent = false;
+	}
+	ttys_greet();
+	stream_grant_all();
+}
+
+/* ---- control ---- */
+
+static void obey(const struct ctl *m, size_t text, int fd)
+{
+	char name[16] = "";
+
+	switch (m->type) {
+	case C_NAME:
+		memcpy(name, m->text, text < 15 ? text : 15);
+		prctl(PR_SET_NAME, name);
+		break;
+	case C_STREAM:
+		new_stream(fd, m, text);
+		break;
+	case C_HOLD:
+		hold(m->a);
+		break;
+	case C_RESUME:
+		resume();
+		break;
+	case C_PUMP:
+		tell(C_PUMPED, pump_all(), 0, 0, 0, 0);
+		break;
+	case C_EXIT:
+	case C_KILLED:
+		barrier.killed = m->type == C_KILLED;
+		barrier.core = m->type == C_KILLED && m->b;
+		barrier_start(B_END, m->a);
+		break;
+	case C_STOP:
+		if (barrier.what != B_END && !cont_pending())
+			barrier_start(B_STOP, m->a);
+		break;
+	case C_CONT:
+		announced_cont = true;
+		if (barrier.what == B_STOP)
+			barrier.what = B_NONE;
+		break;
+	}
+}
+
+static void control_event(struct port *p, uint32_t events)
+{
+	struct ctl m;
+	union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} anc;
+	struct iovec v = { &m, sizeof(m) };
+	struct msghdr h = { .msg_iov = &v, .msg_iovlen = 1, .msg_control = &anc, .msg_controllen = sizeof(anc) };
+	int fd = -1;
+	ssize_t r = recvmsg(p->fd, &h, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+	(void)events;
+	if (r < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	struct cmsghdr *c = r > 0 ? CMSG_FIRSTHDR(&h) : NULL;
+	if (c && c->cmsg_type == SCM_RIGHTS)
+		memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+	if (r < (ssize_t)CTL_HEAD) { /* the master is gone: the job may go on for one lease */
+		port_close(p);
+		lease_ends = now_ms() + lease_seconds * 1000;
+		return;
+	}
+	obey(&m, r - CTL_HEAD, fd);
+	stream_mark(&the_stream);
+}
+
+static int number(const char *name, int otherwise)
+{
+	const char *text = getenv(name);
+
+	return text && *text ? atoi(text) : otherwise;
+}
+
+static int wait_ms(void)
+{
+	int64_t next = INT64_MAX, now = now_ms();
+
+	if (pumping)
+		return 1000;
+	if (barrier.what != B_NONE)
+		next = barrier.deadline;
+	if (hold_deadline && hold_deadline < next)
+		next = hold_deadline;
+	if (lease_ends >= 0 && lease_ends < next)
+		next = lease_ends;
+	if (ttys_in_background() && now + FOREGROUND_TICK_MS < next)
+		next = now + FOREGROUND_TICK_MS;
+	if (next == INT64_MAX)
+		return -1;
+	return next <= now ? 0 : (int)(next - now);
+}
+
+int main(void)
+{
+	struct ucred peer = { 0 };
+	socklen_t size = sizeof(peer);
+	int fd = number("BPFS_CONTROL", -1);
+	sigset_t all;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0) {
+		static const char usage[] = "ghost: started by bpmaster only: no BPFS_CONTROL socket\n";
+		return write(2, usage, sizeof(usage) - 1) < 0 ? 2 : 2;
+	}
+	master_pid = peer.pid;
+	lease_seconds = number("BPFS_LEASE", 30);
+	loop_init();
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	port_open(&control, fd, control_event, NULL);
+	fd = signalfd(-1, &all, SFD_NONBLOCK | SFD_CLOEXEC);
+	port_open(&signals, high_fd(fd), signal_event, NULL);
+	close(fd);
+	port_want(&control, EPOLLIN);
+	port_want(&signals, EPOLLIN);
+	tell(C_READY, 0, 0, 0, 0, 0);
+	for (;;) {
+		the_stream.progress = false;
+		loop_once(wait_ms());
+		if (pumping) {
+			pump_check();
+			continue;
+		}
+		hold_check();
+		barrier_check();
+		if (ttys_in_background())
+			ttys_refresh(false);
+		if (lease_ends >= 0 && now_ms() >= lease_ends)
+			kill(getpid(), SIGKILL);
+	}
+}

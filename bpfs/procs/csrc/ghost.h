@@ -1,0 +1,67 @@
+/* ghost.h - the parts of the ghost: ghost.c (control, life and death), ghost_io.c (descriptors),
+ * ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost).
+ */
+#ifndef BPFS_GHOST_H
+#define BPFS_GHOST_H
+
+#include "mux.h"
+
+/* struct termios as the kernel's TCGETS has it; the C library's is longer. */
+struct kernel_termios {
+	uint32_t iflag, oflag, cflag, lflag;
+	uint8_t line, cc[19];
+};
+#define TCGETS 0x5401
+#define TCSETS 0x5402
+#define K_OPOST 1u
+#define K_ONLCR 4u
+#define K_ICANON 2u
+#define K_ECHO 8u
+#define K_TOSTOP 0400u
+#define K_EXTPROC 0200000u
+
+struct tty {
+	bool controlling;  /* job control applies to it */
+	bool foreground;
+	bool pending;      /* F_PENDING was sent, F_WANT not yet seen */
+	uint32_t want;     /* bytes the job would read now */
+	bool changed;      /* `termios` is to be applied once in the foreground and all is written */
+	struct kernel_termios termios;
+	int64_t next_ttin, next_ttou; /* at most one such signal a second */
+};
+
+extern struct stream the_stream;
+extern struct chan the_chans[MAX_CHANS];
+
+void tell(uint32_t type, int a, int b, int c, int d, uint64_t value);
+
+/* ghost_io.c */
+int stream_table(const uint8_t *text, size_t len); /* errno or 0 */
+void stream_grant_all(void);
+uint64_t take_held(bool home, int *pumps);
+int count_pumps(void);
+bool all_written(void);
+bool any_alive(void);
+int high_fd(int fd);
+void close_copies(struct chan *c);
+
+/* ghost_tty.c */
+void tty_init(struct chan *c);
+bool tty_pump(struct chan *c);
+void tty_want(struct chan *c, uint32_t most);
+void tty_set(struct chan *c, const struct kernel_termios *t);
+void tty_settle(struct chan *c);
+bool tty_write_barred(struct chan *c);
+void tty_give_back(struct chan *c);
+void tty_discard(struct chan *c);
+void ttys_refresh(bool force);
+void ttys_greet(void);
+bool ttys_in_background(void);
+bool ttys_signal(int signo);
+void ttys_winsize(void);
+
+/* ghost_pump.c */
+int pump_all(void); /* errno or 0 */
+void core_prepare(void);
+
+#endif

@@ -1,0 +1,297 @@
+/* ghost_tty.c - the real terminal of a job that runs elsewhere.
+ *
+ * The real terminal does all of the processing: echo, line editing, signals, output. The pseudo-terminal on the node passes bytes
+ * on untouched (EXTPROC) and reports what the job sets with tcsetattr; that is set here as it is, and stays set, as a local job's
+ * would. Typed bytes belong to whoever reads next: they are taken only when the job waits for them (F_PENDING, F_WANT)
+ * and the ghost is in the terminal's foreground group.
+ */
+#define _GNU_SOURCE
+#include "ghost.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#ifndef TIOCGPGRP
+#define TIOCGPGRP 0x540F
+#endif
+
+static int tty_fd(const struct chan *c)
+{
+	return c->src.fd >= 0 ? c->src.fd : c->sink.fd;
+}
+
+static bool in_foreground(struct chan *c)
+{
+	pid_t group = 0;
+	int fd = tty_fd(c);
+
+	/* ENOTTY: not our controlling terminal, no job control: anybody may read. */
+	c->tty->controlling = fd >= 0 && ioctl(fd, TIOCGPGRP, &group) == 0;
+	return !c->tty->controlling || group == getpgrp();
+}
+
+void tty_init(struct chan *c)
+{
+	c->tty = calloc(1, sizeof(*c->tty));
+	if (!c->tty)
+		_exit(255);
+}
+
+static void put_winsize(struct chan *c)
+{
+	struct winsize size;
+
+	if (ioctl(tty_fd(c), TIOCGWINSZ, &size) == 0)
+		frame_put(c->stream, F_WINSIZE, c->id, &size, sizeof(size));
+}
+
+/* The real terminal's settings are the truth: the shell may have changed them while the job was not in front. */
+static void push_state(struct chan *c)
+{
+	struct kernel_termios now;
+
+	if (c->tty->changed) {
+		tty_settle(c);
+		return;
+	}
+	if (ioctl(tty_fd(c), TCGETS, &now) == 0)
+		frame_put(c->stream, F_TERMIOS, c->id, &now, sizeof(now));
+}
+
+static void refresh(struct chan *c, bool force)
+{
+	struct tty *t = c->tty;
+	bool front = in_foreground(c);
+
+	if (front == t->foreground && !force)
+		return;
+	t->foreground = front;
+	t->pending = false;
+	t->want = 0;
+	c->src_gate = front;
+	frame_put_u32(c->stream, F_FOREGROUND, c->id, front);
+	if (front) {
+		c->sink_gate = false;
+		push_state(c);
+		put_winsize(c);
+	}
+	stream_mark(c->stream);
+}
+
+void ttys_refresh(bool force)
+{
+	for (int i = 0; i < the_stream.nchans; i++)
+		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0)
+			refresh(&the_chans[i], force);
+}
+
+/* A new stream: tell the node how the terminal is, wherever we stand. */
+void ttys_greet(void)
+{
+	struct kernel_termios now;
+
+	for (int i = 0; i < the_stream.nchans; i++) {
+		struct chan *c = &the_chans[i];
+
+		if (!c->tty || tty_fd(c) < 0)
+			continue;
+		if (!c->tty->changed && ioctl(tty_fd(c), TCGETS, &now) == 0)
+			frame_put(c->stream, F_TERMIOS, c->id, &now, sizeof(now));
+		put_winsize(c);
+		refresh(c, true);
+	}
+}
+
+bool ttys_in_background(void)
+{
+	for (int i = 0; i < the_stream.nchans; i++)
+		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0 && !the_chans[i].tty->foreground)
+			return true;
+	return false;
+}
+
+/* A signal that was typed goes to the foreground group on the node. */
+bool ttys_signal(int signo)
+{
+	if (!the_stream.open || the_stream.held)
+		return false;
+	for (int i = 0; i < the_stream.nchans; i++) {
+		struct chan *c = &the_chans[i];
+
+		if (c->tty && tty_fd(c) >= 0 && (in_foreground(c), c->tty->controlling)) {
+			frame_put_u32(&the_stream, F_TTYSIG, c->id, signo);
+			return true;
+		}
+	}
+	return false;
+}
+
+void ttys_winsize(void)
+{
+	for (int i = 0; i < the_stream.nchans; i++)
+		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0)
+			put_winsize(&the_chans[i]);
+}
+
+/* ---- output and settings ---- */
+
+void tty_settle(struct chan *c)
+{
+	struct tty *t = c->tty;
+	struct kernel_termios real, want = t->termios;
+
+	if (!t->changed || !t->foreground || c->out.len || tty_fd(c) < 0)
+		return;
+	t->changed = false;
+	if (ioctl(tty_fd(c), TCGETS, &real) < 0)
+		return;
+	want.lflag = (want.lflag & ~K_EXTPROC) | (real.lflag & K_EXTPROC);
+	want.cflag = real.cflag; /* speed and character size belong to the real line */
+	if (memcmp(&want, &real, sizeof(want)) != 0)
+		ioctl(tty_fd(c), TCSETS, &want);
+}
+
+void tty_set(struct chan *c, const struct kernel_termios *t)
+{
+	c->tty->termios = *t;
+	c->tty->changed = true;
+	if (!in_foreground(c) && c->tty->controlling && now_ms() >= c->tty->next_ttou) {
+		/* As the kernel does to a background process; in the foreground again it is applied. */
+		c->tty->next_ttou = now_ms() + 1000;
+		tell(C_SIGNAL, SIGTTOU, 0x80, 0, 0, 0);
+	}
+	tty_settle(c);
+}
+
+bool tty_write_barred(struct chan *c)
+{
+	struct kernel_termios now;
+
+	if (c->tty->foreground || ioctl(tty_fd(c), TCGETS, &now) < 0 || !(now.lflag & K_TOSTOP) || in_foreground(c))
+		return false;
+	c->sink_gate = true; /* until refresh() finds us in front */
+	if (now_ms() >= c->tty->next_ttou) {
+		c->tty->next_ttou = now_ms() + 1000;
+		tell(C_SIGNAL, SIGTTOU, 0x80, 0, 0, 0);
+	}
+	return true;
+}
+
+/* ---- input ---- */
+
+static bool hung_up(struct chan *c)
+{
+	struct pollfd p = { .fd = c->src.fd };
+
+	return poll(&p, 1, 0) == 1 && (p.revents & (POLLHUP | POLLERR));
+}
+
+static void read_typed(struct chan *c)
+{
+	struct tty *t = c->tty;
+	uint8_t line[TTY_MAX];
+	ssize_t r = read(c->src.fd, line, t->want < sizeof(line) ? t->want : sizeof(line));
+
+	t->pending = false;
+	t->want = 0;
+	c->src.ready = false;
+	c->src_gate = true;
+	if (r > 0) {
+		frame_put(c->stream, F_DATA, c->id, line, r);
+		c->credit -= (uint32_t)r < c->credit ? (uint32_t)r : c->credit;
+	} else if (r == 0 && !hung_up(c)) {
+		frame_put_u32(c->stream, F_EOF, c->id, 0);
+	} else if (r == 0 || (errno != EAGAIN && errno != EINTR)) {
+		frame_put(c->stream, F_CLOSED, c->id, NULL, 0); /* the line is gone: hang up over there */
+		c->src_end = c->eof_sent = true;
+		port_forget(&c->src);
+	}
+}
+
+/* Sends what is held, one record a frame, then what is typed and wanted. */
+bool tty_pump(struct chan *c)
+{
+	struct tty *t = c->tty;
+	uint16_t n;
+
+	if (!c->stream->open || c->src.fd < 0)
+		return true;
+	while (c->back.len >= sizeof(n)) {
+		memcpy(&n, buf_head(&c->back), sizeof(n));
+		if (c->credit < n)
+			return true;
+		if (n)
+			frame_put(c->stream, F_DATA, c->id, buf_head(&c->back) + sizeof(n), n);
+		else
+			frame_put_u32(c->stream, F_EOF, c->id, 0);
+		c->credit -= n;
+		buf_drop(&c->back, sizeof(n) + n);
+	}
+	if (c->src_end || !t->foreground || c->credit < TTY_MAX)
+		return true;
+	if (t->want) {
+		if (in_foreground(c))
+			read_typed(c);
+		else
+			refresh(c, false);
+	} else if (c->src.ready && !t->pending) {
+		t->pending = true;
+		c->src_gate = false; /* no need to hear of it again */
+		c->src.ready = false;
+		frame_put(c->stream, F_PENDING, c->id, NULL, 0);
+	}
+	return true;
+}
+
+void tty_want(struct chan *c, uint32_t most)
+{
+	struct tty *t = c->tty;
+
+	refresh(c, false);
+	if (t->foreground) {
+		if (t->pending)
+			t->want = most ? most : TTY_MAX;
+		return;
+	}
+	if (now_ms() >= t->next_ttin) {
+		t->next_ttin = now_ms() + 1000;
+		tell(C_SIGNAL, SIGTTIN, 0x80, 0, 0, 0);
+	}
+}
+
+/* Unread bytes go back to the terminal for the next reader. Not echoed again; refused by kernels without legacy TIOCSTI
+ * unless privileged: then they stay in `back`. */
+void tty_give_back(struct chan *c)
+{
+	struct kernel_termios old, quiet;
+	uint16_t n;
+	int fd = tty_fd(c);
+	bool ok = true;
+
+	if (!c->back.len || ioctl(fd, TCGETS, &old) < 0)
+		return;
+	quiet = old;
+	quiet.lflag &= ~K_ECHO;
+	ioctl(fd, TCSETS, &quiet);
+	while (ok && c->back.len >= sizeof(n)) {
+		memcpy(&n, buf_head(&c->back), sizeof(n));
+		for (int i = 0; ok && i < n; i++)
+			ok = ioctl(fd, TIOCSTI, buf_head(&c->back) + sizeof(n) + i) == 0;
+		if (ok && !n)
+			ok = ioctl(fd, TIOCSTI, &old.cc[4 /* VEOF */]) == 0;
+		if (ok)
+			buf_drop(&c->back, sizeof(n) + n);
+	}
+	ioctl(fd, TCSETS, &old);
+}
+
+void tty_discard(struct chan *c)
+{
+	if (c->tty->foreground && c->src.fd >= 0)
+		ioctl(c->src.fd, 0x540B /* TCFLSH */, 0 /* TCIFLUSH */);
+}

@@ -1,0 +1,427 @@
+/* iorelay - one a node: the node's ends of all jobs' terminals, pipes and sockets, pumped over a stream a job to its ghost.
+ *
+ * Driven by bpslave over a SEQPACKET socket (argv[1] is its number) and dies with it. What it holds of each channel:
+ *   one-way   the other end of a pipe, and an O_PATH descriptor of it, by which unread input can be taken back
+ *             without a read end of ours that would hide from us that the job closed its own;
+ *   two-way   the other end of a socket pair, and a duplicate of the job's end for the same purpose;
+ *   terminal  the pseudo-terminal's master and an open slave (relay_tty.c).
+ */
+#define _GNU_SOURCE
+#include "relay.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define MAX_PASSED 253 /* SCM_MAX_FD */
+
+static struct stream *streams;
+static struct port control;
+
+static void report(uint32_t type, int id)
+{
+	struct ctl m = { .type = type, .a = id };
+
+	send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
+}
+
+static int reopen(int path_fd, int flags)
+{
+	char path[32] = "/proc/self/fd/";
+	char digits[12];
+	int n = 0;
+
+	do
+		digits[n++] = '0' + path_fd % 10;
+	while (path_fd /= 10);
+	for (size_t i = strlen(path); n; )
+		path[i++] = digits[--n];
+	return open(path, flags | O_CLOEXEC);
+}
+
+static bool is_pipe(const struct chan *c)
+{
+	return !c->tty && !chan_bidirectional(c);
+}
+
+/* ---- hooks of mux.c ---- */
+
+static bool hangs(int fd)
+{
+	struct pollfd p = { .fd = fd };
+
+	return poll(&p, 1, 0) == 1 && (p.revents & (POLLHUP | POLLERR));
+}
+
+ssize_t side_read(struct chan *c, void *data, size_t n)
+{
+	ssize_t r = read(c->src.fd, data, n);
+
+	if (r == 0 && chan_bidirectional(c))
+		c->src_shutdown = !hangs(c->src.fd);
+	return r;
+}
+
+ssize_t side_write(struct chan *c, const void *data, size_t n)
+{
+	return write(c->sink.fd, data, n);
+}
+
+bool side_may_splice_source(struct chan *c)
+{
+	return is_pipe(c);
+}
+
+bool side_pump_special(struct chan *c)
+{
+	return c->tty && tty_pump(c);
+}
+
+void side_flush_special(struct chan *c)
+{
+	tty_flush(c);
+}
+
+void side_sink_end(struct chan *c)
+{
+	if (chan_bidirectional(c))
+		shutdown(c->sink.fd, SHUT_WR);
+	port_close(&c->sink);
+}
+
+void side_source_closed(struct chan *c, uint64_t consumed)
+{
+	(void)consumed;
+	if (c->tty)
+		tty_hang_up(c);
+}
+
+static void close_chan(struct chan *c)
+{
+	port_close(&c->src);
+	port_close(&c->sink);
+	if (c->pipe_path >= 0)
+		close(c->pipe_path);
+	if (c->peer >= 0)
+		close(c->peer);
+	c->pipe_path = c->peer = -1;
+	buf_free(&c->out);
+	buf_free(&c->back);
+	buf_free(&c->returned);
+	if (c->tty)
+		tty_free(c);
+}
+
+static void destroy(struct stream *s)
+{
+	if (s->dead)
+		return;
+	s->over = true;
+	stream_lose(s, 0);
+	for (int i = 0; i < s->nchans; i++)
+		close_chan(&s->chans[i]);
+	s->dead = true; /* freed after this batch of events */
+}
+
+static bool anything_alive(struct stream *s)
+{
+	for (int i = 0; i < s->nchans; i++)
+		if ((s->chans[i].src.fd >= 0 && !s->chans[i].src_end) || s->chans[i].sink.fd >= 0)
+			return true;
+	return false;
+}
+
+void side_lost(struct stream *s, int err)
+{
+	(void)err;
+	if (s->over)
+		return; /* destroy() is at work */
+	if (s->drain_over && !anything_alive(s)) {
+		destroy(s);
+		report(C_ENDED, s->id);
+	} else {
+		report(C_LOST, s->id);
+	}
+}
+
+/* ---- hold and drain ---- */
+
+static void put_back(struct chan *c, int fd)
+{
+	static uint8_t data[64 << 10];
+	ssize_t r;
+
+	while ((r = read(fd, data, sizeof(data))) > 0)
+		frame_put(c->stream, F_BACK, c->id, data, r);
+}
+
+/* Everything on its way into the job that it has not read: first from its own end, then what waits here. */
+static void take_back(struct chan *c)
+{
+	if (c->tty) {
+		tty_take_back(c);
+	} else if (chan_bidirectional(c) && c->peer >= 0) {
+		fcntl(c->peer, F_SETFL, fcntl(c->peer, F_GETFL) | O_NONBLOCK);
+		put_back(c, c->peer);
+		fcntl(c->peer, F_SETFL, c->fds[0]);
+	} else if (c->pipe_path >= 0) {
+		int fd = reopen(c->pipe_path, O_RDONLY | O_NONBLOCK);
+
+		if (fd >= 0) {
+			put_back(c, fd);
+			close(fd);
+		}
+	}
+	while (c->out.len) {
+		size_t n = c->out.len < FRAME_MAX ? c->out.len : FRAME_MAX;
+
+		frame_put(c->stream, F_BACK, c->id, buf_head(&c->out), n);
+		buf_drop(&c->out, n);
+	}
+	c->granted = c->credit = c->eaten = c->moved = 0;
+}
+
+static bool still_draining(struct stream *s)
+{
+	if (s->splice_left)
+		return true;
+	for (int i = 0; i < s->nchans; i++)
+		if (s->chans[i].draining)
+			return true;
+	return false;
+}
+
+static void drain_start(struct stream *s)
+{
+	for (int i = 0; i < s->nchans; i++)
+		s->chans[i].draining = !s->chans[i].src_end || !s->chans[i].eof_sent;
+}
+
+void side_serviced(struct stream *s)
+{
+	if (!s->open || still_draining(s))
+		return;
+	if (s->holding) {
+		for (int i = 0; i < s->nchans; i++)
+			take_back(&s->chans[i]);
+		s->holding = false;
+		s->held = true;
+		frame_put(s, F_HELD, 0, NULL, 0);
+	}
+	if (s->drain_asked) {
+		s->drain_asked = false;
+		for (int i = 0; s->drain_over && i < s->nchans; i++) {
+			struct chan *c = &s->chans[i];
+
+			if (c->sink.fd >= 0 && hangs(c->sink.fd))
+				chan_sink_gone(c);
+		}
+		frame_put_u32(s, F_DRAINED, 0, s->drain_token);
+	}
+}
+
+static void drain(struct stream *s, uint32_t token, bool over)
+{
+	s->drain_asked = true;
+	s->drain_token = token;
+	s->drain_over |= over;
+	for (int i = 0; over && i < s->nchans; i++) {
+		struct chan *c = &s->chans[i];
+
+		/* From now on the end of file shall come through, once the last child has closed it. */
+		if (c->peer >= 0)
+			close(c->peer);
+		c->peer = -1;
+		if (c->tty)
+			tty_over(c);
+	}
+	drain_start(s);
+}
+
+static void resume(struct stream *s)
+{
+	s->held = s->holding = false;
+	for (int i = 0; i < s->nchans; i++) {
+		struct chan *c = &s->chans[i];
+
+		/* It had been given its end of file, which the ghost sends once more. */
+		if (is_pipe(c) && c->sink.fd < 0 && c->pipe_path >= 0 && !c->sink_gone) {
+			int fd = reopen(c->pipe_path, O_WRONLY | O_NONBLOCK);
+
+			if (fd >= 0)
+				port_open(&c->sink, fd, chan_sink_event, c);
+		}
+		c->out_end = false;
+		if (c->sink.fd >= 0)
+			chan_grant(c, c->window);
+	}
+}
+
+bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
+{
+	struct chan *c = chan_find(s, h->chan);
+	uint32_t v[2] = { 0, 0 };
+
+	memcpy(v, data, h->len < sizeof(v) ? h->len : sizeof(v));
+	switch (h->type) {
+	case F_HOLD:
+		s->holding = true;
+		drain_start(s);
+		return true;
+	case F_RESUME:
+		resume(s);
+		return true;
+	case F_DRAIN:
+		drain(s, v[0], v[1]);
+		return true;
+	case F_BYE:
+		destroy(s);
+		report(C_ENDED, s->id);
+		return true;
+	}
+	return c && c->tty && tty_frame(c, h, data);
+}
+
+/* ---- attach and detach ---- */
+
+static bool open_chan(struct chan *c, const int *fds, int n)
+{
+	int i;
+
+	for (i = 0; i < n; i++)
+		fcntl(fds[i], F_SETFD, FD_CLOEXEC);
+	c->window = INPUT_WINDOW;
+	fcntl(fds[0], F_SETFL, fcntl(fds[0], F_GETFL) | O_NONBLOCK);
+	if (c->kind == K_TTY)
+		return tty_open(c, fds, n);
+	if (c->access != O_WRONLY)
+		port_open(&c->sink, chan_bidirectional(c) ? fcntl(fds[0], F_DUPFD_CLOEXEC, 0) : fds[0], chan_sink_event, c);
+	if (c->access != O_RDONLY)
+		port_open(&c->src, fds[0], chan_src_event, c);
+	if (chan_bidirectional(c)) {
+		c->peer = n > 1 ? fds[1] : -1;
+		c->fds[0] = c->peer >= 0 ? fcntl(c->peer, F_GETFL) : 0;
+	} else if (c->access == O_RDONLY) {
+		c->sink_pipe = true;
+		c->pipe_path = reopen(fds[0], O_PATH);
+	}
+	return true;
+}
+
+static bool attach(const struct ctl *m, size_t len, const int *fds, int nfds)
+{
+	const uint8_t *text = (const uint8_t *)m->text;
+	struct chan_record r;
+	int used = 1, count = len / sizeof(r);
+
+	if (nfds < 1 || len % sizeof(r) || count > MAX_CHANS)
+		return false;
+	struct stream *s = calloc(1, sizeof(*s));
+	s->chans = calloc(count ? count : 1, sizeof(*s->chans));
+	s->id = m->a;
+	for (int i = 0; i < count; i++, used += r.nfds) {
+		struct chan *c = &s->chans[s->nchans];
+
+		memcpy(&r, text + i * sizeof(r), sizeof(r));
+		chan_init(c, s);
+		c->id = r.chan;
+		c->kind = r.kind;
+		c->access = r.access;
+		if (!r.nfds || used + r.nfds > nfds || !open_chan(c, fds + used, r.nfds))
+			break;
+		s->nchans++;
+	}
+	s->next = streams;
+	streams = s;
+	stream_init(s, fds[0]);
+	for (int i = 0; i < s->nchans; i++)
+		if (s->chans[i].sink.fd >= 0)
+			chan_grant(&s->chans[i], s->chans[i].window);
+	return true;
+}
+
+static void control_event(struct port *p, uint32_t events)
+{
+	static struct ctl m;
+	union {
+		char space[CMSG_SPACE(sizeof(int) * MAX_PASSED)];
+		struct cmsghdr align;
+	} anc;
+	struct iovec v = { &m, sizeof(m) };
+	struct msghdr h = { .msg_iov = &v, .msg_iovlen = 1, .msg_control = &anc, .msg_controllen = sizeof(anc) };
+	int fds[MAX_PASSED], n = 0;
+	ssize_t r = recvmsg(p->fd, &h, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+
+	(void)events;
+	if (r < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (r < (ssize_t)CTL_HEAD)
+		_exit(0); /* bpslave is gone, and so is this node */
+	struct cmsghdr *c = CMSG_FIRSTHDR(&h);
+	if (c && c->cmsg_type == SCM_RIGHTS) {
+		n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		memcpy(fds, CMSG_DATA(c), n * sizeof(int));
+	}
+	if (m.type == C_ATTACH && attach(&m, r - CTL_HEAD, fds, n))
+		return;
+	for (int i = 0; i < n; i++)
+		close(fds[i]);
+	for (struct stream *s = streams; s && m.type == C_DETACH; s = s->next)
+		if (s->id == m.a && !s->dead) {
+			destroy(s);
+			report(C_ENDED, s->id);
+		}
+}
+
+static void bury(void)
+{
+	for (struct stream **at = &streams, *s; (s = *at); ) {
+		if (!s->dead || s->dirty) {
+			at = &s->next;
+			continue;
+		}
+		*at = s->next;
+		free(s->chans);
+		free(s);
+	}
+}
+
+/* Terminals are looked at by time. Returns ms until the next look, -1: none. */
+static int ticks(void)
+{
+	int64_t now = now_ms(), next = INT64_MAX;
+
+	for (struct stream *s = streams; s; s = s->next)
+		for (int i = 0; i < s->nchans && s->open && !s->held; i++)
+			if (s->chans[i].tty) {
+				int64_t t = tty_tick(&s->chans[i], now);
+				if (t < next)
+					next = t;
+			}
+	return next == INT64_MAX ? -1 : next <= now ? 0 : (int)(next - now);
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 2) {
+		static const char usage[] = "usage: iorelay CONTROL-DESCRIPTOR (started by bpslave)\n";
+		return write(2, usage, sizeof(usage) - 1) < 0 ? 2 : 2;
+	}
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+	loop_init();
+	fcntl(atoi(argv[1]), F_SETFD, FD_CLOEXEC);
+	port_open(&control, atoi(argv[1]), control_event, NULL);
+	port_want(&control, EPOLLIN);
+	for (;;) {
+		loop_once(ticks());
+		bury();
+	}
+}

@@ -1,0 +1,527 @@
+/* mux.c - pumping channels over one TCP stream, for ghost and iorelay alike.
+ *
+ * Level-triggered epoll. After each batch of events every stream that was touched is serviced once: send, read
+ * sources while the other side grants credit, write sinks, say what to wait for. A source is never in the epoll
+ * set unless it is wanted, since a hang-up cannot be masked and would spin. A sink always is, with no events, so that the
+ * death of its reader is seen at once.
+ */
+#define _GNU_SOURCE
+#include "mux.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define CHUNK (64u << 10)       /* one read(2) */
+#define TX_HIGH (128u << 10)    /* no more is read while so much waits for the network */
+#define SPLICE_MIN (16u << 10)  /* below this copying is cheaper than splicing */
+#define ROUNDS 64               /* most pieces taken from one stream before others get their turn */
+
+/* ---- frames out ---- */
+
+void frame_put(struct stream *s, uint8_t type, uint8_t chan, const void *data, uint32_t len)
+{
+	struct frame h = { .type = type, .chan = chan, .len = len };
+
+	if (!s->open)
+		return;
+	buf_add(&s->tx, &h, sizeof(h));
+	if (len)
+		buf_add(&s->tx, data, len);
+	stream_mark(s);
+}
+
+void frame_put_u32(struct stream *s, uint8_t type, uint8_t chan, uint32_t value)
+{
+	frame_put(s, type, chan, &value, sizeof(value));
+}
+
+struct chan *chan_find(struct stream *s, uint8_t id)
+{
+	for (int i = 0; i < s->nchans; i++)
+		if (s->chans[i].id == id)
+			return &s->chans[i];
+	return NULL;
+}
+
+void chan_init(struct chan *c, struct stream *s)
+{
+	memset(c, 0, sizeof(*c));
+	c->stream = s;
+	c->src.fd = c->sink.fd = c->pipe_path = c->peer = -1;
+	c->src_gate = true;
+}
+
+bool chan_bidirectional(const struct chan *c)
+{
+	return c->access == O_RDWR;
+}
+
+void chan_grant(struct chan *c, uint32_t credit)
+{
+	if (!credit || c->sink_gone)
+		return;
+	c->granted += credit;
+	frame_put_u32(c->stream, F_WINDOW, c->id, credit);
+}
+
+/* n bytes reached the sink: let as many more come, in steps that are worth a frame. */
+void chan_eat(struct chan *c, size_t n)
+{
+	struct stream *s = c->stream;
+
+	s->progress = true;
+	c->eaten += n;
+	c->moved += n;
+	if (s->held || s->holding || c->eaten < c->window / 4)
+		return;
+	if (!c->granted && c->window < INPUT_WINDOW_MAX) {
+		c->eaten += c->window; /* the reader keeps up: read further ahead */
+		c->window *= 2;
+	}
+	chan_grant(c, c->eaten);
+	c->eaten = 0;
+}
+
+void chan_sink_gone(struct chan *c)
+{
+	if (c->sink_gone)
+		return;
+	int unread = 0;
+	c->sink_gone = true;
+	if (c->sink.fd >= 0)
+		ioctl(c->sink.fd, FIONREAD, &unread); /* of a pipe either end tells */
+	uint64_t consumed = c->moved - unread;
+	port_close(&c->sink);
+	buf_free(&c->out);
+	frame_put(c->stream, F_CLOSED, c->id, &consumed, sizeof(consumed));
+	stream_mark(c->stream);
+}
+
+void chan_src_event(struct port *p, uint32_t events)
+{
+	struct chan *c = p->owner;
+
+	(void)events;
+	p->ready = true;
+	stream_mark(c->stream);
+}
+
+void chan_sink_event(struct port *p, uint32_t events)
+{
+	struct chan *c = p->owner;
+
+	if (events & (EPOLLERR | EPOLLHUP))
+		chan_sink_gone(c);
+	stream_mark(c->stream);
+}
+
+/* ---- sending ---- */
+
+/* Returns false when the socket is full or broken. */
+static bool tx_push(struct stream *s)
+{
+	ssize_t r;
+
+	if (!s->open)
+		return false;
+	while (s->splice_left) {
+		if (s->lead_left) {
+			r = send(s->tcp.fd, s->lead + sizeof(s->lead) - s->lead_left, s->lead_left,
+				 MSG_NOSIGNAL | MSG_DONTWAIT | MSG_MORE);
+			if (r > 0)
+				s->lead_left -= r;
+		} else {
+			r = splice(s->way[0], NULL, s->tcp.fd, NULL, s->splice_left, SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+			if (r > 0)
+				s->splice_left -= r;
+		}
+		if (r <= 0)
+			goto stuck;
+		s->progress = true;
+	}
+	while (s->tx.len) {
+		r = send(s->tcp.fd, buf_head(&s->tx), s->tx.len, MSG_NOSIGNAL | MSG_DONTWAIT);
+		if (r <= 0)
+			goto stuck;
+		s->progress = true;
+		buf_drop(&s->tx, r);
+	}
+	return true;
+stuck:
+	if (errno != EAGAIN && errno != EINTR)
+		stream_lose(s, errno);
+	return false;
+}
+
+static bool way_open(struct stream *s)
+{
+	if (s->way[0] >= 0)
+		return true;
+	if (pipe2(s->way, O_CLOEXEC | O_NONBLOCK) < 0) {
+		s->way[0] = s->way[1] = -1;
+		return false;
+	}
+	for (int i = 0; i < 2; i++) { /* out of the way of the job's own numbers */
+		int high = fcntl(s->way[i], F_DUPFD_CLOEXEC, 200);
+		if (high >= 0) {
+			close(s->way[i]);
+			s->way[i] = high;
+		}
+	}
+	fcntl(s->way[0], F_SETPIPE_SZ, FRAME_MAX);
+	return true;
+}
+
+/* What a source may send now. */
+uint32_t chan_allowance(const struct chan *c)
+{
+	return c->stream->holding ? FRAME_MAX : c->credit;
+}
+
+static void spend(struct chan *c, size_t n)
+{
+	c->credit -= n < c->credit ? n : c->credit;
+	c->moved += n;
+	c->stream->progress = true;
+}
+
+static void source_end(struct chan *c)
+{
+	c->src_end = true;
+	c->draining = false;
+	port_forget(&c->src);
+}
+
+/* One piece from the source; returns false when there is none now. */
+static bool source_piece(struct chan *c)
+{
+	struct stream *s = c->stream;
+	uint32_t most = chan_allowance(c);
+	struct frame h = { .type = F_DATA, .chan = c->id };
+	int waiting = 0;
+	ssize_t r;
+
+	if (most > FRAME_MAX)
+		most = FRAME_MAX;
+	if (!s->tx.len && side_may_splice_source(c) && ioctl(c->src.fd, FIONREAD, &waiting) == 0 &&
+	    waiting >= (int)SPLICE_MIN && way_open(s)) {
+		r = splice(c->src.fd, NULL, s->way[1], NULL, most, SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+		if (r > 0) {
+			h.len = r;
+			memcpy(s->lead, &h, sizeof(h));
+			s->lead_left = sizeof(h);
+			s->splice_left = r;
+			spend(c, r);
+			return tx_push(s);
+		}
+	}
+	if (most > CHUNK)
+		most = CHUNK;
+	uint8_t *room = buf_room(&s->tx, sizeof(h) + most);
+	r = side_read(c, room + sizeof(h), most);
+	if (r > 0) {
+		h.len = r;
+		memcpy(room, &h, sizeof(h));
+		s->tx.len += sizeof(h) + r;
+		spend(c, r);
+		return true;
+	}
+	if (r < 0 && errno == EAGAIN)
+		c->draining = false;
+	else if (r < 0 && errno == EINTR)
+		return true;
+	else
+		source_end(c); /* an error of the file ends it, too: nothing more can be read */
+	return false;
+}
+
+static void source_pump(struct chan *c)
+{
+	struct stream *s = c->stream;
+
+	if (s->held || side_pump_special(c))
+		return;
+	while (s->open && !s->splice_left && s->tx.len < TX_HIGH) {
+		uint32_t most = chan_allowance(c);
+
+		if (c->back.len) {
+			if (!most)
+				return;
+			if (most > c->back.len)
+				most = c->back.len;
+			if (most > CHUNK)
+				most = CHUNK;
+			frame_put(s, F_DATA, c->id, buf_head(&c->back), most);
+			buf_drop(&c->back, most);
+			spend(c, most);
+			continue;
+		}
+		if (c->src_end) {
+			c->draining = false;
+			if (!c->eof_sent)
+				frame_put_u32(s, F_EOF, c->id, c->src_shutdown);
+			c->eof_sent = true;
+			return;
+		}
+		if (c->src.fd < 0 || !c->src_gate) {
+			c->draining = false;
+			return;
+		}
+		if (!most || !(c->src.ready || c->src.always || c->draining))
+			return;
+		c->src.ready = false;
+		bool more = source_piece(c);
+		if (!c->draining && !c->src_end)
+			return;
+		if (!more && !c->src_end)
+			return;
+	}
+}
+
+/* ---- receiving ---- */
+
+static void sink_flush(struct chan *c)
+{
+	if (c->records) {
+		side_flush_special(c);
+		return;
+	}
+	while (c->out.len && c->sink.fd >= 0) {
+		ssize_t r = side_write(c, buf_head(&c->out), c->out.len);
+
+		if (r > 0) {
+			buf_drop(&c->out, r);
+			chan_eat(c, r);
+			continue;
+		}
+		if (r < 0 && errno == EINTR)
+			continue;
+		if (r < 0 && errno != EAGAIN)
+			chan_sink_gone(c);
+		break;
+	}
+	if (!c->out.len && c->out_end && c->sink.fd >= 0)
+		side_sink_end(c);
+}
+
+static bool begin_frame(struct stream *s)
+{
+	struct frame h;
+
+	memcpy(&h, s->head, sizeof(h));
+	s->left = h.len;
+	s->small_len = 0;
+	if (h.type != F_DATA && h.type != F_BACK)
+		return h.len <= SMALL_MAX;
+	struct chan *c = chan_find(s, h.chan);
+	if (h.len > FRAME_MAX || !c)
+		return false;
+	if (h.type == F_DATA) {
+		if (h.len > c->granted || (c->records && h.len > TTY_MAX))
+			return false; /* nobody sends what was not asked for */
+		c->granted -= h.len;
+	}
+	if (h.type == F_BACK && c->returned.len + h.len > HOLD_MAX)
+		return false;
+	uint16_t length = h.len;
+	if (h.type == F_DATA && c->records)
+		buf_add(&c->out, &length, sizeof(length));
+	if (h.type == F_BACK && c->kind == K_TTY)
+		buf_add(&c->returned, &length, sizeof(length));
+	return true;
+}
+
+static bool end_frame(struct stream *s)
+{
+	struct frame h;
+	uint32_t value = 0;
+	uint64_t consumed = UINT64_MAX;
+
+	memcpy(&h, s->head, sizeof(h));
+	s->head_len = 0;
+	if (h.type == F_DATA || h.type == F_BACK)
+		return true;
+	if (s->small_len >= sizeof(value))
+		memcpy(&value, s->small, sizeof(value));
+	struct chan *c = chan_find(s, h.chan);
+	switch (h.type) {
+	case F_EOF:
+		if (!c)
+			return false;
+		if (c->records) {
+			buf_add(&c->out, &(uint16_t){ 0 }, sizeof(uint16_t));
+		} else {
+			c->out_end = true;
+			c->out_shutdown = value;
+		}
+		return true;
+	case F_WINDOW:
+		if (!c || value > HOLD_MAX || c->credit > HOLD_MAX)
+			return false;
+		c->credit += value;
+		return true;
+	case F_CLOSED:
+		if (!c)
+			return false;
+		if (s->small_len >= sizeof(consumed))
+			memcpy(&consumed, s->small, sizeof(consumed));
+		side_source_closed(c, consumed);
+		port_close(&c->src);
+		buf_free(&c->back);
+		c->src_end = c->eof_sent = true;
+		c->draining = false;
+		return true;
+	default:
+		return side_frame(s, &h, s->small);
+	}
+}
+
+/* Payload straight to its place. Returns bytes taken, 0 at end of file, -1 with errno. */
+static ssize_t take(struct stream *s)
+{
+	static uint8_t nowhere[CHUNK];
+	struct frame h;
+	size_t most = s->left < CHUNK ? s->left : CHUNK;
+	struct buf *b;
+	ssize_t r;
+
+	memcpy(&h, s->head, sizeof(h));
+	struct chan *c = chan_find(s, h.chan);
+	if (h.type == F_DATA && (c->sink_gone || c->sink.fd < 0))
+		return recv(s->tcp.fd, nowhere, most, MSG_DONTWAIT);
+	if (h.type == F_DATA && c->sink_pipe && !c->sink_gate && !c->out.len && s->left >= SPLICE_MIN) {
+		r = splice(s->tcp.fd, NULL, c->sink.fd, NULL, s->left, SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+		if (r > 0)
+			chan_eat(c, r);
+		if (r > 0)
+			return r;
+		if (r < 0 && errno == EPIPE) {
+			chan_sink_gone(c);
+			errno = EINTR;
+			return -1;
+		}
+		if (r < 0 && errno == EINVAL)
+			c->sink_pipe = false;
+		/* The pipe is full, or nothing has come: the next line tells which. */
+	}
+	if (h.type == F_DATA || h.type == F_BACK) {
+		b = h.type == F_DATA ? &c->out : &c->returned;
+		r = recv(s->tcp.fd, buf_room(b, most), most, MSG_DONTWAIT);
+		if (r > 0)
+			b->len += r;
+		return r;
+	}
+	r = recv(s->tcp.fd, s->small + s->small_len, s->left, MSG_DONTWAIT);
+	if (r > 0)
+		s->small_len += r;
+	return r;
+}
+
+static void tcp_event(struct port *p, uint32_t events)
+{
+	struct stream *s = p->owner;
+	ssize_t r;
+
+	stream_mark(s);
+	if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
+		return;
+	for (int i = 0; i < ROUNDS && s->open; i++) {
+		if (s->head_len < sizeof(s->head)) {
+			r = recv(p->fd, s->head + s->head_len, sizeof(s->head) - s->head_len, MSG_DONTWAIT);
+			if (r > 0 && (s->head_len += r) == sizeof(s->head) && !begin_frame(s)) {
+				stream_lose(s, EPROTO);
+				return;
+			}
+		} else {
+			r = take(s);
+			if (r > 0)
+				s->left -= r;
+		}
+		if (r == 0 || (r < 0 && errno != EAGAIN && errno != EINTR)) {
+			stream_lose(s, r ? errno : 0);
+			return;
+		}
+		if (r < 0 && errno == EAGAIN)
+			return;
+		s->progress = true;
+		if (s->head_len == sizeof(s->head) && !s->left && !end_frame(s)) {
+			stream_lose(s, EPROTO);
+			return;
+		}
+	}
+}
+
+/* ---- streams ---- */
+
+void stream_init(struct stream *s, int fd)
+{
+	int one = 1;
+
+	setsockopt(fd, 6 /* IPPROTO_TCP */, 1 /* TCP_NODELAY */, &one, sizeof(one));
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	port_open(&s->tcp, fd, tcp_event, s);
+	s->open = true;
+	s->held = s->holding = false;
+	s->head_len = s->left = 0;
+	s->lead_left = s->splice_left = 0;
+	s->way[0] = s->way[1] = -1;
+	stream_mark(s);
+}
+
+void stream_lose(struct stream *s, int err)
+{
+	if (!s->open)
+		return;
+	s->open = false;
+	port_close(&s->tcp);
+	if (s->way[0] >= 0) {
+		close(s->way[0]);
+		close(s->way[1]);
+		s->way[0] = s->way[1] = -1;
+	}
+	buf_free(&s->tx);
+	s->lead_left = s->splice_left = 0;
+	side_lost(s, err);
+}
+
+static void arm(struct stream *s)
+{
+	if (s->open)
+		port_want(&s->tcp, EPOLLIN | (s->tx.len || s->splice_left ? EPOLLOUT : 0));
+	for (int i = 0; i < s->nchans; i++) {
+		struct chan *c = &s->chans[i];
+		bool want = s->open && !s->held && !c->src_end && c->src_gate && !c->back.len && chan_allowance(c) &&
+			    s->tx.len < TX_HIGH && !s->splice_left && c->src.fd >= 0;
+
+		if (want && !c->src.ready)
+			port_want(&c->src, EPOLLIN);
+		else
+			port_forget(&c->src);
+		if (want && (c->src.ready || c->src.always))
+			stream_mark(s);
+		if (c->sink.fd >= 0)
+			port_want(&c->sink, c->out.len && !c->sink_gate && !c->records ? EPOLLOUT : 0);
+	}
+}
+
+void stream_service(struct stream *s)
+{
+	if (s->dead)
+		return;
+	tx_push(s);
+	for (int i = 0; i < s->nchans; i++)
+		source_pump(&s->chans[(s->turn + i) % s->nchans]);
+	s->turn++;
+	tx_push(s);
+	for (int i = 0; i < s->nchans; i++)
+		sink_flush(&s->chans[i]);
+	side_serviced(s);
+	tx_push(s);
+	if (!s->dead)
+		arm(s);
+}

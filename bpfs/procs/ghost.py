@@ -1,0 +1,305 @@
+"""The master's handle of one ghost: control packets out, events in.
+
+The ghost (csrc/ghost.c) is a program in the place of a process that runs on a node. The handle neither starts nor
+reaps it; the engine turns the process into it, with the far end of `Ghost.pair()` as its control socket.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from errno import EIO, ESRCH, ETIMEDOUT
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.wire.mux import MAX_PACKET, Ctl, Packet, unpack
+
+EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "ghost"
+ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
+ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
+
+_log = log.get("ghost")
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """The ghost got a signal that the real process shall have. code, pid, uid, value as in siginfo_t (sigaction(2))."""
+
+    signo: int
+    code: int
+    pid: int
+    uid: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The ghost stops itself now, as `Ghost.stop` asked."""
+
+    signo: int
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """The ghost runs again after `Stopped`. A SIGCONT of the user's comes as a Signal beside this."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost:
+    """The stream to the node broke (errno, or 0 at its plain end); the ghost waits for word."""
+
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The control socket ended: the ghost is dead, has ended as told, or has become the process again."""
+
+
+Event = Signal | Stopped | Continued | StreamLost | Gone
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a ghost holds back after `Ghost.hold`.
+
+    pumps: channels that need `Ghost.pump` before the process comes home; kept: bytes of input that nobody has read yet.
+    """
+
+    pumps: int
+    kept: int
+
+
+class Ghost:
+    """One ghost. `run` must be running for events and answers to come."""
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        """`pid` is the ghost's; `control` our end of `pair()`, ours from now on."""
+        self.pid = pid
+        self._socket = trio.socket.from_stdlib_socket(control)
+        self._send_event, self.events = trio.open_memory_channel[Event](1024)
+        self._ready = trio.Event()
+        self._gone = trio.Event()
+        self._answers: dict[Ctl, Packet | None] = {}
+        self._answered = trio.Condition()
+        self._pidfd = -1
+        self._stat = -1
+
+    @staticmethod
+    def pair() -> tuple[socket.socket, socket.socket]:
+        """A control socket: our end and the ghost's. Must be made by the master's daemon itself: the ghost knows its
+        continue signals by the pid that made the socket."""
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Reads packets until the ghost is gone."""
+        try:
+            while data := await self._receive():
+                await self._take(unpack(data))
+        finally:
+            self._socket.close()
+            self._gone.set()
+            for fd in (self._pidfd, self._stat):
+                if fd >= 0:
+                    os.close(fd)
+            self._pidfd = self._stat = -1
+        async with self._answered:
+            self._answered.notify_all()
+        await self._send_event.send(Gone())
+        self._send_event.close()
+
+    async def _receive(self) -> bytes:
+        try:
+            return await self._socket.recv(MAX_PACKET)
+        except OSError:
+            return b""
+
+    async def _take(self, packet: Packet) -> None:
+        a = packet.a
+        match packet.type:
+            case Ctl.READY:
+                self._ready.set()
+            case Ctl.SIGNAL:
+                await self._send_event.send(Signal(a, packet.b, packet.c, packet.d, packet.value))
+            case Ctl.STOPPED:
+                await self._send_event.send(Stopped(a))
+            case Ctl.CONTINUED:
+                await self._send_event.send(Continued())
+            case Ctl.STREAM_LOST:
+                await self._answer(Ctl.HELD, None)
+                await self._send_event.send(StreamLost(a))
+            case Ctl.HELD | Ctl.PUMPED:
+                await self._answer(Ctl(packet.type), packet)
+            case _:
+                _log.warning("ghost %d sent a packet of type %d", self.pid, packet.type)
+
+    async def wait_ready(self, timeout: float = ANSWER_SECONDS) -> None:
+        """Waits until the ghost program runs.
+
+        Raises:
+            BpfsError: ETIMEDOUT.
+        """
+        with trio.move_on_after(timeout):
+            await self._ready.wait()
+        if not self._ready.is_set():
+            raise BpfsError(ETIMEDOUT, f"the ghost of process {self.pid} did not start within {timeout:g} s")
+
+    async def wait_gone(self) -> None:
+        """Waits until the control socket has ended."""
+        await self._gone.wait()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the control socket has ended."""
+        return self._gone.is_set()
+
+    def close(self) -> None:
+        """Lets go of the ghost: it relays on for its lease, then dies."""
+        self._socket.close()
+
+    def __enter__(self) -> Ghost:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state(self) -> str:
+        """The state letter of proc(5): T when it was stopped from outside, which no packet can tell; X when it is gone.
+
+        One pread of a descriptor that stays open, some 6 us: cheap enough to poll.
+        """
+        try:
+            if self._stat < 0:
+                self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            text = os.pread(self._stat, 512, 0)
+        except OSError:
+            return "X"
+        return text[text.rindex(b")") + 2 :][:1].decode() or "X"
+
+    # -- commands --------------------------------------------------------------------------------
+
+    async def name(self, comm: bytes) -> None:
+        """Sets the name that ps shows (at most 15 bytes count)."""
+        await self._send(Packet(Ctl.NAME, text=comm))
+
+    async def stream(self, connection: socket.socket, table: bytes) -> None:
+        """Gives it a connected TCP socket whose other end an iorelay has or will have; closes ours.
+
+        Args:
+            table: `bpfs.wire.mux.ghost_table`. Channels of an earlier stream go on with what they hold.
+        """
+        try:
+            await self._send(Packet(Ctl.STREAM, text=table), connection.fileno())
+        finally:
+            connection.close()
+
+    async def hold(self, home: bool = False, timeout: float = ANSWER_SECONDS) -> Held:
+        """Gets all output out of the node and all unread input back. The job must be frozen.
+
+        Then `resume` undoes it, `stream` goes on elsewhere, `pump` prepares the return home.
+
+        Raises:
+            BpfsError: EIO where stream or ghost broke, ETIMEDOUT.
+        """
+        packet = await self._ask(Packet(Ctl.HOLD, int(home)), Ctl.HELD, timeout)
+        return Held(packet.a, packet.value)
+
+    async def resume(self) -> None:
+        """Undoes `hold` on the same stream."""
+        await self._send(Packet(Ctl.RESUME))
+
+    async def pump(self, timeout: float = ANSWER_SECONDS) -> None:
+        """Hands held bytes to processes that pass them, and what follows, through fresh pipes in the originals' place.
+
+        Raises:
+            BpfsError: the ghost's errno.
+        """
+        packet = await self._ask(Packet(Ctl.PUMP), Ctl.PUMPED, timeout)
+        if packet.a:
+            raise BpfsError(packet.a, f"the input of process {self.pid} could not be put back: {os.strerror(packet.a)}")
+
+    async def exit(self, code: int) -> None:
+        """Ends it with an exit code, once all output is written; a child goes on with what a slow reader is owed."""
+        await self._send(Packet(Ctl.EXIT, code))
+
+    async def killed(self, signo: int, core: bool = False) -> None:
+        """Ends it by a signal, as `exit`."""
+        await self._send(Packet(Ctl.KILLED, signo, int(core)))
+
+    async def stop(self, signo: int) -> None:
+        """Stops it, once output so far has been written: its parent sees WSTOPSIG signo. Void if continued since."""
+        await self._send(Packet(Ctl.STOP, signo))
+
+    async def cont(self) -> None:
+        """Continues it since the real process was continued; no Signal comes back."""
+        if self._pidfd < 0:
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                raise BpfsError(ESRCH, f"the ghost of process {self.pid} is gone") from None
+        await self._send(Packet(Ctl.CONT))
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+        except OSError:
+            raise BpfsError(ESRCH, f"the ghost of process {self.pid} is gone") from None
+
+    async def _send(self, packet: Packet, fd: int = -1) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        try:
+            await self._socket.sendmsg([packet.pack()], ancillary)
+        except BpfsError:
+            raise
+        except OSError:
+            raise BpfsError(ESRCH, f"the ghost of process {self.pid} is gone") from None
+
+    async def _ask(self, packet: Packet, answer: Ctl, timeout: float) -> Packet:
+        self._answers.pop(answer, None)
+        await self._send(packet)
+        with trio.move_on_after(timeout):
+            async with self._answered:
+                while answer not in self._answers and not self._gone.is_set():
+                    await self._answered.wait()
+        if answer not in self._answers and not self._gone.is_set():
+            raise BpfsError(ETIMEDOUT, f"the ghost of process {self.pid} did not answer within {timeout:g} s")
+        got = self._answers.pop(answer, None)
+        if got is None:
+            raise BpfsError(EIO, f"the stream of process {self.pid} broke")
+        return got
+
+    async def _answer(self, kind: Ctl, packet: Packet | None) -> None:
+        async with self._answered:
+            self._answers[kind] = packet
+            self._answered.notify_all()
+
+
+async def connect_stream(host: str, port: int, token: bytes, timeout: float = ANSWER_SECONDS) -> socket.socket:
+    """Connects to a node that expects this token (bpfs.slave.relay); the socket is for `Ghost.stream`.
+
+    Raises:
+        BpfsError: ETIMEDOUT, EIO where the node refused.
+        OSError: as connect(2) says.
+    """
+    with trio.move_on_after(timeout):
+        stream = await trio.open_tcp_stream(host, port)
+        try:
+            await stream.send_all(token)
+            answer = await stream.receive_some(1)
+        except trio.BrokenResourceError:
+            answer = b""
+        if answer != ACCEPTED:
+            await trio.aclose_forcefully(stream)
+            raise BpfsError(EIO, f"{host} refused the stream")
+        return socket.socket(fileno=stream.socket.detach())
+    raise BpfsError(ETIMEDOUT, f"{host} did not answer within {timeout:g} s")
