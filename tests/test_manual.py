@@ -1,0 +1,59 @@
+"""Man pages say what the programs do: every option and keyword is on its page, and pages name only each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bpfs.config import KEYWORDS
+
+TOP = Path(__file__).resolve().parent.parent
+PAGES = {path.name.removesuffix(".md"): path for path in (TOP / "bpfs" / "man").glob("*.md")}
+COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")))
+
+
+def help_of(command: str) -> str:
+    if command == "bpsh":
+        program = [str(TOP / "bpfs" / "bin" / "bpsh")]
+    else:
+        program = [sys.executable, "-m", f"bpfs.cli.{command}"]
+    texts = []
+    for verb in [["up"], ["status"], ["down"], []] if command == "bpcluster" else [[]]:
+        run = subprocess.run([*program, *verb, "--help"], cwd=TOP, capture_output=True, text=True, check=True)
+        texts.append(run.stdout)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_every_option_is_on_the_page_and_only_those(page: str) -> None:
+    text = PAGES[page].read_text()
+    shown = help_of(page.split(".")[0])
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shown))
+    assert known - set(re.findall(r"--[a-z][a-z-]*", text)) - {"--help", "--version"} == set()
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", text)) - known == set()
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_page_begins_with_its_name_and_refers_to_pages_that_exist(page: str) -> None:
+    name, section = page.rsplit(".", 1)
+    text = PAGES[page].read_text()
+    assert re.match(rf"# {re.escape(name)}\({section}\): \S", text)
+    pages = {f"{name}({section})" for name, section in (page.rsplit(".", 1) for page in PAGES)}
+    see_also = text.partition("## See also")[2]
+    # Until all of them are written, those of the project must exist; others are the system's.
+    assert set(re.findall(r"\b(?:bp\w+|nodespec)\(\d\)", see_also)) - pages == set()
+
+
+def test_every_keyword_is_on_the_masters_page() -> None:
+    text = PAGES["bpmaster.8"].read_text()
+    for name, keyword in KEYWORDS.items():
+        assert f"| `{name} {keyword.usage}` |" in text
+
+
+def test_the_readme_names_pages_that_exist() -> None:
+    for link in re.findall(r"\]\((bpfs/man/[^)]*)\)", (TOP / "README.md").read_text()):
+        assert (TOP / link).exists(), link
