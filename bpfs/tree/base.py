@@ -47,7 +47,7 @@ class Attributes(NamedTuple):
     identity: object = None
     # The kernel may keep the name and the attributes until told otherwise (`Tree.listen`).
     lasting: bool = False
-    # A file with verbs: every lookup makes an inode of its own, since the kernel lets one writer an inode in at a time.
+    # A file with verbs: every writer gets an inode of its own, so its name is looked up each time.
     control: bool = False
 
     @property

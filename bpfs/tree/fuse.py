@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from errno import EINTR, EIO, ENOENT, ENOSYS, EPERM
+from errno import EINTR, EIO, ENOENT, ENOSYS, EPERM, ESTALE
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -83,6 +83,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.inodes = InodeTable()
         self.watch = Watch()
+        self.vanished = 0  # requests that were gone when they were read
         self._tree = tree
         self._notifier = notifier
         self._node = node
@@ -91,6 +92,7 @@ class Operations(pyfuse3.Operations):
         self._files: dict[int, _Open] = {}
         self._directories: dict[int, _OpenDirectory] = {}
         self._changes = 0
+        self._sent_back: set[int] = set()
         tree.listen(self._hear)
 
     # -- changes of the tree -------------------------------------------------------------------------------------------
@@ -108,7 +110,12 @@ class Operations(pyfuse3.Operations):
 
     def statistics(self) -> dict[str, int]:
         """See `FuseMount.statistics`."""
-        return {"inodes": len(self.inodes), "files": len(self._files), "directories": len(self._directories)}
+        return {
+            "inodes": len(self.inodes),
+            "files": len(self._files),
+            "directories": len(self._directories),
+            "vanished": self.vanished,
+        }
 
     # -- names and attributes ------------------------------------------------------------------------------------------
 
@@ -199,10 +206,25 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         """See pyfuse3."""
         caller = self._caller(ctx)
-        handle = await self._tree.open(self._inode(inode).path, caller, flags)
+        known = self._inode(inode)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._take(known, ctx.pid)
+        handle = await self._tree.open(known.path, caller, flags)
         number = next(self._numbers)
         self._files[number] = _Open(handle, inode, ctx.pid, caller)
         return pyfuse3.FileInfo(fh=number, direct_io=True, nonseekable=handle.blocking)
+
+    def _take(self, inode: Inode, tid: int) -> None:
+        """Gives a writer an inode for itself; see `InodeTable.take`."""
+        if self.inodes.take(inode) or tid in self._sent_back:
+            self._sent_back.discard(tid)
+            return
+        # Looked up before another writer took it. On ESTALE the kernel looks the name up again, once; whoever comes
+        # to a taken inode twice in a row shares it.
+        if len(self._sent_back) > 1000:
+            self._sent_back.clear()  # of those who were killed on their way back
+        self._sent_back.add(tid)
+        raise pyfuse3.FUSEError(ESTALE)
 
     @_to_errno
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -283,7 +305,7 @@ def _entry(number: int, attributes: Attributes) -> Any:
     entry.st_size = attributes.size
     entry.st_blocks = 0
     entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = attributes.mtime_ns
-    # A control file's name is asked for each time, its attributes last as long as its inode.
+    # A control file's name is looked up each time, since writers take its inodes; its attributes last.
     entry.entry_timeout = _FOREVER if attributes.lasting and not attributes.control else 0
     entry.attr_timeout = _FOREVER if attributes.lasting else 0
     return entry

@@ -20,7 +20,7 @@ ROOT = InodeNumber(1)  # FUSE_ROOT_ID, linux/fuse.h
 class Inode:
     """An entry that the kernel knows."""
 
-    __slots__ = ("children", "controls", "gone", "identity", "lookups", "name", "number", "parent", "path")
+    __slots__ = ("children", "gone", "identity", "lookups", "name", "number", "parent", "path", "taken")
 
     def __init__(self, number: InodeNumber, parent: Inode | None, name: str, identity: object) -> None:
         self.number = number
@@ -32,13 +32,13 @@ class Inode:
         # The name means nothing, or something else, now; who still holds this inode finds nothing here.
         self.gone = False
         self.children: dict[str, Inode] = {}
-        # Inodes of control files, of which there may be several a name (see Attributes.control).
-        self.controls: set[Inode] = set()
+        # Inodes of names below that writers have for themselves.
+        self.taken: set[Inode] = set()
 
     def below(self) -> Iterator[Inode]:
         """This inode and all known ones under it."""
         yield self
-        yield from self.controls
+        yield from self.taken
         for child in self.children.values():
             yield from child.below()
 
@@ -59,7 +59,7 @@ class InodeTable:
 
     def look_up(self, parent: Inode, name: str, attributes: Attributes) -> Inode:
         """The inode for an entry that is about to be told to the kernel; counts as one lookup."""
-        known = None if attributes.control else parent.children.get(name)
+        known = parent.children.get(name)
         if known is not None and known.identity is attributes.identity:
             known.lookups += 1
             return known
@@ -67,11 +67,24 @@ class InodeTable:
         inode = Inode(InodeNumber(self._last), parent, name, attributes.identity)
         inode.lookups = 1
         self._by_number[inode.number] = inode
-        if attributes.control:
-            parent.controls.add(inode)
-        else:
-            parent.children[name] = inode
+        parent.children[name] = inode
         return inode
+
+    def take(self, inode: Inode) -> bool:
+        """Leaves an inode to who has it open; the next lookup of its name makes another one.
+
+        The kernel lets one writer an inode in at a time, and who waits for it hears no signal: writers of one control
+        file must not wait for each other.
+
+        Returns:
+            False where somebody has it already.
+        """
+        parent = inode.parent
+        if parent is None or parent.children.get(inode.name) is not inode:
+            return False
+        del parent.children[inode.name]
+        parent.taken.add(inode)
+        return True
 
     def forget(self, number: int, count: int) -> None:
         """The kernel dropped `count` lookups."""
@@ -108,6 +121,6 @@ class InodeTable:
         parent = inode.parent
         if parent is None:
             return
-        parent.controls.discard(inode)
+        parent.taken.discard(inode)
         if parent.children.get(inode.name) is inode:
             del parent.children[inode.name]

@@ -61,6 +61,7 @@ class State:
         self.last = ""
         self.gate = trio.Event()
         self.done: list[str] = []
+        self.started = 0
         self.tree: LocalTree
         self.mount: FuseMount
 
@@ -97,6 +98,7 @@ async def main(mountpoint: str) -> None:
 
     async def slow_interruptible(_: State, request: WriteRequest) -> None:
         request.let_go()
+        state.started += 1
         await request.interrupted.wait()
         state.done.append(f"interrupted {request.caller.pid}")
 
@@ -170,6 +172,7 @@ async def main(mountpoint: str) -> None:
                 ),
                 File("last", "what was said last", read=lambda s: value(s.last)),
                 File("done", "what ended late", read=lambda s: "".join(f"{line}\n" for line in s.done)),
+                File("started", "how many slow ones began", read=lambda s: value(s.started)),
                 File("fail", "fails with the errno written", write=fail, mode=0o222),
                 File("slow", "takes the seconds written", write=slow, mode=0o222),
                 File("slow_interruptible", "waits for ^C", write=slow_interruptible, mode=0o222),
