@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+
+from bpfs.rundir import BASE, escape
 
 # Daemons that were told to end may take a moment on a busy machine.
 GRACE_SECONDS = 20.0
@@ -69,12 +74,26 @@ def mounts(folder: Path) -> list[str]:
     return [point for point in reversed(points) if point.startswith(prefix)]
 
 
+def clusters(folder: Path) -> list[str]:
+    """Returns the mount points below the session's folder of which there still is a run directory."""
+    try:
+        names = [name for name in os.listdir(BASE) if name.startswith(escape(str(folder)) + "-")]
+    except FileNotFoundError:
+        return []
+
+    def character(match: re.Match[str]) -> str:
+        return chr(int(match[1], 16))
+
+    return ["/" + re.sub(r"\\x([0-9a-f]{2})", character, name.replace("-", "/")) for name in names]
+
+
 def wait_until_clean(folder: Path, seconds: float = GRACE_SECONDS) -> list[str]:
     """Waits for the session's processes and mounts to go, and returns a sentence for each that did not."""
     deadline = time.monotonic() + seconds
     while True:
         found = [f"process {pid} is still there: {line}" for pid, line in processes(folder).items()]
         found += [f"still mounted: {point}" for point in mounts(folder)]
+        found += [f"a cluster has not been taken down: {mount}" for mount in clusters(folder)]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
@@ -82,6 +101,9 @@ def wait_until_clean(folder: Path, seconds: float = GRACE_SECONDS) -> list[str]:
 
 def sweep(folder: Path) -> None:
     """Removes what is left, so that one failure does not become the next session's."""
+    for mount in clusters(folder):
+        down = [sys.executable, "-m", "bpfs.cli.bpcluster", "down", "--mount", mount]
+        subprocess.run(down, cwd=Path(__file__).parent.parent, timeout=60, check=False)
     for pid in processes(folder):
         try:
             os.kill(pid, signal.SIGKILL)

@@ -20,17 +20,20 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
 
 def run_pytest(folder: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs one test file under our conftest, as a session of its own."""
-    tests = folder / "tests"
+    # Not called tests: that name is taken by the one on the path.
+    tests = folder / "sample"
     tests.mkdir()
     for name in ("conftest.py", "leftovers.py"):
         source = (TOP / "tests" / name).read_text()
-        (tests / name).write_text(source.replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0"))
+        source = source.replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0")
+        (tests / name).write_text(source.replace("from tests import", "from sample import"))
     (tests / "test_sample.py").write_text(text)
     settings = '[tool.pytest.ini_options]\npythonpath = ["."]\naddopts = "--import-mode=importlib"\n'
     (folder / "pyproject.toml").write_text(settings)
-    clean = {key: value for key, value in os.environ.items() if key not in ("BPFS_STRICT", "PYTHONPATH")}
+    clean = {key: value for key, value in os.environ.items() if key != "BPFS_STRICT"}
+    clean["PYTHONPATH"] = str(TOP)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "sample"],
         cwd=folder,
         env={**clean, **environment},
         capture_output=True,
