@@ -137,6 +137,8 @@ def _nodes(config: Config, args: list[str]) -> None:
 
 def _iprange(config: Config, args: list[str]) -> None:
     first, last = _address(args[0]), _address(args[-1])
+    if (":" in first) != (":" in last):
+        raise ValueError(f"{first} and {last} are not of the same kind")
     if int(ipaddress.ip_address(first)) > int(ipaddress.ip_address(last)):
         raise ValueError(f"{first} comes after {last}")
     config.ranges.append((first, last))

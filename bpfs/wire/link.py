@@ -43,6 +43,9 @@ OVERFLOW = 32 << 20
 MAX_SERVED = 4096
 """Requests of the peer that may be under way at once; blocking reads of files count, so it is generous."""
 
+_scratch = bytearray(CHUNK)
+"""Where all links read into, one at a time: a buffer of this size a read would be mapped and unmapped each time."""
+
 Handler: TypeAlias = Callable[[Any], "Message | Awaitable[Message | None] | None"]
 Handlers: TypeAlias = Mapping[type[Message], Handler]
 
@@ -252,7 +255,7 @@ class Link:
         while not self.reason:
             try:
                 await trio.lowlevel.wait_readable(self._sock)
-                data = self._sock.recv(CHUNK)
+                size = self._sock.recv_into(_scratch)
             except BlockingIOError:
                 continue
             except trio.ClosedResourceError:
@@ -260,10 +263,11 @@ class Link:
             except OSError as error:
                 self.close(error.strerror or "cannot receive")
                 return
-            if not data:
+            if not size:
                 self.close("the peer closed the connection")
                 return
             self.heard = now()
+            data = bytes(memoryview(_scratch)[:size])
             try:
                 for frame in decoder.feed(data):
                     self._take(frame)

@@ -92,7 +92,8 @@ def unpack(data: bytes) -> Packet:
 class Channel:
     """One open file of a job that is relayed; all its terminals are one channel, for they are one terminal.
 
-    `access` is O_RDONLY, O_WRONLY or O_RDWR; `externals` the engine's External maps (engine/descriptors/external.py).
+    `access` is O_RDONLY, O_WRONLY or O_RDWR; `externals` the engine's External maps
+    (engine/descriptors/external.py).
     """
 
     number: int

@@ -83,10 +83,22 @@ async def connect(host: str, port: int) -> socket.socket:
     """A TCP connection as a plain non-blocking socket.
 
     Raises:
-        OSError: as connect(2) says.
+        OSError: as connect(2) says for the last address tried, or as getaddrinfo(3) says.
     """
-    stream = await trio.open_tcp_stream(host, port)
-    return socket.socket(fileno=stream.socket.detach())
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = trio.socket.socket(family, kind, protocol)
+        try:
+            await sock.connect(address)
+            return socket.socket(fileno=sock.detach())
+        except OSError as error:
+            failure = error
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+    assert failure is not None  # getaddrinfo gives at least one address, or raises
+    raise failure
 
 
 async def open_stream(host: str, port: int, token: bytes) -> socket.socket:
