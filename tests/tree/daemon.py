@@ -8,9 +8,11 @@ SIGTERM.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import sys
+import time
 
 import trio
 
@@ -71,6 +73,14 @@ def find_box(state: State, name: str) -> Box | None:
     return state.boxes.get(number) if number is not None else None
 
 
+async def beat(file: str) -> None:
+    """The heart of the daemon itself: counts up in a file as long as the event loop turns."""
+    heart = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    for count in itertools.count():
+        os.pwrite(heart, b"%d" % count, 0)
+        await trio.sleep(0.002)
+
+
 async def main(mountpoint: str) -> None:
     state = State()
 
@@ -101,6 +111,11 @@ async def main(mountpoint: str) -> None:
         state.started += 1
         await request.interrupted.wait()
         state.done.append(f"interrupted {request.caller.pid}")
+
+    def kick(_: State, request: WriteRequest) -> None:
+        # The writer's FUSE_INTERRUPT is in the queue when its write is answered, and vanishes with the answer.
+        os.kill(request.caller.pid, signal.SIGUSR1)
+        time.sleep(0.001)
 
     async def early(_: State, request: WriteRequest) -> None:
         await request.answer()
@@ -172,6 +187,7 @@ async def main(mountpoint: str) -> None:
                 ),
                 File("last", "what was said last", read=lambda s: value(s.last)),
                 File("done", "what ended late", read=lambda s: "".join(f"{line}\n" for line in s.done)),
+                File("kick", "interrupts its writer", write=kick, mode=0o222),
                 File("started", "how many slow ones began", read=lambda s: value(s.started)),
                 File("fail", "fails with the errno written", write=fail, mode=0o222),
                 File("slow", "takes the seconds written", write=slow, mode=0o222),
@@ -189,6 +205,7 @@ async def main(mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         state.tree = LocalTree(table, state, nursery)
         async with mount(state.tree, mountpoint) as state.mount:
+            nursery.start_soon(beat, f"{mountpoint}.heart")
             print("ready", flush=True)
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
                 async for _ in signals:

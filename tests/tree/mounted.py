@@ -86,10 +86,10 @@ def is_mounted(path: Path) -> bool:
     return any(line.split()[1] == str(path) for line in Path("/proc/self/mounts").read_text().splitlines())
 
 
-def wait_until(what: str, condition: Callable[[], object]) -> None:
-    """Polls until `condition` holds."""
+def wait_until(what: str, condition: Callable[..., object], *arguments: object) -> None:
+    """Polls until `condition`, called with `arguments`, holds."""
     end = time.monotonic() + DEADLINE
-    while not condition():
+    while not condition(*arguments):
         assert time.monotonic() < end, f"in {DEADLINE:g} s it never came about that {what}"
         time.sleep(0.01)
 

@@ -44,6 +44,10 @@ def write_at_once(path: Path, data: bytes, flags: int = 0) -> None:
         os.close(fd)
 
 
+def reads(path: Path, text: str) -> bool:
+    return path.read_text() == text
+
+
 def control(top: Path, verb: str) -> None:
     write_at_once(top / "inner/control", verb.encode())
 
@@ -305,7 +309,7 @@ def test_many_wait_while_others_read_and_write(session_folder: Path) -> None:
                 # They write to the same file, and do not wait for each other.
                 writers.append(spawn("bash", "-c", "echo 3600 > inner/slow_interruptible", cwd=top))
                 begun = f"{number + 1}\n"
-                wait_until("one more writes", lambda begun=begun: (top / "inner/started").read_text() == begun)
+                wait_until("one more writes", reads, top / "inner/started", begun)
             wait_until("all wait", lambda: all(waits_in_kernel(reader.pid, READ) for reader in readers))
             for number in range(100):
                 write_at_once(top / "boxes/1/value", str(number).encode())

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,14 @@ while True:
     print(flush=True)
     time.sleep(0.005)
 """
+
+
+def grows(path: Path, size: int) -> bool:
+    return path.stat().st_size > size
+
+
+def beats_past(heart: Path, count: int) -> bool:
+    return int(heart.read_text()) > count
 
 
 @pytest.mark.slow
@@ -49,7 +59,7 @@ def test_interrupted_and_killed_callers_harm_nobody(session_folder: Path) -> Non
             # While the storm goes on the heart beats on: never a stall as long as the deadline of a wait.
             while any(storm.poll() is None for storm in storms):
                 before = beats.stat().st_size
-                wait_until("the heart beats on", lambda before=before: beats.stat().st_size > before)  # type: ignore[misc]
+                wait_until("the heart beats on", grows, beats, before)
             assert [storm.wait(DEADLINE) for storm in storms] == [0, 0, 0, 0]
             before = beats.stat().st_size
             wait_until("the heart beats after it", lambda: beats.stat().st_size > before + 10)
@@ -61,3 +71,18 @@ def test_interrupted_and_killed_callers_harm_nobody(session_folder: Path) -> Non
         wait_until("all files are closed", lambda: statistics()["files"] == 1)
         assert statistics()["inodes"] < 200
         assert (top / "pulse").read_text() == f"{daemon.process.pid}\n"
+
+
+def test_vanished_requests_do_not_stop_the_loop(session_folder: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    with mounted(session_folder) as daemon:
+        heart = Path(f"{daemon.mountpoint}.heart")
+        fd = os.open(daemon.mountpoint / "inner/kick", os.O_WRONLY)
+        try:
+            for _ in range(100):
+                os.write(fd, b"now")
+                # Nobody touches the mount now; only the daemon itself can beat.
+                wait_until("the daemon's heart beats", beats_past, heart, int(heart.read_text()) + 2)
+        finally:
+            os.close(fd)
+            signal.signal(signal.SIGUSR1, before)
