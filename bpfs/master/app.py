@@ -28,6 +28,7 @@ from bpfs.errors import BpfsError, ConfigError
 from bpfs.master import control, tree
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
+from bpfs.master.processes import processes
 from bpfs.nodes.registry import MASTER
 from bpfs.rundir import RunDir
 from bpfs.sample import LOOK_EVERY, Sampler
@@ -114,6 +115,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         rundir.make()
         rundir.record("master", os.getpid())
         rundir.write("port", f"{host} {number}\n")
+        await stack.enter_async_context(processes(cluster))
         if options.tree:
             await stack.enter_async_context(tree.mounted(cluster))
         nursery.start_soon(workers.keep_spare, name="spare worker")

@@ -20,7 +20,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.wire.mux import MAX_PACKET, Ctl, Packet, unpack
+from bpfs.wire.mux import MAX_PACKET, Ctl, Packet, tune_stream, unpack
 
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "ghost"
 ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
@@ -201,6 +201,7 @@ class Ghost:
             table: `bpfs.wire.mux.ghost_table`. Channels of an earlier stream go on with what they hold.
         """
         try:
+            tune_stream(connection)
             await self._send(Packet(Ctl.STREAM, text=table), connection.fileno())
         finally:
             connection.close()

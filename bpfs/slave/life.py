@@ -26,6 +26,8 @@ from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
 from bpfs.slave.options import SlaveOptions
+from bpfs.slave.relay import Relay, open_relay
+from bpfs.slave.stdio import StdioHost
 from bpfs.slave.supervisor import End, Reporter
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
@@ -44,6 +46,8 @@ from bpfs.wire.messages import (
     Leaving,
     Message,
     Ready,
+    RelayAttach,
+    RelayDetach,
     SetClock,
     Signal,
     Welcome,
@@ -84,8 +88,9 @@ class Slave:
         """Be the node until something ends it; no job lives when it returns."""
         self.handlers[HeartbeatSeen] = lease.seen
         try:
-            async with trio.open_nursery() as nursery:
+            async with open_relay() as relay, trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._serve_stdio(relay, nursery)
                 nursery.start_soon(self._until_told, name="signals")
                 self._make_job_space()
                 nursery.start_soon(self._until_link_ends, name="link")
@@ -95,12 +100,17 @@ class Slave:
                 if self.jobs is not None:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
                     self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node()))
-        except* LinkClosed as group:
+        except* BpfsError as group:  # the link was closed, or iorelay died
             _log.warning("starting afresh: %s", group.exceptions[0])
         finally:
             self._kill_jobs()
             self.link.close("the slave ends")
         return self.end
+
+    def _serve_stdio(self, relay: Relay, nursery: trio.Nursery) -> None:
+        stdio = StdioHost(relay, self.held, self.options, self.link)
+        self.handlers |= {RelayAttach: stdio.attach, RelayDetach: stdio.detach}
+        nursery.start_soon(stdio.watch, name="streams")
 
     def _make_job_space(self) -> None:
         block = range(self.welcome.block_first, self.welcome.block_last + 1)

@@ -26,7 +26,18 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.wire.mux import MAX_PACKET, ChanKind, Channel, Ctl, Packet, channels_of, ghost_table, relay_table, unpack
+from bpfs.wire.mux import (
+    MAX_PACKET,
+    ChanKind,
+    Channel,
+    Ctl,
+    Packet,
+    channels_of,
+    ghost_table,
+    relay_table,
+    tune_stream,
+    unpack,
+)
 
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "iorelay"
 TOKEN_BYTES: Final = 32
@@ -103,7 +114,16 @@ def make_ends(externals: Iterable[Mapping[str, Any]], uid: int = -1, gid: int = 
         BpfsError: E2BIG.
         OSError: out of descriptors or terminals.
     """
-    ends = Ends(channels_of(externals))
+    return make_channel_ends(channels_of(externals), uid, gid)
+
+
+def make_channel_ends(channels: list[Channel], uid: int = -1, gid: int = -1) -> Ends:
+    """The same for channels that have their numbers already.
+
+    Raises:
+        OSError: out of descriptors or terminals.
+    """
+    ends = Ends(channels)
     try:
         for channel in ends.channels:
             if channel.kind is ChanKind.TTY:
@@ -112,6 +132,7 @@ def make_ends(externals: Iterable[Mapping[str, Any]], uid: int = -1, gid: int = 
                 _make_pair(ends, channel)
             else:
                 _make_pipe(ends, channel)
+            _share_end(ends, channel)
         for fd in ends.job.values():
             os.fchown(fd, uid, gid)  # so that /dev/stdin and its like open for an ordinary user
     except BaseException:
@@ -136,6 +157,13 @@ def _make_pair(ends: Ends, channel: Channel) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     _add_job_end(ends, channel.externals[0], theirs.detach())
     ends.relay.append([ours.detach(), os.dup(ends.job[channel.externals[0]["key"]])])
+
+
+def _share_end(ends: Ends, channel: Channel) -> None:
+    # What a job opened anew by way of /dev/stdout is one more external on the same channel.
+    for external in channel.externals[1:]:
+        if external["key"] not in ends.job:
+            ends.job[external["key"]] = os.dup(ends.job[channel.externals[0]["key"]])
 
 
 def _add_job_end(ends: Ends, external: Mapping[str, Any], fd: int) -> None:
@@ -206,6 +234,7 @@ class Relay:
         fds = [connection.fileno(), *(fd for group in ends.relay for fd in group)]
         table = relay_table(zip(ends.channels, ends.relay, strict=True))
         try:
+            tune_stream(connection)
             await self._send(Packet(Ctl.ATTACH, stream, text=table), fds)
         finally:
             connection.close()

@@ -82,6 +82,11 @@ class Link:
         self._nursery: trio.Nursery | None = None
         self._detached = False
 
+    @property
+    def local_address(self) -> str:
+        """The address by which the peer reaches this machine."""
+        return str(self._sock.getsockname()[0])
+
     # -- the handshake's way: one frame at a time, never a byte too many ---------------------------
 
     async def receive(self, limit: int = codec.HANDSHAKE_LIMIT) -> Message:

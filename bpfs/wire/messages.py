@@ -370,14 +370,19 @@ class RelayAttach(Message):
 
     stream: int
     token: bytes
-    channels: Plain  # channel table as bpfs.procs describes it
+    channels: Plain  # a list a channel: number, kind, access, externals (engine/descriptors/external.py)
+    uid: int  # whose the ends are, so that /dev/stdin and its like open for him
+    gid: int
 
 
 @_message(51)
 class RelayAttached(Message):
-    """slave -> master: handles of the job's ends, one a channel, for EngineCall.fds."""
+    """slave -> master: handles of the job's ends, one an external, for EngineCall.fds."""
 
     fds: tuple[int, ...]
+    keys: tuple[int, ...]  # of the externals, in the order of `fds`
+    ends: Plain  # a list an external: st_dev and st_ino of its end, number of its channel
+    terminal: str  # path of the job's terminal on the node; empty where it has none
 
 
 @_message(52)

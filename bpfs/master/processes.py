@@ -1,0 +1,36 @@
+"""The master's process table and ghosts, hung into the cluster: its messages, its files, its end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from bpfs.master.cluster import Cluster
+from bpfs.procs.files import ProcFiles
+from bpfs.procs.ghosts import Ghosts
+from bpfs.procs.routes import Surroundings
+from bpfs.procs.service import Procs
+from bpfs.procs.table import ProcTable
+from bpfs.wire import messages
+
+
+@asynccontextmanager
+async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
+    """The cluster's processes for as long as the context lasts; every ghost ends with it."""
+    table = ProcTable(cluster.events.post)
+    ghosts = Ghosts(table, cluster.nodes, cluster.nursery)
+    around = Surroundings(ghosts, cluster.streams, cluster.config.mount, cluster.config.lease)
+    procs = Procs(cluster.nodes, around, cluster.workers)
+    cluster.handle(messages.JobReport, ghosts.report)
+    cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
+    files = ProcFiles(procs)
+    cluster.root_entries.append(files.collection())
+    cluster.node_entries += files.node_entries()
+    try:
+        yield procs
+    finally:
+        with trio.CancelScope(shield=True):
+            await ghosts.end_all()
+        around.close()

@@ -1,0 +1,138 @@
+"""The files of /bpfs/procs and what processes add to /bpfs/nodes/N. See bpfs(5)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from errno import EINVAL
+from typing import TYPE_CHECKING
+
+from bpfs.errors import BpfsError
+from bpfs.nodes.registry import Node, NodeTable
+from bpfs.procs.process import Process, ProcState
+from bpfs.procs.verbs import parse_move, parse_pid
+from bpfs.tree.entries import Access, Collection, File, Table, WriteRequest
+from bpfs.tree.formats import parse_number
+
+if TYPE_CHECKING:
+    from bpfs.procs.service import Procs
+
+
+class ProcFiles:
+    """The tables, bound to the service that does the work."""
+
+    def __init__(self, procs: Procs) -> None:
+        self._procs = procs
+
+    # -- /bpfs/procs ---------------------------------------------------------------------------------------
+
+    def collection(self) -> Collection[NodeTable]:
+        """The directory `procs`."""
+        return Collection(
+            "procs",
+            "a directory a process that is away or on its way; any other process of the master by its number",
+            names=lambda _: [str(proc.pid) for proc in self._procs.table if proc.away],
+            lookup=lambda _, name: self._lookup(name),
+            table=self.process_table(),
+            member_access=lambda proc: Access(proc.identity.uid, proc.identity.gid, 0o555),
+            member_lasting=False,
+        )
+
+    def _lookup(self, name: str) -> Process | None:
+        try:
+            return self._procs.table.find(parse_pid(name))
+        except BpfsError:
+            return None
+
+    def process_table(self) -> Table[Process]:
+        """The table of procs/PID."""
+        procs = self._procs
+
+        def owned(mode: int):  # type: ignore[no-untyped-def]
+            return lambda proc: Access(proc.identity.uid, proc.identity.gid, mode)
+
+        async def move(proc: Process, request: WriteRequest) -> None:
+            await procs.move(proc.pid, parse_number(request.text, -1, 2**31 - 1, "node"), request)
+
+        async def send_signal(proc: Process, request: WriteRequest) -> None:
+            await procs.signal(proc, parse_signal(request.text), request.caller)
+
+        async def wait(proc: Process) -> str:
+            return f"{await procs.wait(proc)}\n"
+
+        async def cantmove(proc: Process) -> str:
+            return "".join(f"{line}\n" for line in await procs.obstacles(proc))
+
+        async def rusage(proc: Process) -> str:
+            return await procs.rusage(proc)
+
+        return Table(
+            File("node", "where it runs, or `migrating`; write a node's number to move it", read=_node,
+                 write=move, access=owned(0o644)),
+            File("state", "running, stopped, ended, or `migrating: PHASE for node N`", read=_state),
+            File("cmdline", "its command line, as in /proc/PID/cmdline", read=lambda proc: proc.identity.cmdline),
+            File("rusage", "CPU time in seconds and memory in kB, `key value` lines", read=rusage, sized=False),
+            File("signal", "write a signal's name or number", write=send_signal, access=owned(0o200)),
+            File("history", "a line a place: node, since when, freeze_ms, bytes", read=_history),
+            File("cantmove", "why it cannot move now, a line an obstacle; empty if it can", read=cantmove,
+                 access=owned(0o400), sized=False),
+            File("wait", "blocks until it ended, then `exit 3` or `signal 15`", read=wait, blocks=True),
+        )
+
+    # -- /bpfs/nodes/N -------------------------------------------------------------------------------------
+
+    def node_entries(self) -> tuple[File[Node] | Collection[Node], ...]:
+        """What goes into the table of a node."""
+        procs = self._procs
+
+        async def migrate(node: Node, request: WriteRequest) -> None:
+            verb = parse_move(request.text)
+            await procs.migrate(verb, int(node.number), request)
+
+        return (
+            File("migrate", "the last moves to this node; write a pid to move it here", write=migrate,
+                 read=lambda node: "".join(f"{move}\n" for move in procs.moves_to(int(node.number))),
+                 access=lambda node: Access(node.uid, node.gid, 0o444 | (node.mode & 0o111) << 1)),
+            Collection("procs", "symbolic links to the processes that are here",
+                       names=lambda node: [str(proc.pid) for proc in procs.table.away_on(int(node.number))],
+                       lookup=lambda node, name: self._lookup_on(int(node.number), name),
+                       link=lambda proc, _: f"../../../procs/{proc.pid}", member_lasting=False),
+        )
+
+    def _lookup_on(self, node: int, name: str) -> Process | None:
+        proc = self._lookup(name)
+        return proc if proc is not None and proc.place == node else None
+
+
+def _node(proc: Process) -> str:
+    return "migrating\n" if proc.state is ProcState.MIGRATING else f"{proc.place}\n"
+
+
+def _state(proc: Process) -> str:
+    if proc.state is ProcState.MIGRATING:
+        return f"migrating: {proc.progress}\n"
+    return f"{proc.state.value}\n"
+
+
+def _history(proc: Process) -> str:
+    return "".join(
+        f"{stay.node} {time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(stay.since))} "
+        f"freeze_ms={stay.freeze_ms:.1f} bytes={stay.bytes}\n"
+        for stay in proc.history
+    )
+
+
+def parse_signal(text: str) -> int:
+    """The number of a signal written as `TERM`, `SIGTERM` or `15`.
+
+    Raises:
+        BpfsError: EINVAL.
+    """
+    name = text.strip().upper()
+    if name.isascii() and name.isdigit() and len(name) <= 2 and 0 < int(name) < signal.NSIG:
+        return int(name)
+    known = {member.name: member.value for member in signal.Signals}
+    number = known.get(name) or known.get(f"SIG{name}")
+    if number is None:
+        raise BpfsError(EINVAL, f"'{text[:40]}' is no signal")
+    return number

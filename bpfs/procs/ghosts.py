@@ -1,0 +1,287 @@
+"""Ghosts and what they stand for, kept in step: signals go out, stops and ends come back."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.procs import ghost as control
+from bpfs.procs.ghost import Ghost
+from bpfs.procs.process import ExitStatus, Process, ProcState
+from bpfs.procs.stdio import Stdio
+from bpfs.procs.table import ProcTable
+from bpfs.tree.base import Caller
+from bpfs.wire import messages
+
+POLL = 0.25  # seconds between looks whether a ghost was stopped by SIGSTOP, which no program can catch
+NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
+SI_USER = 0
+SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
+
+_log = log.get("procs")
+
+
+@dataclass(slots=True, eq=False)
+class Away:
+    """A process on a node, with all that the master holds for it.
+
+    Attributes:
+        quiet: held while a migration moves the process: signals wait that long.
+        asked_stop: the ghost was told to stop, or its being stopped has been passed on.
+    """
+
+    proc: Process
+    ghost: Ghost
+    stdio: Stdio
+    quiet: trio.Lock = field(default_factory=trio.Lock)
+    asked_stop: bool = False
+    retired: bool = False
+
+
+class Ghosts:
+    """All ghosts of a master."""
+
+    def __init__(self, table: ProcTable, nodes: NodeTable, nursery: trio.Nursery) -> None:
+        self.table = table
+        self.nodes = nodes
+        self._nursery = nursery
+        self._away: dict[int, Away] = {}
+        self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
+        nodes.listen(self._node_changed)
+        nursery.start_soon(self._take_reports, name="job reports")
+        nursery.start_soon(self._watch_stops, name="stops of ghosts")
+
+    def of(self, proc: Process) -> Away:
+        """What stands for a process that is away.
+
+        Raises:
+            BpfsError: ESRCH, it has no ghost (any more).
+        """
+        away = self._away.get(proc.pid)
+        if away is None or away.proc is not proc:
+            raise BpfsError(errno.ESRCH, f"process {proc.pid} is not away")
+        return away
+
+    def adopt(self, proc: Process, ghost: Ghost, stdio: Stdio) -> Away:
+        """Takes charge of a ghost that has just come to be (or anew, after a failed return)."""
+        away = Away(proc, ghost, stdio)
+        self._away[proc.pid] = away
+        self._nursery.start_soon(ghost.run, name=f"ghost {proc.pid}")
+        self._nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
+        return away
+
+    def retire(self, away: Away) -> None:
+        """The ghost has become the process again, or is replaced: its end means nothing now."""
+        away.retired = True
+        away.ghost.close()
+        if self._away.get(away.proc.pid) is away:
+            del self._away[away.proc.pid]
+
+    # -- from the ghost ----------------------------------------------------------------------------------------
+
+    async def _follow(self, away: Away) -> None:
+        async for event in away.ghost.events:
+            try:
+                await self._take(away, event)
+            except BpfsError as error:
+                _log.warning("process %d: %s", away.proc.pid, error)
+
+    async def _take(self, away: Away, event: control.Event) -> None:
+        match event:
+            case control.Signal(signo=signo):
+                if signo == signal.SIGCONT:
+                    away.asked_stop = False
+                await self._send(away, signo, event.code, event.pid, event.uid, event.value)
+            case control.Gone():
+                await self._gone(away)
+            case control.StreamLost(errno=code):
+                _log.info("process %d: its stream ended (%s)", away.proc.pid, os.strerror(code) if code else "closed")
+            case control.Stopped() | control.Continued():
+                pass  # what was asked for has happened
+
+    async def _gone(self, away: Away) -> None:
+        if away.retired:
+            return
+        proc = away.proc
+        self._away.pop(proc.pid, None)
+        if proc.status is not None:
+            return
+        # Nothing but SIGKILL ends a ghost that was not told to end.
+        killed = ExitStatus(signal=signal.SIGKILL)
+        if proc.state is ProcState.MIGRATING:
+            proc.doom = killed
+        await self._send(away, signal.SIGKILL)
+        if proc.state is not ProcState.MIGRATING:
+            self.table.end(proc, killed)
+
+    async def _send(
+        self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0
+    ) -> None:
+        async with away.quiet:
+            proc = away.proc
+            if proc.place == MASTER:
+                os.kill(proc.pid, signo)
+                return
+            session = self.nodes.get(proc.place).live_session()
+            await session.link.request(messages.Signal(proc.pid, signo, code, pid, uid, value), NODE_TIMEOUT)
+
+    async def _watch_stops(self) -> None:
+        while True:
+            await trio.sleep(POLL)
+            for away in list(self._away.values()):
+                if away.ghost.gone or away.asked_stop or away.proc.state is not ProcState.RUNNING:
+                    continue
+                if away.ghost.state() == "T":
+                    away.asked_stop = True
+                    self._nursery.start_soon(self._pass_stop, away)
+
+    async def _pass_stop(self, away: Away) -> None:
+        try:
+            await self._send(away, signal.SIGSTOP)
+        except BpfsError as error:
+            _log.warning("process %d: cannot stop it: %s", away.proc.pid, error)
+
+    # -- from the node -----------------------------------------------------------------------------------------
+
+    def report(self, node: Node, report: messages.JobReport) -> None:
+        """Handler of JobReport; a plain function, for reports must be taken in their order."""
+        self._reports.send_nowait((node, report))
+
+    async def _take_reports(self) -> None:
+        async for node, report in self._incoming:
+            if report.kind == SIGNAL_REPORT:
+                self._nursery.start_soon(self._forward, report)
+            else:
+                await self._changed(node, report)
+
+    async def _changed(self, node: Node, report: messages.JobReport) -> None:
+        away = self._away.get(report.pid)
+        if away is None or away.proc.place != node.number:
+            return
+        proc = away.proc
+        match report.code:
+            case os.CLD_STOPPED:
+                if proc.state is ProcState.RUNNING:
+                    proc.state = ProcState.STOPPED
+                    self.table.changed(proc, "stopped")
+                away.asked_stop = True
+                await tell(away.ghost.stop(report.status))
+            case os.CLD_CONTINUED:
+                if proc.state is ProcState.STOPPED:
+                    proc.state = ProcState.RUNNING
+                    self.table.changed(proc, "running")
+                away.asked_stop = False
+                await tell(away.ghost.cont())
+            case os.CLD_EXITED | os.CLD_KILLED | os.CLD_DUMPED:
+                await self._ended(away, _status(report))
+
+    async def _ended(self, away: Away, status: ExitStatus) -> None:
+        proc = away.proc
+        if proc.state is ProcState.MIGRATING:
+            if not proc.leaving:
+                proc.doom = status
+            return
+        await self.end(proc, status)
+
+    async def end(self, proc: Process, status: ExitStatus) -> None:
+        """The process has ended: so does its ghost, in the same way."""
+        self.table.end(proc, status)
+        away = self._away.get(proc.pid)
+        if away is not None and away.proc is proc:
+            if status.signal is None:
+                await tell(away.ghost.exit(status.code or 0))
+            else:
+                await tell(away.ghost.killed(status.signal, status.core))
+
+    async def _forward(self, report: messages.JobReport) -> None:
+        # A job signalled a placeholder on its node: the signal is meant for the process that is elsewhere.
+        try:
+            target = self.table.find(report.pid)
+            if report.uid not in (0, target.identity.uid):
+                return
+            if target.away:
+                await self._send(
+                    self.of(target), report.status, report.code, report.sender, report.uid, report.value
+                )
+            else:
+                os.kill(report.pid, report.status)
+        except OSError as error:
+            _log.info("signal %d for process %d: %s", report.status, report.pid, error)
+
+    # -- from the files ----------------------------------------------------------------------------------------
+
+    async def signal(self, proc: Process, signo: int, caller: Caller) -> None:
+        """Sends a signal to a process wherever it is.
+
+        Raises:
+            BpfsError: ESRCH, EHOSTDOWN.
+        """
+        if proc.away:
+            await self._send(self.of(proc), signo, SI_USER, caller.pid, caller.uid)
+            return
+        try:
+            os.kill(proc.pid, signo)
+        except ProcessLookupError:
+            raise BpfsError(errno.ESRCH, f"there is no process {proc.pid}") from None
+
+    async def status_files(self, proc: Process) -> dict[str, bytes]:
+        """/proc/PID/stat and status of a process wherever it is. Raises BpfsError."""
+        names = ("stat", "status")
+        if proc.away:
+            session = self.nodes.get(proc.place).live_session()
+            reply = await session.link.request(messages.JobStatus(proc.pid, names), NODE_TIMEOUT)
+            assert isinstance(reply, messages.JobStatusIs)
+            return dict(zip(names, reply.texts, strict=True))
+        return _read_local(proc.pid, names)
+
+    # -- when a node goes --------------------------------------------------------------------------------------
+
+    def _node_changed(self, node: Node, what: str) -> None:
+        # Not at `state`: jobs of a node whose link was lost live on until it is surely fenced.
+        if what == "fenced":
+            for away in list(self._away.values()):
+                if away.proc.place == node.number:
+                    self._nursery.start_soon(self._lost, away, f"node {node.number} was lost: {node.reason}")
+
+    async def _lost(self, away: Away, reason: str) -> None:
+        _log.info("process %d: %s", away.proc.pid, reason)
+        await self._ended(away, ExitStatus(signal=signal.SIGKILL))
+
+    async def end_all(self) -> None:
+        """The master ends, and with it the jobs of all nodes: every ghost ends as if killed."""
+        for away in list(self._away.values()):
+            await self._ended(away, ExitStatus(signal=signal.SIGKILL))
+        for away in list(self._away.values()):
+            with trio.move_on_after(2.0):
+                await away.ghost.wait_gone()
+
+
+def _status(report: messages.JobReport) -> ExitStatus:
+    if report.code == os.CLD_EXITED:
+        return ExitStatus(code=report.status & 0xFF)
+    return ExitStatus(signal=report.status, core=report.code == os.CLD_DUMPED)
+
+
+def _read_local(pid: int, names: tuple[str, ...]) -> dict[str, bytes]:
+    try:
+        return {name: Path(f"/proc/{pid}/{name}").read_bytes() for name in names}
+    except OSError:
+        raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
+
+
+async def tell(sending: Awaitable[None]) -> None:
+    """Waits for a packet to a ghost to be sent; a ghost that is gone is no error here."""
+    try:
+        await sending
+    except BpfsError as error:
+        _log.info("%s", error)  # it was killed just now: its own Gone event deals with that

@@ -1,0 +1,270 @@
+"""A migration, phase by phase.
+
+The promise: at every instant at most one copy of the process runs, and after any single failure exactly one
+does; or, where the node that holds it died, its ghost ends as if killed. The order of things keeps it:
+
+* up to HELD the source is frozen and whole; whatever fails, it is released as it was;
+* the destination's copy is resumed only when the source is known to be gone: exec'd into the ghost, killed on
+  its node, or fenced together with its node;
+* who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
+
+What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.procs import faults
+from bpfs.procs.places import Engine, Place
+from bpfs.procs.process import Process
+from bpfs.tree.base import WriteRequest
+
+UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
+RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
+
+_log = log.get("procs")
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Phase(enum.Enum):
+    """Where a migration is, in the words of procs/PID/state."""
+
+    PREPARE = "prepare"  # the destination makes an empty process with the pid
+    FREEZE = "freeze"  # the source stops, all threads; its own write is answered
+    INSPECT = "inspect"  # what cannot move is refused here; nothing has been touched yet
+    ATTACH = "attach"  # stdio is held still, its ends at the destination are made
+    TRANSFER = "transfer"  # the image goes from source to destination, which rebuilds the process, stopped
+    DEPART = "depart"  # the source goes: into the ghost, or killed. From its end on the new place is the place
+    RESUME = "resume"  # the destination lets its copy run
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a move cost."""
+
+    began: float  # time.perf_counter()
+    frozen: float = 0.0
+    running: float = 0.0
+    bytes: int = 0
+
+    @property
+    def freeze_ms(self) -> float:
+        """Milliseconds during which no copy ran; 0 for a move that did not come about."""
+        return (self.running - self.frozen) * 1e3 if self.frozen and self.running else 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Milliseconds from the request to the process running at its new place (or to now)."""
+        return ((self.running or time.perf_counter()) - self.began) * 1e3
+
+
+@dataclass(slots=True)
+class Landing:
+    """Where the destination's engine waits for the image, and the descriptors it needs for it.
+
+    Attributes:
+        fds: of the destination, for its operation receive.
+        externals: key of an external -> index into `fds` (on a node), or the ghost's descriptor number (at home).
+    """
+
+    host: str
+    port: int
+    token: bytes
+    fds: list[int] = field(default_factory=list)
+    externals: dict[int, int] = field(default_factory=dict)
+
+
+class Migration(ABC):
+    """One move of one process from where it is to another place."""
+
+    def __init__(self, proc: Process, source: Place, destination: Place) -> None:
+        self.proc = proc
+        self.source = source
+        self.destination = destination
+        self.figures = Figures(time.perf_counter())
+        self.gone = False  # the source is known to be no more
+
+    async def run(self, writer: WriteRequest | None) -> None:
+        """Moves the process. `writer` is given where it waits in the write that asked for the move.
+
+        Raises:
+            BpfsError: the process runs on where it was; after `gone`, where it went.
+        """
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.quiet())
+            src = await stack.enter_async_context(self.source.engine())
+            dst = await stack.enter_async_context(self.destination.engine())
+            try:
+                await self._make(src, dst, writer)
+            except BaseException as error:
+                code = error.code if isinstance(error, BpfsError) else errno.EINTR
+                with trio.CancelScope(shield=True):
+                    await self._undo(src, dst, code if writer is not None and writer.answered else 0)
+                raise
+            with trio.CancelScope(shield=True):
+                await self._commit(src, dst)
+
+    # -- what a route adds -------------------------------------------------------------------------------------
+
+    def quiet(self) -> AbstractAsyncContextManager[object]:
+        """Keeps signals back that would meet the process half-way."""
+        return nullcontext()
+
+    async def prepare(self, dst: Engine) -> Landing | None:
+        """Has the destination make an empty process while the source is still being frozen, where that is possible."""
+        return None
+
+    @abstractmethod
+    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+        """Holds stdio still and makes its new ends; afterwards the destination is ready to receive."""
+
+    @abstractmethod
+    async def depart(self, src: Engine) -> None:
+        """Ends the source. Returns only when it is known to be gone; raises only when it is known to live."""
+
+    @abstractmethod
+    async def arrived(self) -> None:
+        """The copy runs: stdio flows to and from its new place."""
+
+    @abstractmethod
+    async def stay(self) -> None:
+        """The move is off, the source runs again: stdio goes on as before."""
+
+    # -- the phases --------------------------------------------------------------------------------------------
+
+    async def _enter(self, phase: Phase) -> None:
+        self.proc.progress = f"{phase.value} for node {self.destination.number}"
+        await faults.hold(phase.value)
+
+    async def _make(self, src: Engine, dst: Engine, writer: WriteRequest | None) -> None:
+        early, summary = await together(lambda: self._prepare(dst), lambda: self._freeze(src, writer))
+        await self._enter(Phase.ATTACH)
+        landing = await self.attach(dst, early, summary)
+        await self._enter(Phase.TRANSFER)
+        await transfer(
+            lambda: src.call("send", host=landing.host, port=landing.port, token=landing.token),
+            lambda: dst.call("receive", landing.fds, externals=landing.externals, timeout_s=RECEIVE_TIMEOUT),
+            self.figures,
+        )
+        self._check_alive()
+
+    async def _prepare(self, dst: Engine) -> Landing | None:
+        await self._enter(Phase.PREPARE)
+        return await self.prepare(dst)
+
+    async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
+        await self._enter(Phase.FREEZE)
+        hostpid = await self.source.hostpid(self.proc.pid)
+        self.figures.frozen = time.perf_counter()
+        await src.call("freeze", pid=hostpid, writing=writer is not None)
+        if writer is not None:
+            await writer.answer()
+            await src.call("settle")
+        await self._enter(Phase.INSPECT)
+        summary = await src.call("inspect")
+        refuse(summary["refusals"])
+        return summary
+
+    def _check_alive(self) -> None:
+        if self.proc.doom is not None:
+            raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
+
+    async def _commit(self, src: Engine, dst: Engine) -> None:
+        await self._enter(Phase.DEPART)
+        try:
+            await self.depart(src)
+        except BpfsError:
+            await self._undo(src, dst, 0)
+            raise
+        self.gone = True
+        await self._enter(Phase.RESUME)
+        await dst.call("resume")
+        self.figures.running = time.perf_counter()
+        await self.arrived()
+
+    async def _undo(self, src: Engine, dst: Engine, code: int) -> None:
+        # The source first: it is somebody's program that stands still.
+        await self._try_to("release", src.call("release", errno=code))
+        await self._try_to("discard", dst.call("discard"))
+        await self.stay()
+
+    async def _try_to(self, what: str, call: Awaitable[object]) -> None:
+        try:
+            with trio.fail_after(UNDO_TIMEOUT):
+                await call
+        except (BpfsError, trio.TooSlowError) as error:
+            _log.info("process %d: %s after a failed move: %s", self.proc.pid, what, error)
+
+
+def refuse(refusals: list[str]) -> None:
+    """Raises BpfsError EOPNOTSUPP with all the obstacles, where there are any."""
+    if refusals:
+        raise BpfsError(errno.EOPNOTSUPP, "; ".join(refusals))
+
+
+async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]]) -> tuple[A, B]:
+    """Runs both at once, to the end of both: an engine must not be left in the middle of a call.
+
+    Raises:
+        BpfsError: that of `second`, else that of `first`: the source knows best why a process cannot move.
+    """
+    left: list[A] = []
+    right: list[B] = []
+    errors: dict[int, BpfsError] = {}
+
+    async def one(index: int, work: Callable[[], Awaitable[Any]], results: list[Any]) -> None:
+        try:
+            results.append(await work())
+        except BpfsError as error:
+            errors[index] = error
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one, 0, first, left)
+        nursery.start_soon(one, 1, second, right)
+    for index in (1, 0):
+        if index in errors:
+            raise errors[index]
+    return left[0], right[0]
+
+
+async def transfer(
+    send: Callable[[], Awaitable[dict[str, Any]]], receive: Callable[[], Awaitable[dict[str, Any]]], figures: Figures
+) -> None:
+    """Sends and receives at once. Where the source fails the destination is not waited for: it may never hear of it.
+
+    Raises:
+        BpfsError: the first error of the two.
+    """
+    first: list[BpfsError] = []
+
+    async def sending(scope: trio.CancelScope) -> None:
+        try:
+            figures.bytes = int((await send())["bytes"])
+        except BpfsError as error:
+            first.append(error)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+        nursery.start_soon(sending, scope)
+        with scope:
+            try:
+                await receive()
+            except BpfsError as error:
+                first.append(error)
+    if first:
+        raise first[0]

@@ -1,0 +1,163 @@
+"""Where processes live: the master, or a node. One way to ask for an engine, whatever the place."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import trio
+
+from bpfs.engines import EngineSession, Workers, pack_call, unpack_reply
+from bpfs.errors import BpfsError, LinkClosed
+from bpfs.nodes.registry import Node
+from bpfs.procs.process import MASTER
+from bpfs.wire import messages
+from bpfs.wire.link import Link
+
+CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
+BULK_TIMEOUT = 3600.0  # seconds: sending and receiving take as long as the image is large
+
+
+class Engine(Protocol):
+    """One engine worker, here or on a node, driven by the operations of engine/worker.py."""
+
+    async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
+        """Runs one operation. `fds` are descriptors of the place (on a node: handles of the slave's).
+
+        Raises:
+            BpfsError: the worker's errno and sentence; EIO where it died, EHOSTDOWN where its node went.
+        """
+
+
+class Place(Protocol):
+    """A place where processes run."""
+
+    number: int
+
+    def engine(self) -> AbstractAsyncContextManager[Engine]:
+        """A worker for one move. Leaving the context undoes whatever was not finished."""
+
+    def target(self, pid: int) -> dict[str, int]:
+        """Where an engine there makes a process: the `place` of its operation prepare."""
+
+    def address(self, peer: Place) -> str:
+        """The address at which `peer` reaches engines of this place."""
+
+    async def hostpid(self, pid: int) -> int:
+        """The pid by which engines of this place know a process of the cluster."""
+
+
+class MasterPlace:
+    """The master itself."""
+
+    number = MASTER
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    @asynccontextmanager
+    async def engine(self) -> AsyncIterator[Engine]:
+        """A worker of the master's own zygote."""
+        async with self._workers.open() as session:
+            yield _LocalEngine(session)
+
+    def target(self, pid: int) -> dict[str, int]:
+        """On the master a process is made in its ghost's place."""
+        return {"ghost": pid}
+
+    def address(self, peer: Place) -> str:
+        """The address that the peer's slave uses for this master."""
+        assert isinstance(peer, NodePlace)
+        return peer.master_address
+
+    async def hostpid(self, pid: int) -> int:
+        """The master's pids are the cluster's."""
+        return pid
+
+
+class _LocalEngine:
+    def __init__(self, session: EngineSession) -> None:
+        self._session = session
+
+    async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
+        reply, _ = await self._session.call(op, fds, **args)
+        return reply
+
+
+class NodePlace:
+    """A node that is up."""
+
+    _sessions = itertools.count(1)
+
+    def __init__(self, node: Node, hostpids: dict[int, int]) -> None:
+        """`hostpids` remembers, per pid, what the node's engine last called the process.
+
+        Raises:
+            BpfsError: EHOSTDOWN.
+        """
+        session = node.live_session()
+        self.number = int(node.number)
+        self.node = node
+        self.link: Link = session.link
+        self.master_address: str = self.link.local_address
+        self._hostpids = hostpids
+
+    @asynccontextmanager
+    async def engine(self) -> AsyncIterator[Engine]:
+        """A worker of the node's slave, over the link."""
+        number = next(self._sessions)
+        engine = _RemoteEngine(self.link, number, self.number)
+        await engine.request(messages.EngineOpen(number), CALL_TIMEOUT)
+        try:
+            yield engine
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+                try:
+                    await self.link.notify(messages.EngineClose(number))
+                except LinkClosed:
+                    return  # the slave closes the sessions of a lost link by itself
+
+    def target(self, pid: int) -> dict[str, int]:
+        """On a node a process is made below the init of the job space."""
+        return {"init": self.node.init}
+
+    def address(self, peer: Place) -> str:
+        """The node's own address, for the master and for other nodes."""
+        return self.node.address
+
+    async def hostpid(self, pid: int) -> int:
+        """Asks the slave once; `resume` tells the number of what was moved there."""
+        known = self._hostpids.get(pid)
+        if known is None:
+            reply = await self.link.request(messages.HostPidOf(pid), CALL_TIMEOUT)
+            assert isinstance(reply, messages.HostPidIs)
+            known = self._hostpids[pid] = reply.hostpid
+        if not known:
+            raise BpfsError(errno.ESRCH, f"there is no process {pid} on node {self.number}")
+        return known
+
+
+class _RemoteEngine:
+    def __init__(self, link: Link, session: int, node: int) -> None:
+        self._link = link
+        self._session = session
+        self._node = node
+
+    async def request(self, message: messages.Message, timeout: float) -> messages.Message:
+        try:
+            reply: messages.Message = await self._link.request(message, timeout)
+            return reply
+        except LinkClosed as error:
+            raise BpfsError(errno.EHOSTDOWN, f"node {self._node} was lost: {error.sentence}") from error
+
+    async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
+        body = pack_call(op, args)
+        timeout = BULK_TIMEOUT if op in ("send", "receive") else CALL_TIMEOUT
+        answer = await self.request(messages.EngineCall(self._session, body, tuple(fds)), timeout)
+        assert isinstance(answer, messages.EngineReply)
+        return unpack_reply(answer.body)
+
+

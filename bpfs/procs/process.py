@@ -1,0 +1,119 @@
+"""What the master knows of one process of the cluster."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NewType
+
+import trio
+
+Pid = NewType("Pid", int)  # the cluster's pid: the one on the master
+
+MASTER = -1  # node number of the master
+MOVES_KEPT = 32  # places a process remembers, moves a node remembers
+
+
+class ProcState(enum.Enum):
+    """What a process is doing, as far as the cluster is concerned."""
+
+    RUNNING = "running"  # lives at `place`; a job report or its ghost moves it on
+    STOPPED = "stopped"  # stopped by job control at `place`; continued by SIGCONT
+    MIGRATING = "migrating"  # a migration owns it; that migration alone moves it on
+    ENDED = "ended"  # `status` is final; only open wait files still hold the object
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a process ended: an exit code, or the signal that killed it."""
+
+    code: int | None = None
+    signal: int | None = None
+    core: bool = False
+
+    def __str__(self) -> str:
+        return f"exit {self.code}" if self.signal is None else f"signal {self.signal}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """One line of a process's history: where it went, when, and what the move cost."""
+
+    node: int
+    since: float  # seconds since the epoch
+    freeze_ms: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the kernel knows a process by, the same wherever it runs (cluster pids)."""
+
+    uid: int
+    gid: int
+    ppid: int
+    pgid: int
+    sid: int
+    groups: frozenset[int]  # supplementary groups
+    start: int  # clock ticks after boot: tells a process from another that got its pid later
+    cmdline: bytes  # arguments, each ended by NUL, as in /proc/PID/cmdline
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """A process that is, was, or is about to be on a node."""
+
+    pid: Pid
+    identity: Identity
+    place: int = MASTER
+    state: ProcState = ProcState.RUNNING
+    leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
+    progress: str = ""  # where a migration is, in words
+    status: ExitStatus | None = None
+    doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that
+    history: list[Stay] = field(default_factory=list)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def away(self) -> bool:
+        """Whether it lives on a node, behind a ghost."""
+        return self.place != MASTER
+
+    def __post_init__(self) -> None:
+        self.history.append(Stay(self.place, time.time(), 0.0, 0))
+
+    def arrived(self, node: int, freeze_ms: float, sent: int) -> None:
+        """Records that the process runs at `node` from now on."""
+        self.place = node
+        self.history.append(Stay(node, time.time(), freeze_ms, sent))
+        del self.history[:-MOVES_KEPT]
+
+    def end(self, status: ExitStatus) -> None:
+        """Records how the process ended; the first word counts."""
+        if self.status is None:
+            self.status = status
+            self.state = ProcState.ENDED
+            self.ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One line of nodes/N/migrate: how a move to that node went."""
+
+    pid: int
+    outcome: str  # "ok" or the errno's name
+    reason: str
+    freeze_ms: float
+    total_ms: float
+    bytes: int
+
+    def __str__(self) -> str:
+        times = f"freeze_ms={self.freeze_ms:.1f} total_ms={self.total_ms:.1f}"
+        return f"{self.pid} {self.outcome} {times} bytes={self.bytes} {self.reason}".rstrip()
+
+
+def move_log() -> deque[Move]:
+    """An empty log of the last moves to a node."""
+    return deque(maxlen=MOVES_KEPT)

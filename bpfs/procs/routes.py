@@ -1,0 +1,245 @@
+"""The three directions of a migration, and what each does with ghost and stdio.
+
+* `Leave`: from the master to a node. The process turns into its ghost.
+* `Hop`: from node to node. The ghost stays; only its stream changes.
+* `Return`: home. The process is rebuilt inside its ghost, which so becomes the process again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.procs.ghost import EXECUTABLE, Ghost
+from bpfs.procs.ghosts import Ghosts, tell
+from bpfs.procs.migration import Landing, Migration
+from bpfs.procs.places import Engine, NodePlace, Place
+from bpfs.procs.process import Process
+from bpfs.procs.stdio import Attached, Stdio, attach, detach
+from bpfs.wire.mux import ghost_table
+from bpfs.wire.streams import StreamBook
+
+_log = log.get("procs")
+
+
+class Surroundings:
+    """What all routes need of the master.
+
+    Attributes:
+        environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
+    """
+
+    def __init__(self, ghosts: Ghosts, streams: StreamBook, mount: str, lease: float) -> None:
+        self.ghosts = ghosts
+        self.streams = streams
+        self.environment = [f"BPFS_GHOST={mount}".encode(), f"BPFS_LEASE={max(1, round(lease))}".encode()]
+        self.executable = os.open(EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
+        self._found = os.fstat(self.executable)
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        os.close(self.executable)
+
+    def is_ghost(self, pid: int) -> bool:
+        """Whether a process of the master runs the ghost's program by now."""
+        try:
+            found = Path(f"/proc/{pid}/exe").stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self._found.st_dev, self._found.st_ino)
+
+
+class Leave(Migration):
+    """From the master to a node."""
+
+    destination: NodePlace
+
+    def __init__(self, proc: Process, source: Place, destination: NodePlace, around: Surroundings) -> None:
+        super().__init__(proc, source, destination)
+        self._around = around
+        self._stdio = Stdio()
+        self._attached: Attached | None = None
+        self._comm = b""
+
+    async def prepare(self, dst: Engine) -> Landing:
+        return await prepare_on_node(self, dst)
+
+    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+        self._comm = os.fsencode(summary["process"]["comm"])
+        self._stdio = Stdio.of(summary["externals"])
+        channels = list(self._stdio.channels.values())
+        identity = self.proc.identity
+        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
+        assert landing is not None
+        landing.fds, landing.externals = self._attached.fds, self._attached.places
+        return landing
+
+    async def depart(self, src: Engine) -> None:
+        assert self._attached is not None
+        ours, theirs = Ghost.pair()
+        try:
+            with theirs:
+                fds = [self._around.executable, theirs.fileno()]
+                await src.call("become_ghost", fds, env=self._around.environment)
+        except BpfsError:
+            # The worker may have died right after the exec: what the process is now decides.
+            if not self._around.is_ghost(self.proc.pid):
+                ours.close()
+                raise
+        attached, proc = self._attached, self.proc
+        proc.place = self.destination.number
+        self._stdio.stream, self._stdio.ends = attached.number, attached.ends
+        away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
+        await tell(away.ghost.name(self._comm))
+        await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
+
+    async def arrived(self) -> None:
+        return
+
+    async def stay(self) -> None:
+        if self._attached is not None:
+            self._attached.connection.close()
+            await detach(self.destination, self._attached.number)
+
+
+class Hop(Migration):
+    """From one node to another, straight; the master only tells both what to do."""
+
+    source: NodePlace
+    destination: NodePlace
+
+    def __init__(self, proc: Process, source: NodePlace, destination: NodePlace, around: Surroundings) -> None:
+        super().__init__(proc, source, destination)
+        self._around = around
+        self._away = around.ghosts.of(proc)
+        self._attached: Attached | None = None
+        self._held = False
+
+    def quiet(self) -> trio.Lock:
+        return self._away.quiet
+
+    async def prepare(self, dst: Engine) -> Landing:
+        return await prepare_on_node(self, dst)
+
+    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+        channels = self._away.stdio.regroup(summary["externals"])
+        self._held = True
+        await self._away.ghost.hold()
+        identity = self.proc.identity
+        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
+        assert landing is not None
+        landing.fds, landing.externals = self._attached.fds, self._attached.places
+        return landing
+
+    async def depart(self, src: Engine) -> None:
+        await vanish(self, src)
+
+    async def arrived(self) -> None:
+        assert self._attached is not None
+        stdio, attached = self._away.stdio, self._attached
+        old = stdio.stream
+        stdio.stream, stdio.ends = attached.number, attached.ends
+        await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
+        await detach(self.source, old)
+
+    async def stay(self) -> None:
+        if self._attached is not None:
+            self._attached.connection.close()
+            await detach(self.destination, self._attached.number)
+        if self._held:
+            await tell(self._away.ghost.resume())
+
+
+class Return(Migration):
+    """Home, into the ghost."""
+
+    source: NodePlace
+
+    def __init__(self, proc: Process, source: NodePlace, destination: Place, around: Surroundings) -> None:
+        super().__init__(proc, source, destination)
+        self._around = around
+        self._away = around.ghosts.of(proc)
+        self._held = False
+        self._spare: socket.socket | None = None  # control socket of the ghost that a failed return makes anew
+
+    def quiet(self) -> trio.Lock:
+        return self._away.quiet
+
+    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+        # The ghost has to answer first: the engine stops it.
+        away = self._away
+        channels = away.stdio.regroup(summary["externals"])
+        self._held = True
+        held = await away.ghost.hold(home=True)
+        if held.pumps:
+            await away.ghost.pump()
+        self._spare, theirs = Ghost.pair()
+        with theirs:
+            address = self.destination.address(self.source)
+            reply = await dst.call(
+                "prepare", [self._around.executable, theirs.fileno()], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
+                place=self.destination.target(self.proc.pid), address=address, env=self._around.environment,
+            )  # fmt: skip
+        return Landing(address, reply["port"], reply["token"], externals=away.stdio.home_numbers(channels))
+
+    async def depart(self, src: Engine) -> None:
+        await vanish(self, src)
+        self._around.ghosts.retire(self._away)
+
+    async def arrived(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+        await detach(self.source, self._away.stdio.stream)
+
+    async def stay(self) -> None:
+        return
+
+
+async def prepare_on_node(migration: Migration, dst: Engine) -> Landing:
+    """Has a node make the empty process, under placeholders for its parent, group and session."""
+    proc, place = migration.proc, migration.destination
+    identity = proc.identity
+    address = place.address(migration.source)
+    reply = await dst.call(
+        "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
+        place=place.target(proc.pid), address=address,
+    )  # fmt: skip
+    return Landing(address, reply["port"], reply["token"])
+
+
+async def vanish(migration: Migration, src: Engine) -> None:
+    """Ends the frozen copy on a node. Where the node is lost just then, waits until the copy cannot be alive.
+
+    Raises:
+        BpfsError: the worker died before it did anything: the kernel let the copy run on.
+    """
+    proc, place = migration.proc, migration.source
+    assert isinstance(place, NodePlace)
+    proc.leaving = True
+    try:
+        await src.call("vanish")
+    except BpfsError as error:
+        if error.code != errno.EHOSTDOWN:
+            raise
+        _log.warning("process %d: waiting until node %d is fenced: %s", proc.pid, place.number, error)
+        await place.node.wait_fenced()
+    finally:
+        proc.leaving = False
+    proc.place = migration.destination.number
+
+
+def route(proc: Process, source: Place, destination: Place, around: Surroundings) -> Migration:
+    """The migration from here to there."""
+    if isinstance(destination, NodePlace):
+        if isinstance(source, NodePlace):
+            return Hop(proc, source, destination, around)
+        return Leave(proc, source, destination, around)
+    assert isinstance(source, NodePlace)
+    return Return(proc, source, destination, around)

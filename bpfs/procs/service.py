@@ -1,0 +1,187 @@
+"""What the cluster does with processes: the one object behind /bpfs/procs and nodes/N/migrate."""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict, deque
+
+import trio
+
+from bpfs import log
+from bpfs.engines import Workers
+from bpfs.errors import BpfsError
+from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.nodes.states import NodeState
+from bpfs.procs import usage
+from bpfs.procs.exits import exit_of
+from bpfs.procs.migration import Migration
+from bpfs.procs.places import MasterPlace, NodePlace, Place
+from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
+from bpfs.procs.routes import Surroundings, route
+from bpfs.procs.table import ProcTable, read_identity
+from bpfs.procs.verbs import MoveVerb
+from bpfs.tree.base import Caller, WriteRequest
+
+_log = log.get("procs")
+
+
+class Procs:
+    """The processes of the cluster."""
+
+    def __init__(self, nodes: NodeTable, around: Surroundings, workers: Workers) -> None:
+        self.nodes = nodes
+        self.ghosts = around.ghosts
+        self.table: ProcTable = around.ghosts.table
+        self._around = around
+        self._master = MasterPlace(workers)
+        self._moves: dict[int, deque[Move]] = defaultdict(move_log)
+        self._hostpids: dict[int, dict[int, int]] = defaultdict(dict)
+
+    # -- moving ------------------------------------------------------------------------------------------------
+
+    async def migrate(self, verb: MoveVerb, node: int, request: WriteRequest) -> None:
+        """Carries out a write to nodes/`node`/migrate. Raises BpfsError as `move`."""
+        await self.move(verb.pid, node, request)
+
+    async def move(self, pid: int, node: int, request: WriteRequest) -> None:
+        """Moves a process; returns when it runs there.
+
+        Raises:
+            BpfsError: ESRCH no such process; ENOENT no such node; EHOSTDOWN it is down; EACCES the caller may not;
+                EBUSY it is moving already; EOPNOTSUPP it cannot be moved; ETIMEDOUT.
+        """
+        proc = self.table.find(pid)
+        may_control(request.caller, proc)
+        target = self.nodes.get(node)
+        if proc.state is ProcState.MIGRATING:
+            raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
+        if proc.place == node:
+            return
+        admits(target, request.caller, proc)
+        await self._run(route(proc, self.place(proc.place), self.place(node), self._around), request)
+
+    async def _run(self, migration: Migration, request: WriteRequest) -> None:
+        proc, node = migration.proc, migration.destination.number
+        before = proc.state
+        proc.state = ProcState.MIGRATING
+        self.table.add(proc)
+        outcome, reason = "ok", ""
+        try:
+            await migration.run(request if writes_itself(request.caller, proc) else None)
+            proc.arrived(node, migration.figures.freeze_ms, migration.figures.bytes)
+        except BpfsError as error:
+            outcome, reason = errno.errorcode.get(error.code, str(error.code)), error.sentence
+            raise
+        finally:
+            figures = migration.figures
+            self._moves[node].append(
+                Move(proc.pid, outcome, reason, figures.freeze_ms, figures.total_ms, figures.bytes)
+            )
+            if proc.state is ProcState.MIGRATING:
+                proc.state = before
+            with trio.CancelScope(shield=True):
+                await self._settle(proc)
+
+    async def _settle(self, proc: Process) -> None:
+        # The migration no longer owns it: what happened to it meanwhile counts now.
+        if proc.doom is not None:
+            await self.ghosts.end(proc, proc.doom)
+        elif not proc.away and len(proc.history) == 1:
+            self.table.forget(proc)  # it never left
+        else:
+            self.table.changed(proc, f"node {proc.place}")
+
+    def place(self, number: int) -> Place:
+        """The place behind a node's number.
+
+        Raises:
+            BpfsError: ENOENT, EHOSTDOWN.
+        """
+        if number == MASTER:
+            return self._master
+        return NodePlace(self.nodes.get(number), self._hostpids[number])
+
+    def moves_to(self, node: int) -> list[Move]:
+        """The last moves to a node, oldest first."""
+        return list(self._moves[node])
+
+    # -- everything else ---------------------------------------------------------------------------------------
+
+    async def signal(self, proc: Process, signo: int, caller: Caller) -> None:
+        """Sends a signal, wherever the process is.
+
+        Raises:
+            BpfsError: EPERM, ESRCH, EHOSTDOWN.
+        """
+        may_control(caller, proc, errno.EPERM)
+        await self.ghosts.signal(proc, signo, caller)
+
+    async def wait(self, proc: Process) -> ExitStatus:
+        """Blocks until the process has ended, wherever it is by then."""
+        while proc.status is None:
+            if proc.away or proc.state is ProcState.MIGRATING:
+                await proc.ended.wait()
+                continue
+            try:
+                async with exit_of(proc.pid) as exits:
+                    read_identity(proc.pid)
+                    status = await self._local_exit(proc, exits)
+            except OSError as error:
+                raise BpfsError(errno.EOPNOTSUPP, f"cannot wait for {proc.pid} at home: {error.strerror}") from error
+            if status is not None and not proc.away:
+                self.table.end(proc, status)
+                proc.end(status)
+        return proc.status
+
+    async def _local_exit(self, proc: Process, exits: trio.MemoryReceiveChannel[ExitStatus]) -> ExitStatus | None:
+        # A process at home may leave while we wait; its ghost's end is not the process's, but comes with its status.
+        return await exits.receive()
+
+    async def obstacles(self, proc: Process) -> list[str]:
+        """Why the process cannot move now, in words; it is stopped for a moment to look."""
+        if proc.state is ProcState.MIGRATING:
+            return ["it is moving already"]
+        place = self.place(proc.place)
+        async with place.engine() as engine:
+            try:
+                await engine.call("freeze", pid=await place.hostpid(proc.pid), writing=False)
+                summary = await engine.call("inspect")
+                await engine.call("release", errno=0)
+            except BpfsError as error:
+                return [error.sentence]
+        return list(summary["refusals"])
+
+    async def rusage(self, proc: Process) -> str:
+        """`key value` lines about what the process used. Raises BpfsError."""
+        return usage.render(await self.ghosts.status_files(proc))
+
+
+def writes_itself(caller: Caller, proc: Process) -> bool:
+    """Whether the caller is the process that it wants moved, waiting in its own write."""
+    return caller.pid == proc.pid and caller.node == proc.place
+
+
+def may_control(caller: Caller, proc: Process, code: int = errno.EACCES) -> None:
+    """Raises BpfsError where the caller is neither root nor the process's owner."""
+    if caller.uid not in (0, proc.identity.uid):
+        raise BpfsError(code, f"process {proc.pid} belongs to another user")
+
+
+def admits(node: Node, caller: Caller, proc: Process) -> None:
+    """Checks that a node takes a process now.
+
+    Raises:
+        BpfsError: EHOSTDOWN; EACCES where its x bits, or its being unavailable, keep the caller out.
+    """
+    if node.number == MASTER or caller.uid == 0:
+        if node.number != MASTER and not node.state.holds_jobs:
+            raise BpfsError(errno.EHOSTDOWN, f"node {node.number} is {node.state.value}: {node.reason}".rstrip(": "))
+        return
+    if not node.state.holds_jobs:
+        raise BpfsError(errno.EHOSTDOWN, f"node {node.number} is {node.state.value}: {node.reason}".rstrip(": "))
+    if node.state is NodeState.UNAVAILABLE:
+        raise BpfsError(errno.EACCES, f"node {node.number} is unavailable: {node.reason}")
+    groups = proc.identity.groups | {caller.gid}
+    bit = 0o100 if caller.uid == node.uid else 0o010 if node.gid in groups else 0o001
+    if not node.mode & bit:
+        raise BpfsError(errno.EACCES, f"node {node.number} does not admit this user (mode {node.mode:03o})")

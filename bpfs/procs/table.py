@@ -1,0 +1,110 @@
+"""The process table: every process that is away, on its way, or known from an earlier stay."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bpfs.errors import BpfsError
+from bpfs.procs.process import MASTER, ExitStatus, Identity, Pid, Process, ProcState
+
+
+def read_identity(pid: int) -> Identity:
+    """Reads who a process of this machine is; see proc(5) for the formats.
+
+    Raises:
+        BpfsError: ESRCH, there is no such process (or it is a kernel thread's or a zombie's pid).
+    """
+    try:
+        base = Path(f"/proc/{pid}")
+        status = dict(
+            line.split(":\t", 1) for line in (base / "status").read_text(errors="replace").splitlines() if ":\t" in line
+        )
+        stat = (base / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        cmdline = (base / "cmdline").read_bytes()
+    except OSError:
+        raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
+    if int(status["Tgid"]) != pid:
+        raise BpfsError(errno.ESRCH, f"{pid} is a thread of process {status['Tgid']}")
+    if stat[0] in "ZX":
+        raise BpfsError(errno.ESRCH, f"process {pid} has ended")
+    return Identity(
+        uid=int(status["Uid"].split()[0]),
+        gid=int(status["Gid"].split()[0]),
+        ppid=int(stat[1]),
+        pgid=int(stat[2]),
+        sid=int(stat[3]),
+        groups=frozenset(int(word) for word in status["Groups"].split()),
+        start=int(stat[19]),
+        cmdline=cmdline,
+    )
+
+
+class ProcTable:
+    """The processes the cluster knows, by pid."""
+
+    def __init__(self, publish: Callable[[str, int], object]) -> None:
+        """`publish(line, node)` is called with a line for the events files at every change."""
+        self._known: dict[Pid, Process] = {}
+        self._publish = publish
+
+    def __iter__(self) -> Iterator[Process]:
+        return iter(list(self._known.values()))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, pid: int) -> Process | None:
+        """The process the cluster knows under this pid, or None."""
+        proc = self._known.get(Pid(pid))
+        if proc is not None and proc.place == MASTER and proc.state is ProcState.RUNNING:
+            return self._still_home(proc)
+        return proc
+
+    def find(self, pid: int) -> Process:
+        """The process with this pid, known or any other of the master's.
+
+        Raises:
+            BpfsError: ESRCH.
+        """
+        return self.get(pid) or Process(Pid(pid), read_identity(pid))
+
+    def away_on(self, node: int) -> list[Process]:
+        """The processes that are away on `node`, in order of their pids."""
+        return sorted((proc for proc in self if proc.away and proc.place == node), key=lambda proc: proc.pid)
+
+    def add(self, proc: Process) -> None:
+        """Takes a process into the table."""
+        self._known[proc.pid] = proc
+
+    def changed(self, proc: Process, what: str) -> None:
+        """Tells the readers of events what happened to a process."""
+        self._publish(f"process {proc.pid} {what}", proc.place)
+
+    def end(self, proc: Process, status: ExitStatus) -> None:
+        """Ends a process and forgets its pid."""
+        if proc.state is ProcState.ENDED:
+            return
+        proc.end(status)
+        if self._known.get(proc.pid) is proc:
+            del self._known[proc.pid]
+        self.changed(proc, str(status))
+
+    def forget(self, proc: Process) -> None:
+        """Drops a process that lives on at home, as any other of the master's."""
+        if self._known.get(proc.pid) is proc:
+            del self._known[proc.pid]
+
+    def _still_home(self, proc: Process) -> Process | None:
+        # Nobody reports the end of a process at home, and its pid may be another's by now. What it is may change, too.
+        try:
+            now = read_identity(proc.pid)
+        except BpfsError:
+            self.forget(proc)
+            return None
+        if now.start != proc.identity.start:
+            self.forget(proc)
+            return None
+        proc.identity = now
+        return proc

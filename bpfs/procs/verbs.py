@@ -1,0 +1,50 @@
+"""The one line that is written to nodes/N/migrate: `PID [onexec]`."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from bpfs.errors import BpfsError
+
+PID_LIMIT = 1 << 22  # PID_MAX_LIMIT of a 64-bit kernel, include/linux/threads.h
+
+
+@dataclass(frozen=True, slots=True)
+class MoveVerb:
+    """What the writer asked for."""
+
+    pid: int
+    onexec: bool = False  # move at the next exec, not now
+
+
+def parse_pid(word: str) -> int:
+    """A pid as written by a user.
+
+    Raises:
+        BpfsError: EINVAL, not a number; ESRCH, no pid that a kernel could have given.
+    """
+    if not (word.isascii() and word.isdigit()) or len(word) > 20:
+        raise BpfsError(errno.EINVAL, f"'{word[:40]}' is not a process id")
+    pid = int(word)
+    if not 0 < pid <= PID_LIMIT:
+        raise BpfsError(errno.EINVAL if pid > PID_LIMIT else errno.ESRCH, f"there is no process {pid}")
+    return pid
+
+
+def parse_move(text: str) -> MoveVerb:
+    """Reads a write to a migrate file.
+
+    Raises:
+        BpfsError: EINVAL with a sentence, for anything but `PID` and `PID onexec`.
+    """
+    words = text.split()
+    if not words:
+        raise BpfsError(errno.EINVAL, "write a process id: PID or 'PID onexec'")
+    if len(text.strip().splitlines()) > 1:
+        raise BpfsError(errno.EINVAL, "write one line at a time")
+    pid = parse_pid(words[0])
+    unknown = [word for word in words[1:] if word != "onexec"]
+    if unknown or len(words) > 2:
+        raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: onexec")
+    return MoveVerb(pid, onexec=len(words) == 2)
