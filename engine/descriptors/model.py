@@ -129,7 +129,7 @@ class Source:
     def held_elsewhere(self, link: bytes) -> bool:
         """Whether another process has a descriptor with this link text. Reads all of /proc/*/fd, once for all."""
         if self._elsewhere is None:
-            self._elsewhere = _links_elsewhere(self.pid)
+            self._elsewhere = _links_elsewhere(self.pid, set(self._grabbed.values()))
         return link in self._elsewhere
 
     def same_object(self, probe: Probe) -> list[Probe]:
@@ -143,18 +143,21 @@ class Source:
         self.limit -= size
 
 
-def _links_elsewhere(pid: int) -> set[bytes]:
+def _links_elsewhere(pid: int, duplicates: set[int]) -> set[bytes]:
+    """Link texts of all descriptors but the process's and our own duplicates of them."""
     found: set[bytes] = set()
-    spared = {pid, os.getpid()}
     for name in os.listdir(b"/proc"):
-        if not name.isdigit() or int(name) in spared:
+        if not name.isdigit() or int(name) == pid:
             continue
+        own = int(name) == os.getpid()
         directory = b"/proc/%b/fd/" % name
         try:
             numbers = os.listdir(directory)
         except OSError:
             continue  # ended meanwhile
         for number in numbers:
+            if own and int(number) in duplicates:
+                continue
             try:
                 found.add(os.readlink(directory + number))
             except OSError:

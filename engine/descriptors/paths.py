@@ -36,20 +36,18 @@ _DELETED = b" (deleted)"
 
 
 def _is_file(_: Source, probe: Probe) -> bool:
-    return is_mode(probe, stat.S_IFREG) and not probe.flags & os.O_PATH
+    return is_mode(probe, stat.S_IFREG) and probe.link.startswith(b"/")
 
 
 def _is_directory(_: Source, probe: Probe) -> bool:
-    return is_mode(probe, stat.S_IFDIR) and not probe.flags & os.O_PATH
+    return is_mode(probe, stat.S_IFDIR) and probe.link.startswith(b"/")
 
 
 def _is_path(_: Source, probe: Probe) -> bool:
-    return bool(probe.flags & os.O_PATH)
+    return bool(probe.flags & os.O_PATH) and probe.link.startswith(b"/")
 
 
 def _dump_file(source: Source, probe: Probe) -> Entry:
-    if not probe.link.startswith(b"/"):
-        raise Refusal(f"is an object without a path ({os.fsdecode(probe.link)})")
     if probe.status.nlink == 0:
         return _dump_deleted(source, probe)
     return _dump_named(source, probe)
@@ -79,7 +77,7 @@ def _check_name(source: Source, probe: Probe) -> None:
     """The link's text must lead back to the object: not after unlinking one of its names, nor below an overmount."""
     for root in _roots(source.pid):
         try:
-            if statx.of_path(root + probe.link).same(probe.status):
+            if statx.of_path(root + probe.link, follow=False).same(probe.status):
                 return
         except OSError:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -72,7 +71,8 @@ def _dump(source: Source, probe: Probe) -> Entry:
         if not state:
             raise Refusal(f"is {describe(sock)}")
         return probe.entry(
-            "socketpair", peer=state.peer, type=int(sock.type), shutdown=state.shutdown, queue=_queue(source, sock),
+            "socketpair", peer=state.peer, type=int(sock.type), shutdown=state.shutdown,
+            queue=_queue(source, sock, state),
             sndbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
             rcvbuf=sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
             passcred=sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED),
@@ -105,17 +105,17 @@ def _inside_pair(source: Source, probe: Probe, sock: socket.socket) -> UnixSocke
     return None if any(source.held_elsewhere(link) for link in links) else state
 
 
-def _queue(source: Source, sock: socket.socket) -> list[bytes]:
+def _queue(source: Source, sock: socket.socket, state: UnixSocket) -> list[bytes]:
     """What waits to be read, left in place: one element a message, or all of a stream."""
     before = sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
     sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
     try:
-        return _peek_all(source, sock)
+        return _peek_all(source, sock, state)
     finally:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, before)
 
 
-def _peek_all(source: Source, sock: socket.socket) -> list[bytes]:
+def _peek_all(source: Source, sock: socket.socket, state: UnixSocket) -> list[bytes]:
     found: list[bytes] = []
     while True:
         try:
@@ -127,16 +127,12 @@ def _peek_all(source: Source, sock: socket.socket) -> list[bytes]:
         if flags & socket.MSG_TRUNC:
             raise Refusal(f"is a unix socket with a message of more than {_MESSAGE} bytes in it")
         if not data:
-            # The end of a stream; an empty datagram cannot be peeked past.
-            if sock.type != socket.SOCK_STREAM and _waiting(sock):
+            # The end; or an empty datagram, which cannot be peeked past.
+            if sock.type != socket.SOCK_STREAM and not state.shutdown & _RECEIVING:
                 raise Refusal("is a unix socket with an empty message in it")
             return found
         source.take_room(len(data))
         found.append(data)
-
-
-def _waiting(sock: socket.socket) -> int:
-    return int.from_bytes(fcntl.ioctl(sock.fileno(), 0x541B, bytes(4)), "little")  # FIONREAD
 
 
 def _build(target: Target, entry: Entry) -> int:

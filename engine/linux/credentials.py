@@ -23,8 +23,8 @@ class Credentials:
 
     fsuid: int
     fsgid: int
-    groups: tuple[int, ...] = ()
-    effective: int = EVERYTHING
+    groups: tuple[int, ...]
+    effective: int
 
     @property
     def all_powerful(self) -> bool:

@@ -69,9 +69,9 @@ class Status:
         return self.ino == other.ino and self.dev == other.dev
 
 
-def of_path(path: bytes) -> Status:
-    """The object a path leads to, symbolic links followed. Raises OSError."""
-    return _call(_AT_FDCWD, path, _AT_NO_AUTOMOUNT)
+def of_path(path: bytes, follow: bool = True) -> Status:
+    """The object a path leads to; `follow`: a symbolic link at its end. Raises OSError."""
+    return _call(_AT_FDCWD, path, _AT_NO_AUTOMOUNT | (0 if follow else _AT_SYMLINK_NOFOLLOW))
 
 
 def of_descriptor(fd: int) -> Status:
