@@ -311,15 +311,15 @@ class Link:
             if self._nursery is None:  # the link ended within this very handler
                 result.close()
                 return None
-            self._nursery.start_soon(self._serve_async, frame, result, name=f"{self.name}: {type(message).__name__}")
+            scope = trio.CancelScope()
+            if frame.kind is Kind.REQUEST:
+                self._serving[frame.id] = scope
+            self._nursery.start_soon(self._serve_async, frame, scope, result, name=type(message).__name__)
         else:
             self._reply(frame, result)  # type: ignore[arg-type]
         return None
 
-    async def _serve_async(self, frame: Frame, work: Awaitable[Message | None]) -> None:
-        scope = trio.CancelScope()
-        if frame.kind is Kind.REQUEST:
-            self._serving[frame.id] = scope
+    async def _serve_async(self, frame: Frame, scope: trio.CancelScope, work: Awaitable[Message | None]) -> None:
         try:
             with scope:
                 try:

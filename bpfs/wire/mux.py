@@ -1,11 +1,12 @@
 """Control packets of ghost and iorelay, and the channels of a job: the mirror of bpfs/procs/csrc/mux.h.
 
-One packet is one message on an AF_UNIX SEQPACKET socket. Pure format, no I/O; a test compares it with the C header.
+One packet is one message on an AF_UNIX SEQPACKET socket. A test compares it with the C header.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ HEAD_BYTES: Final = _HEAD.size
 RECORD_BYTES: Final = _RECORD.size
 MAX_TEXT: Final = 4064
 MAX_PACKET: Final = HEAD_BYTES + MAX_TEXT
+STREAM_BUFFER: Final = 4 << 20
 MAX_CHANS: Final = 64
 MAX_FDS: Final = 64
 
@@ -155,3 +157,17 @@ def _best_first(channel: Channel) -> list[int]:
 def relay_table(channels: Iterable[tuple[Channel, Sequence[int]]]) -> bytes:
     """The channel table of an ATTACH packet: records that tell how many of the passed descriptors belong to each."""
     return b"".join(_RECORD.pack(chan.number, chan.kind, chan.access, len(fds)) for chan, fds in channels)
+
+
+def tune_stream(connection: socket.socket) -> None:
+    """Gives a stream a receive buffer of many segments.
+
+    The kernel grows it by itself only where data is read by recv(2), not by splice(2); with the 64 kB segments of the
+    loopback device and the default buffer of 128 kB, the sender then waits 200 ms at a time for a wider window.
+    """
+    for option in (getattr(socket, "SO_RCVBUFFORCE", 33), socket.SO_RCVBUF):  # 33: <asm-generic/socket.h>
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, option, STREAM_BUFFER)
+            return
+        except PermissionError:
+            continue
