@@ -72,6 +72,7 @@ class Session:
         self._doubts = doubts
         self._left = ""  # why the slave left, once it said so (no job lives there any more)
         self._silent = False
+        self._ended = trio.Event()
 
     async def run(self, welcome: Welcome, handlers: NodeHandlers) -> None:
         """Serve the slave until the link ends. `handlers` get the node and the message."""
@@ -127,7 +128,7 @@ class Session:
     # -- what the master does ----------------------------------------------------------------------
 
     async def fence(self, reason: str, then: str) -> None:
-        """Have the slave kill its jobs, and close the link; returns with the link closed.
+        """Have the slave kill its jobs, and end the session; returns when it has ended.
 
         Whether the jobs are known to be gone afterwards tells `node.doubtful`; `node.wait_fenced` waits for it.
         """
@@ -137,6 +138,7 @@ class Session:
         except BpfsError as error:
             _log.warning("node %d did not confirm that it was fenced: %s", self.node.number, error)
         self.link.close(reason)
+        await self._ended.wait()
 
     def supersede(self) -> None:
         """The same slave has come again: it has killed its jobs, and this session is over."""
@@ -156,6 +158,7 @@ class Session:
     def _end(self) -> None:
         node, table = self.node, self._table
         self.link.close("the master ends the session")
+        self._ended.set()
         if node.session is not self:
             return  # a new one has taken over, and has dealt with the node
         node.session, node.init = None, 0

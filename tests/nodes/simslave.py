@@ -1,0 +1,132 @@
+"""Slaves that speak the real protocol and have no jobs, and a master without a mount, both in this very process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from bpfs.config import Config
+from bpfs.engines import Workers
+from bpfs.master.cluster import Cluster
+from bpfs.master.listener import Listener, open_port
+from bpfs.wire import handshake, streams
+from bpfs.wire.link import Link
+from bpfs.wire.messages import (
+    Done,
+    Fence,
+    Heartbeat,
+    HeartbeatSeen,
+    Join,
+    Leaving,
+    Message,
+    Ready,
+    Sample,
+    Welcome,
+)
+
+KEY = b"0123456789abcdef" * 2
+SAMPLE = Sample("0.10 0.20 0.30 1/100 1234", (("MemTotal", 1 << 20), ("MemFree", 1 << 19)), 4, 1000.0, "6.1.0")
+
+
+class NoZygote:
+    """There is no engine in these tests."""
+
+    def worker(self) -> socket.socket:
+        raise OSError("no engine here")
+
+
+@dataclass
+class Master:
+    """A cluster and its port."""
+
+    cluster: Cluster
+    port: int
+
+    def state(self, number: int) -> str:
+        return self.cluster.nodes.get(number).state.value
+
+    async def wait_state(self, number: int, state: str) -> None:
+        """Waits until the node exists and is in that state."""
+        while True:
+            node = self.cluster.nodes.find(number)
+            if node is not None and node.state.value == state:
+                return
+            await self.cluster.events.wait_change()
+
+
+@asynccontextmanager
+async def master(**settings: object) -> AsyncIterator[Master]:
+    """A master on a free port; `settings` go into its configuration."""
+    config = Config(address="127.0.0.1", port=0, key=Path("/nowhere"), **settings)  # type: ignore[arg-type]
+    with open_port("127.0.0.1", 0) as sock:
+        async with trio.open_nursery() as nursery:
+            cluster = Cluster(config, KEY, Workers(NoZygote()), nursery)
+            cluster.reconfigure(config)
+            nursery.start_soon(Listener(cluster, sock).run)
+            yield Master(cluster, sock.getsockname()[1])
+            nursery.cancel_scope.cancel()
+
+
+@dataclass
+class SimulatedSlave:
+    """One slave; `run` is one connection of it."""
+
+    port: int
+    number: int | None = None
+    hostname: str = "sim"
+    macs: tuple[str, ...] = ()
+    key: bytes = KEY
+    machine: bytes = field(default_factory=lambda: os.urandom(16))
+    obeys: bool = True  # answers a fence
+    beats: bool = True  # sends heartbeats
+    ready: bool = True  # says that it is ready
+    heard: list[Message] = field(default_factory=list)
+    link: Link | None = None
+    welcome: Welcome | None = None
+
+    async def run(self, sample: Sample | None = None) -> str:
+        """Connects and is a node until the link ends, and gives the reason.
+
+        Raises:
+            RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
+        """
+        link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
+        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False)
+        try:
+            self.welcome = await handshake.enter(link, self.key, join)
+            if self.ready:
+                link.notify_nowait(Ready(1, False))
+            if sample is not None:
+                link.notify_nowait(sample)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._beat, link, self.welcome.heartbeat)
+                reason = await link.run({Fence: self._fence, HeartbeatSeen: self.heard.append})
+                nursery.cancel_scope.cancel()
+            return reason
+        finally:
+            link.close("simulated end")
+
+    async def _beat(self, link: Link, pause: float) -> None:
+        count = 0
+        while self.beats and not link.reason:
+            count += 1
+            link.notify_nowait(Heartbeat(count))
+            await trio.sleep(pause)
+
+    async def _fence(self, message: Fence) -> Done:
+        self.heard.append(message)
+        if not self.obeys:
+            await trio.sleep_forever()
+        return Done()
+
+    def leave(self) -> None:
+        """Says good-bye."""
+        assert self.link is not None
+        self.link.notify_nowait(Leaving("the slave was ended"))
+        self.link.close("left")
