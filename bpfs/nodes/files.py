@@ -6,15 +6,14 @@ Formats, modes and errors are described in bpfs(5); a test holds page and tables
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.states import parse_state
+from bpfs.sample import Sampler
 from bpfs.tree.base import Caller, Changes
 from bpfs.tree.entries import Access, Collection, Entry, File, Link, Table, WriteRequest
 from bpfs.tree.formats import (
@@ -31,9 +30,6 @@ from bpfs.tree.formats import (
 )
 from bpfs.tree.local import LocalTree
 from bpfs.wire.messages import Sample
-
-MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "SwapTotal", "SwapFree")
-"""Lines of /proc/meminfo that nodes/N/memory shows; see proc(5)."""
 
 
 class NodeFiles:
@@ -176,22 +172,13 @@ def _reason(node: Node) -> str:
     return value(node.reason) if node.reason else ""
 
 
+_own = Sampler()
+
+
 def _figure(show: Callable[[Sample], str], node: Node) -> str:
-    """What a node's last figures say; nothing where it has never told any."""
-    sample = read_sample() if node.number == MASTER else node.sample
+    """What a node's last figures say, the master's own being those of now; nothing where there are none yet."""
+    sample = _own.take() if node.number == MASTER else node.sample
     return show(sample) if sample is not None else ""
-
-
-def read_sample() -> Sample:
-    """The figures of this machine, now."""
-    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return Sample(
-        load=Path("/proc/loadavg").read_text(),
-        memory=tuple((key, int(memory[key].split()[0])) for key in MEMORY_KEYS if key in memory),
-        cpus=len(os.sched_getaffinity(0)),
-        uptime=float(Path("/proc/uptime").read_text().split()[0]),
-        kernel=os.uname().release,
-    )
 
 
 class _Follower:

@@ -166,9 +166,10 @@ class Directory(Entry[T]):
 class Collection(Entry[T]):
     """A directory whose names come and go.
 
-    `names` lists in the order wanted; `lookup` gives the object of a name or None. Members are directories served by
-    `table`, with `member_access`, or, where `link` is given, symbolic links. `member_change` serves chown, chgrp and
-    chmod on a member.
+    `names` lists in the order wanted; `lookup` gives the object of a name or None, and the same (or an equal) object as
+    long as the name means the same: who is inside a directory whose object has changed finds nothing any more. Members
+    are directories served by `table`, with `member_access`, or, where `link` is given, symbolic links. `member_change`
+    serves chown, chgrp and chmod on a member.
     """
 
     names: Callable[[T], Iterable[str]]

@@ -29,8 +29,7 @@ class Inode:
         self.path: Path = () if parent is None else (*parent.path, name)
         self.identity = identity
         self.lookups = 0
-        # The name means nothing, or something else, now; who still holds this inode finds nothing here.
-        self.gone = False
+        self.gone = False  # see `bury`
         self.children: dict[str, Inode] = {}
         # Inodes of names below that writers have for themselves.
         self.taken: set[Inode] = set()
@@ -41,6 +40,11 @@ class Inode:
         yield from self.taken
         for child in self.children.values():
             yield from child.below()
+
+    def bury(self) -> None:
+        """The name means nothing, or something else, now; who is still in here finds nothing any more."""
+        for inode in self.below():
+            inode.gone = True
 
 
 class InodeTable:
@@ -60,9 +64,11 @@ class InodeTable:
     def look_up(self, parent: Inode, name: str, attributes: Attributes) -> Inode:
         """The inode for an entry that is about to be told to the kernel; counts as one lookup."""
         known = parent.children.get(name)
-        if known is not None and known.identity is attributes.identity:
+        if known is not None and known.identity == attributes.identity:
             known.lookups += 1
             return known
+        if known is not None:
+            known.bury()
         self._last += 1
         inode = Inode(InodeNumber(self._last), parent, name, attributes.identity)
         inode.lookups = 1
@@ -113,8 +119,7 @@ class InodeTable:
             return None
         child = parent.children.pop(path[-1], None)
         if child is not None:
-            for inode in child.below():
-                inode.gone = True
+            child.bury()
         return parent.number, path[-1]
 
     def _detach(self, inode: Inode) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon of its own for tests of the mount: ``python -m tests.tree.daemon MOUNTPOINT``.
+"""A daemon of its own for tests of the mount: ``python -m tests.tree.daemon MOUNTPOINT [remote]``.
 
 pyfuse3 can mount once a process, and what is tested is what other processes see. Prints ``ready`` when mounted; ends on
 SIGTERM.
@@ -8,20 +8,28 @@ SIGTERM.
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import signal
+import socket
 import sys
 import time
 
 import trio
 
 from bpfs.errors import BpfsError
+from bpfs.master.fs_service import FsService
+from bpfs.nodes.events import EventLog
+from bpfs.nodes.registry import NodeTable
+from bpfs.slave.remote_tree import RemoteTree
 from bpfs.tree.base import Caller, Changes
 from bpfs.tree.entries import Access, Collection, Control, Directory, File, Link, Table, Verb, WriteRequest
 from bpfs.tree.formats import number_of_name, parse_number, parse_permissions, value
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import FuseMount, mount
+from bpfs.wire import link
+from bpfs.wire.messages import FsRequest
 
 
 class Box:
@@ -73,6 +81,18 @@ def find_box(state: State, name: str) -> Box | None:
     return state.boxes.get(number) if number is not None else None
 
 
+async def over_a_link(tree: LocalTree, nursery: trio.Nursery) -> RemoteTree:
+    """The tree as a node sees it, number 0 (its identity is process_of here: no job space is needed)."""
+    nodes = NodeTable(EventLog())
+    service = FsService(tree, nodes, nursery)
+    here, there = socket.socketpair()
+    master, slave = link.Link(here, "node 0"), link.Link(there, "master")
+    handlers: link.Handlers = {FsRequest: functools.partial(service.serve, nodes.add(0))}
+    nursery.start_soon(master.run, handlers)
+    nursery.start_soon(slave.run, {})
+    return RemoteTree(slave)
+
+
 async def beat(file: str) -> None:
     """The heart of the daemon itself: counts up in a file as long as the event loop turns."""
     heart = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -81,7 +101,7 @@ async def beat(file: str) -> None:
         await trio.sleep(0.002)
 
 
-async def main(mountpoint: str) -> None:
+async def main(mountpoint: str, remote: bool) -> None:
     state = State()
 
     def set_value(box: Box, request: WriteRequest) -> None:
@@ -160,7 +180,7 @@ async def main(mountpoint: str) -> None:
         File("events", "of this box", follow=lambda box: state.hub.subscribe(box.number)),
     )
     table: Table[State] = Table(
-        Link("self", "the first box", target=lambda _, caller: f"boxes/{caller.node + 1}"),
+        Link("self", "the first box", target=lambda _, caller: f"boxes/{max(caller.node, 0)}"),
         Collection(
             "boxes",
             "a directory a box",
@@ -204,7 +224,8 @@ async def main(mountpoint: str) -> None:
     )
     async with trio.open_nursery() as nursery:
         state.tree = LocalTree(table, state, nursery)
-        async with mount(state.tree, mountpoint) as state.mount:
+        shown = await over_a_link(state.tree, nursery) if remote else state.tree
+        async with mount(shown, mountpoint) as state.mount:
             nursery.start_soon(beat, f"{mountpoint}.heart")
             print("ready", flush=True)
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
@@ -214,4 +235,4 @@ async def main(mountpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1])
+    trio.run(main, sys.argv[1], "remote" in sys.argv)

@@ -16,9 +16,10 @@ from bpfs.config import Config
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
 from bpfs.nodes.events import EventLog
-from bpfs.nodes.files import NodeFiles, read_sample
+from bpfs.nodes.files import NodeFiles
 from bpfs.nodes.registry import Node, NodeTable
 from bpfs.nodes.states import NodeState
+from bpfs.sample import Sampler
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import mount
 from bpfs.wire.messages import Sample
@@ -56,7 +57,7 @@ async def listen(nodes: NodeTable) -> None:
 async def main(mountpoint: str, count: int) -> None:
     nodes = NodeTable(EventLog(), limit=4096)
     nodes.enter(nodes.add(-1), NodeState.UP)
-    sample = read_sample()
+    sample = Sampler().take()
     for number in range(count):
         node: Node = nodes.add(number)
         nodes.set_address(node, f"10.0.{number >> 8}.{number & 255}")

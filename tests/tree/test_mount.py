@@ -19,9 +19,18 @@ from tests.tree.mounted import DEADLINE, Daemon, end_child, is_mounted, mounted,
 READ = 0  # system-call number of x86-64, asm/unistd_64.h
 
 
+KINDS = {"local": (), "remote": ("remote",)}
+"""The master's mount, and that of a node: programs must not see any difference."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return KINDS[request.param]
+
+
 @pytest.fixture(scope="module")
-def daemon(session_folder: Path) -> Iterator[Daemon]:
-    with mounted(session_folder) as running:
+def daemon(session_folder: Path, kind: tuple[str, ...]) -> Iterator[Daemon]:
+    with mounted(session_folder, "daemon", *kind) as running:
         yield running
 
 
@@ -154,8 +163,8 @@ def test_errno_reaches_the_shell(top: Path, shell: str, name: str) -> None:
     assert (os.strerror(getattr(errno, name)) if shell == "bash" else "I/O error") in got.stderr
 
 
-def test_an_error_in_a_handler_is_eio_and_harms_nobody(session_folder: Path) -> None:
-    with pytest.raises(AssertionError, match="Traceback"), mounted(session_folder) as own:
+def test_an_error_in_a_handler_is_eio_and_harms_nobody(session_folder: Path, kind: tuple[str, ...]) -> None:
+    with pytest.raises(AssertionError, match="Traceback"), mounted(session_folder, "daemon", *kind) as own:
         with pytest.raises(OSError) as caught:
             control(own.mountpoint, "crash")
         assert caught.value.errno == errno.EIO
@@ -214,8 +223,8 @@ def test_attributes_change_with_the_object(top: Path) -> None:
     assert run("echo x > boxes/0/guarded; cat boxes/0/mode", cwd=top, uid=12346).stdout == "755\n"
 
 
-def test_names_go_and_come_anew(session_folder: Path) -> None:
-    with mounted(session_folder) as own:
+def test_names_go_and_come_anew(session_folder: Path, kind: tuple[str, ...]) -> None:
+    with mounted(session_folder, "daemon", *kind) as own:
         top = own.mountpoint
         write_at_once(top / "boxes/2/value", b"5")
         number = (top / "boxes/2").stat().st_ino
@@ -298,8 +307,8 @@ def test_harmless_signals_do_not_end_a_read(top: Path) -> None:
         end_child(reader)
 
 
-def test_many_wait_while_others_read_and_write(session_folder: Path) -> None:
-    with mounted(session_folder) as own:
+def test_many_wait_while_others_read_and_write(session_folder: Path, kind: tuple[str, ...]) -> None:
+    with mounted(session_folder, "daemon", *kind) as own:
         top = own.mountpoint
         # More than the 99 tasks that pyfuse3 has by default.
         readers = [spawn("cat", "inner/gate", cwd=top) for _ in range(120)]
@@ -328,8 +337,8 @@ def test_many_wait_while_others_read_and_write(session_folder: Path) -> None:
                 end_child(process)
 
 
-def test_early_answer_lets_the_writer_go_on(session_folder: Path) -> None:
-    with mounted(session_folder) as own:
+def test_early_answer_lets_the_writer_go_on(session_folder: Path, kind: tuple[str, ...]) -> None:
+    with mounted(session_folder, "daemon", *kind) as own:
         top = own.mountpoint
         assert run("echo moved > inner/early && cat pulse", cwd=top).stdout == f"{own.process.pid}\n"
         assert (top / "inner/done").read_text() == ""
@@ -340,8 +349,8 @@ def test_early_answer_lets_the_writer_go_on(session_folder: Path) -> None:
 # -- the end -------------------------------------------------------------------------------------------------
 
 
-def test_end_of_the_daemon_frees_who_waits(session_folder: Path) -> None:
-    with mounted(session_folder) as own:
+def test_end_of_the_daemon_frees_who_waits(session_folder: Path, kind: tuple[str, ...]) -> None:
+    with mounted(session_folder, "daemon", *kind) as own:
         readers = [spawn("cat", "events", cwd=own.mountpoint) for _ in range(5)]
         try:
             wait_until("all wait", lambda: all(waits_in_kernel(reader.pid, READ) for reader in readers))
