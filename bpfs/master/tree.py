@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from bpfs.master.cluster import Cluster
+from bpfs.master.fs_service import FsService
 from bpfs.nodes.files import NodeFiles
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import FuseMount, mount
+from bpfs.wire.messages import FsRequest
 
 
 @asynccontextmanager
@@ -21,5 +23,6 @@ async def mounted(cluster: Cluster) -> AsyncIterator[FuseMount]:
     files = NodeFiles(cluster.nodes, cluster.administrator, cluster.node_entries, cluster.root_entries)
     cluster.tree = LocalTree(files.root_table, cluster.nodes, cluster.nursery)
     files.attach(cluster.tree)
+    cluster.handle(FsRequest, FsService(cluster.tree, cluster.nodes, cluster.nursery).serve)
     async with mount(cluster.tree, cluster.config.mount) as mounted_tree:
         yield mounted_tree

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from errno import EINVAL
 from typing import Any
 
@@ -27,6 +27,7 @@ from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Relay, open_relay
+from bpfs.slave.remote_tree import mounted
 from bpfs.slave.stdio import StdioHost
 from bpfs.slave.supervisor import End, Reporter
 from bpfs.wire.link import Link
@@ -88,7 +89,11 @@ class Slave:
         """Be the node until something ends it; no job lives when it returns."""
         self.handlers[HeartbeatSeen] = lease.seen
         try:
-            async with open_relay() as relay, trio.open_nursery() as nursery:
+            async with AsyncExitStack() as stack:
+                relay = await stack.enter_async_context(open_relay())
+                # Before the job space, whose mounts are copies of ours.
+                await self._mount_tree(stack)
+                nursery = await stack.enter_async_context(trio.open_nursery())
                 self._nursery = nursery
                 self._serve_stdio(relay, nursery)
                 nursery.start_soon(self._until_told, name="signals")
@@ -106,6 +111,14 @@ class Slave:
             self._kill_jobs()
             self.link.close("the slave ends")
         return self.end
+
+    async def _mount_tree(self, stack: AsyncExitStack) -> None:
+        if self.options.mount is None:
+            return
+        try:
+            await stack.enter_async_context(mounted(self.link, self.options.mount))
+        except BpfsError as error:  # a node without its own tree is of use all the same
+            _log.error("no tree on this node: %s", error)
 
     def _serve_stdio(self, relay: Relay, nursery: trio.Nursery) -> None:
         stdio = StdioHost(relay, self.held, self.options, self.link)
