@@ -1,0 +1,106 @@
+"""A frozen process as an image: look at everything, say what cannot move, then stream it."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine import image as img
+from engine.descriptors import Descriptors
+from engine.descriptors import inspect as inspect_descriptors
+from engine.freeze import Frozen
+from engine.image import Image
+from engine.linux import procfs, ptrace
+from engine.linux.libc import NR, syscall
+from engine.memory import Survey, pack_runs, send_pages
+from engine.obstacles import obstacles
+from engine.runner import VDSO_IMAGE
+from engine.state import Asked, ask, credentials, limits, thread_state
+
+VDSO_DIGEST = hashlib.blake2b(VDSO_IMAGE, digest_size=16).digest()
+_IOPRIO_WHO_PROCESS = 1
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What is known of a frozen process before it is sent.
+
+    Attributes:
+        refusals: why it cannot move; empty when it can.
+        externals: descriptors to be relayed (contract: key, fds, kind, …).
+    """
+
+    frozen: Frozen
+    stat: procfs.Stat
+    descriptors: Descriptors
+    survey: Survey
+    runs: list[tuple[int, int]]
+    refusals: list[str] = field(default_factory=list)
+
+    @property
+    def externals(self) -> list[dict[str, Any]]:
+        """Open file descriptions that only a relay can carry."""
+        return self.descriptors.externals
+
+    def summary(self) -> dict[str, Any]:
+        """The `process` map of the worker's inspect reply."""
+        status, stat = self.frozen.status, self.stat
+        with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
+            cmdline = file.read().split(b"\0")[:-1]
+        return {
+            "comm": stat.comm, "cmdline": cmdline, "uid": int(status["Uid"].split()[0]), "gid": int(status["Gid"].split()[0]),
+            "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
+            "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
+            "pid": procfs.inner_pid(status),
+        }  # fmt: skip
+
+
+def inspect(frozen: Frozen) -> Inspection:
+    """Look at a settled process without touching it; collect every obstacle.
+
+    Raises:
+        OSError: the process ended meanwhile, or a kernel interface failed.
+    """
+    stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
+    refusals = obstacles(frozen, stat)
+    survey = Survey(frozen)
+    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid)
+    refusals += survey.refusals + descriptors.refusals
+    return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
+
+
+def build(inspection: Inspection) -> Image:
+    """The image but its pages; injects one batch of calls. Raises OSError."""
+    frozen, survey, stat = inspection.frozen, inspection.survey, inspection.stat
+    frozen.vmas = frozen.vmas or procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
+    asked: Asked = ask(frozen)
+    status = frozen.status
+    exe = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/exe")), os.stat(f"{frozen.live}/exe"))
+    cwd = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/cwd")), os.stat(f"{frozen.live}/cwd"))
+    inner = [int(x) for x in (status[key].split()[-1] for key in ("NSpid", "NSpgid", "NSsid"))]
+    leader = thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid)
+    return Image(
+        pid=inner[0], ppid=stat.ppid, pgid=inner[1], sid=inner[2], stopped=frozen.group_stopped, comm=stat.comm, vdso=VDSO_DIGEST,
+        special=survey.special, files=survey.files, exe=exe, cwd=cwd, regions=survey.regions, runs=pack_runs(inspection.runs),
+        mm=[*stat.mm, asked.brk], auxv=procfs.read(f"{frozen.live}/auxv"), threads=[leader],
+        shared_pending=ptrace.queued_signals(frozen.threads[0].tid, shared=True), actions=asked.actions, itimers=asked.itimers,
+        timers=asked.timers, credentials=credentials(status, asked.securebits), limits=limits(frozen.pid),
+        umask=int(status["Umask"], 8), personality=asked.personality, dumpable=asked.dumpable, death_signal=asked.death_signal,
+        timer_slack=asked.timer_slack, subreaper=asked.subreaper, thp_disabled=asked.thp_disabled,
+        oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
+        io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, frozen.pid),
+        descriptors=inspection.descriptors.table, total=sum(length for _, length in inspection.runs),
+    )  # fmt: skip
+
+
+def write(inspection: Inspection, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:
+    """Stream the whole image. Returns (bytes of pages, ms). Raises OSError."""
+    began = time.monotonic()
+    image = build(inspection)
+    send(img.frame(img.META, img.encode(image)))
+    frozen = inspection.frozen
+    total = send_pages(frozen.pid, frozen.memory, inspection.runs, send)
+    send(img.frame(img.END, total.to_bytes(8, "little")))
+    return total, (time.monotonic() - began) * 1000

@@ -1,0 +1,287 @@
+"""Seize and stop every thread of a process, and let it go again as if nothing had been.
+
+freeze -> settle -> (work on it) -> release. A dead tracer is harmless at any moment: the kernel lets the threads run.
+"""
+
+import contextlib
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from engine.linux import process_vm, procfs, ptrace
+from engine.linux.libc import NR
+from engine.linux.procfs import Vma
+from engine.linux.ptrace import Registers
+from engine.restart import Sleep, look_at_sleep, resume_interrupted
+from engine.runner import KEPT_ACTION, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone, row
+
+STOP_TIMEOUT_S: Final = 10.0
+# Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
+_SPIN_S: Final = 0.002
+_LOWEST_SCRATCH: Final = 0x10000  # mmap_min_addr
+
+
+@dataclass(slots=True)
+class Thread:
+    """One seized thread; registers and mask as they were at the stop."""
+
+    tid: int
+    sleep: Sleep | None = None  # what /proc said before the freeze
+    registers: Registers = field(default_factory=Registers)
+    mask: int = 0
+    stopped: bool = False  # our stop has been waited for
+    zombie: bool = False
+
+
+class Frozen:
+    """A process with every thread seized.
+
+    Attributes:
+        pid: host pid.
+        threads: the live ones, leader first unless it has exited.
+        status: `/proc/PID/status` as key -> text, read once stopped.
+        group_stopped: it is stopped by job control.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.threads: list[Thread] = []
+        self.group_stopped = False
+        self.leader_exited = False
+        self.status: dict[str, str] = {}
+        self.vmas: list[Vma] = []
+        self.memory = -1
+        self.injection: Injection | None = None
+        self._kept: tuple[int, bytes] | None = None  # trap signal and the action we replaced
+        self.started = 0.0  # time.monotonic() of the freeze
+
+    @property
+    def live(self) -> str:
+        """/proc directory of a live thread: the leader's is empty once it has exited."""
+        return f"/proc/{self.pid}/task/{self.threads[0].tid}"
+
+    def settle(self) -> None:
+        """Wait until all threads stand, then read what every later step needs.
+
+        Raises:
+            TimeoutError: a thread would not stop within 10 s (uninterruptible).
+            ProcessGone: it ended meanwhile.
+        """
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        self._collect(deadline)
+        while self._seize_new():
+            self._collect(deadline)
+        self.threads = [t for t in self.threads if not t.zombie]
+        if not self.threads:
+            raise ProcessGone(self.pid)
+        self.leader_exited = self.threads[0].tid != self.pid
+        for thread in self.threads:
+            thread.registers = ptrace.get_registers(thread.tid)
+            thread.mask = ptrace.get_mask(thread.tid)
+        self.status = procfs.parse_status(procfs.read(f"{self.live}/status"))
+        self.memory = os.open(f"{self.live}/mem", os.O_RDWR | os.O_CLOEXEC)
+
+    def _seize_new(self) -> bool:
+        known = {t.tid for t in self.threads}
+        try:
+            fresh = [tid for tid in procfs.threads(self.pid) if tid not in known]
+        except FileNotFoundError:
+            raise ProcessGone(self.pid) from None
+        for tid in fresh:
+            self._seize(tid)
+        return bool(fresh)
+
+    def _seize(self, tid: int) -> None:
+        thread = Thread(tid)
+        try:
+            state = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/task/{tid}/stat")).state
+            thread.sleep = look_at_sleep(self.pid, tid) if state == "S" else None
+            ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
+            self.threads.append(thread)
+            # One that job control has stopped reports its stop to the new tracer by itself.
+            if state != "T":
+                ptrace.interrupt(tid)
+        except (FileNotFoundError, ProcessLookupError):
+            thread.zombie = True
+        except PermissionError:
+            if state not in "ZX":
+                raise
+            thread.zombie = True
+            self.threads.append(thread)
+
+    def _collect(self, deadline: float) -> None:
+        for thread in self.threads:
+            if not thread.stopped and not thread.zombie:
+                self._wait_stop(thread, deadline)
+
+    def _wait_stop(self, thread: Thread, deadline: float) -> None:
+        spin = time.monotonic() + _SPIN_S
+        while True:
+            status = ptrace.wait_nohang(thread.tid)
+            if status is None:
+                now = time.monotonic()
+                if now > deadline:
+                    raise TimeoutError(110, f"thread {thread.tid} does not stop: it is in an uninterruptible system call")
+                if now < spin:
+                    os.sched_yield()
+                else:
+                    time.sleep(0.0002)
+            elif not os.WIFSTOPPED(status):
+                thread.zombie = True
+                return
+            elif status >> 16 == ptrace.EVENT_STOP:
+                thread.stopped = True
+                self.group_stopped |= os.WSTOPSIG(status) != signal.SIGTRAP
+                return
+            else:  # a signal on its way: let it have it, our stop comes right after
+                ptrace.ptrace(ptrace.CONT, thread.tid, 0, os.WSTOPSIG(status) if status >> 16 == 0 else 0)
+
+    def open_injection(self, trap: int = 0, existing: int = 0) -> Injection:
+        """Map the scratch and put the call runner into the process (once).
+
+        Args:
+            trap: the signal to stop with; 0 chooses one.
+            existing: address of a scratch mapping that the process has already.
+
+        Raises:
+            OSError: no address space or no signal is left for it.
+        """
+        if self.injection is None:
+            if not self.vmas:
+                self.vmas = procfs.parse_maps(procfs.read(f"{self.live}/maps"))
+            thread = self.threads[0]
+            vdso = next((v.start for v in self.vmas if v.path == "[vdso]"), 0)
+            if not vdso:
+                raise OSError(95, "it has no vDSO")
+            choice = trap or choose_trap(self.status)
+            injection = Injection(self.pid, thread.tid, self.memory, vdso, thread.registers, thread.mask, choice or TRAP_SIGNALS[1])
+            if existing:
+                injection.adopt(existing)
+            else:
+                injection.enter(find_hole([(v.start, v.end) for v in self.vmas], SCRATCH_SIZE))
+            self.injection = injection
+            if not choice:
+                self._disarm(injection)
+        return self.injection
+
+    def _disarm(self, injection: Injection) -> None:
+        """It catches every signal that could be our trap: ignore one of them for the time being."""
+        if (int(self.status["SigPnd"], 16) | int(self.status["ShdPnd"], 16)) >> (injection.trap - 1) & 1:
+            raise OSError(95, "it handles SIGURG, SIGWINCH and SIGCHLD, and SIGWINCH is pending")
+        old = injection.base + KEPT_ACTION
+        ignore = struct.pack("<QQQQ", 1, 0, 0, 0)
+        process_vm.write(self.pid, old + 32, ignore)
+        # An abandoned process puts its own action back.
+        injection.call("rt_sigaction", injection.trap, 0, old, 8)
+        injection.set_heal([row(NR["rt_sigaction"], injection.trap, old, 0, 8)])
+        injection.call("rt_sigaction", injection.trap, old + 32, 0, 8)
+        self._kept = (injection.trap, process_vm.read(self.pid, old, 32))
+
+    def amend_actions(self, actions: dict[int, bytes]) -> None:
+        """Put the action that `open_injection` had to replace back into what was asked of the process."""
+        if self._kept:
+            actions[self._kept[0]] = self._kept[1]
+
+    def _rearm(self, injection: Injection) -> None:
+        if self._kept:
+            injection.call("rt_sigaction", self._kept[0], injection.base + KEPT_ACTION, 0, 8)
+
+    def release(self, failure: int = 0) -> None:
+        """Take everything back and let the process run on.
+
+        Args:
+            failure: an errno that the interrupted (and finished) system call shall return instead of its result.
+        """
+        try:
+            if failure:
+                self.threads[0].registers.rax = -failure & 0xFFFFFFFFFFFFFFFF
+            for thread in self.threads:
+                resume_interrupted(thread.registers, thread.sleep, self.started)
+            if self.injection is not None:
+                injection = self.injection
+                injection.write_slot()
+                self._rearm(injection)
+                injection.leave()
+                if injection.stopped_by:
+                    os.kill(self.pid, injection.stopped_by)
+            for thread in self.threads:
+                self._let_go(thread)
+        except (ProcessLookupError, ProcessGone, ChildProcessError):
+            pass  # killed meanwhile: nothing to take back
+        finally:
+            self.close()
+
+    def _let_go(self, thread: Thread) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if thread.stopped:
+                ptrace.set_mask(thread.tid, thread.mask)
+                ptrace.set_registers(thread.tid, thread.registers)
+            ptrace.detach(thread.tid)
+
+    def close(self) -> None:
+        """Close what the worker holds of it (no effect on the process)."""
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
+
+
+def freeze(pid: int, wait: bool = True) -> Frozen:
+    """Seize and stop a process.
+
+    Args:
+        wait: False returns before the stops (the process waits in a system call that the caller has to answer first).
+
+    Raises:
+        ProcessLookupError: there is none.
+        PermissionError: it is traced already, or the caller may not.
+        TimeoutError: it does not stop.
+    """
+    frozen = Frozen(pid)
+    try:
+        frozen.started = time.monotonic()
+        if not frozen._seize_new():
+            raise ProcessLookupError(3, os.strerror(3), f"process {pid}")
+        if wait:
+            frozen.settle()
+    except BaseException:
+        abandon(frozen)
+        raise
+    return frozen
+
+
+def abandon(frozen: Frozen) -> None:
+    """Give up a freeze at whatever point it is: threads that stand are detached, the rest when their stop comes."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for thread in frozen.threads:
+        with contextlib.suppress(OSError):
+            if not thread.zombie and not thread.stopped:
+                frozen._wait_stop(thread, deadline)
+            if not thread.zombie:
+                ptrace.detach(thread.tid)
+    frozen.close()
+
+
+def choose_trap(status: dict[str, str], taken: int = 0) -> int:
+    """A signal that does nothing to this process: its default is to be ignored, nobody catches it and none is pending.
+
+    Returns:
+        0 when there is none.
+    """
+    unfit = int(status["SigCgt"], 16) | int(status["SigPnd"], 16) | int(status["ShdPnd"], 16) | taken
+    for number in TRAP_SIGNALS:
+        if not unfit >> (number - 1) & 1:
+            return number
+    return 0
+
+
+def find_hole(spans: list[tuple[int, int]], size: int, lowest: int = _LOWEST_SCRATCH) -> int:
+    """Lowest page-aligned address with `size` bytes free and a page to spare on both sides."""
+    at = lowest
+    for first, last in sorted(spans):
+        if first >= at + size + 4096:
+            break
+        at = max(at, last + 4096)
+    return at

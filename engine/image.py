@@ -1,0 +1,224 @@
+"""The image of a process: what is in it, and its bytes on a stream.
+
+Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). A frame is the header
+`magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
+The destination answers with frame(HELD) or frame(ERROR). Pages carry no checksum of their own: TCP has one, and END repeats
+their number of bytes. Every length is checked before anything is allocated.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, TypeVar
+
+import msgpack
+
+MAGIC: Final = b"BPFI"
+VERSION: Final = 1
+META: Final = 1
+END: Final = 2
+HELD: Final = 3
+ERROR: Final = 4
+_HEADER: Final = struct.Struct("<4sHHII")
+HEADER_SIZE: Final = _HEADER.size
+MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below
+MAX_SMALL: Final = 1 << 20  # END, HELD, ERROR
+PAGE: Final = 4096
+_TOP: Final = 1 << 47
+
+
+class ImageError(OSError):
+    """The stream is no image of ours, is damaged or ends too early."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(74, f"bad image: {text}")  # EBADMSG
+
+
+@dataclass(slots=True)
+class ThreadState:
+    """One thread."""
+
+    tid: int  # in the process's own pid namespace
+    registers: bytes  # struct user_regs_struct
+    xstate: bytes  # XSAVE area, standard format
+    mask: int  # blocked signals
+    altstack: bytes  # stack_t
+    robust: list[int]  # head, length
+    clear_tid: int
+    rseq: list[int]  # pointer, size, signature, flags
+    comm: bytes
+    pending: list[bytes]  # siginfo_t, 128 bytes each
+    policy: bytes  # struct sched_attr
+    affinity: list[int]  # CPUs; empty: all
+    prime: list[int] = field(default_factory=list)  # an interrupted sleep: call number, remaining ns
+
+
+@dataclass(slots=True)
+class MappedFile:
+    """A file that is mapped or otherwise referred to by path, and the identity it must have."""
+
+    path: bytes
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    writable: bool  # to be opened for writing too (shared, writable mapping)
+
+
+@dataclass(slots=True)
+class Region:
+    """One mapping."""
+
+    start: int
+    end: int
+    prot: int
+    flags: int  # MAP_*
+    file: int  # index into Image.files, -1 anonymous
+    offset: int
+    advice: list[int]  # MADV_*
+    lock: int  # 0 no, 1 mlock, 2 on fault
+    name: bytes  # PR_SET_VMA_ANON_NAME
+    sealed: bool
+
+
+@dataclass(slots=True)
+class Image:
+    """A whole process but its pages."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    stopped: bool
+    comm: bytes
+    vdso: bytes  # BLAKE2b-128 of the vDSO's code
+    special: list[list[Any]]  # [name, start, end] of vvar and vdso
+    files: list[MappedFile]
+    exe: int  # index into files
+    cwd: int  # index into files
+    regions: list[Region]
+    runs: bytes  # pairs of u64: address, length
+    mm: list[int]  # start_code … env_end as in proc(5) stat, then brk
+    auxv: bytes
+    threads: list[ThreadState]
+    shared_pending: list[bytes]
+    actions: dict[int, bytes]  # signal -> struct kernel_sigaction, only those that are not default
+    itimers: list[bytes]  # real, virtual, profiling: struct itimerval
+    timers: list[list[Any]]  # id, sigev notify, signal, value, tid, clock, itimerspec bytes, overrun
+    credentials: dict[str, Any]
+    limits: list[list[int]]  # soft, hard, by RLIMIT_ number
+    umask: int
+    personality: int
+    dumpable: int
+    death_signal: int
+    timer_slack: int
+    subreaper: int
+    thp_disabled: int
+    oom_score_adj: int
+    io_priority: int
+    descriptors: list[dict[str, Any]]  # engine/descriptors' table
+    total: int = 0  # bytes of pages
+
+
+T = TypeVar("T")
+_NESTED: Final[dict[str, type]] = {"files": MappedFile, "regions": Region, "threads": ThreadState}
+
+
+def _plain(item: Any) -> list[Any]:
+    return [getattr(item, name) for name in item.__slots__]
+
+
+def encode(image: Image) -> bytes:
+    """The META body."""
+    body = {name: getattr(image, name) for name in Image.__slots__}
+    for name in _NESTED:
+        body[name] = [_plain(item) for item in body[name]]
+    packed: bytes = msgpack.packb(body)
+    return packed
+
+
+def decode(body: bytes) -> Image:
+    """Inverse of `encode`. Raises ImageError."""
+    try:
+        plain = msgpack.unpackb(body, strict_map_key=False)
+        for name, kind in _NESTED.items():
+            plain[name] = [_typed(kind, dict(zip((f.name for f in fields(kind)), item, strict=True))) for item in plain[name]]
+        image = _typed(Image, plain)
+        _check(image)
+        return image
+    except ImageError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException, struct.error, AttributeError) as error:
+        raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+_BASIC: Final = {"int": int, "bytes": bytes, "bool": bool, "str": str}
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
+    for item in fields(kind):  # type: ignore[arg-type]
+        value = values[item.name]
+        expected = _BASIC.get(str(item.type) if isinstance(item.type, str) else getattr(item.type, "__name__", ""))
+        if expected is not None and type(value) is not expected:
+            raise ImageError(f"{item.name} is a {type(value).__name__}")
+    if len(values) != len(fields(kind)):  # type: ignore[arg-type]
+        raise ImageError("unknown fields")
+    return kind(**values)
+
+
+def _check(image: Image) -> None:
+    previous = 0
+    for region in image.regions:
+        if not previous <= region.start < region.end <= _TOP or (region.start | region.end) % PAGE:
+            raise ImageError("mappings overlap or are not aligned")
+        if not -1 <= region.file < len(image.files):
+            raise ImageError("a mapping refers to no file")
+        previous = region.end
+    if len(image.runs) % 16 or not image.threads or not all(0 <= i < len(image.files) for i in (image.exe, image.cwd)):
+        raise ImageError("parts are missing")
+    if sum(length for _, length in runs_of(image)) != image.total:
+        raise ImageError("sizes do not add up")
+    for address, length in runs_of(image):
+        if address % PAGE or length % PAGE or not 0 < length <= _TOP or address + length > _TOP:
+            raise ImageError("pages lie outside the address space")
+
+
+def runs_of(image: Image) -> list[tuple[int, int]]:
+    """(address, length) of the pages that follow META."""
+    view = memoryview(image.runs).cast("Q").tolist()
+    return list(zip(view[::2], view[1::2], strict=True))
+
+
+def frame(kind: int, body: bytes) -> bytes:
+    """One frame's bytes."""
+    return _HEADER.pack(MAGIC, VERSION, kind, len(body), zlib.crc32(body)) + body
+
+
+def read_frame(read: Callable[[int], bytes], kinds: tuple[int, ...], limit: int) -> tuple[int, bytes]:
+    """Read one frame.
+
+    Args:
+        read: returns exactly n bytes, or fewer at the end of the stream.
+        kinds: what may come here.
+        limit: most bytes that are believed.
+
+    Raises:
+        ImageError: anything else came.
+    """
+    head = read(HEADER_SIZE)
+    if len(head) < HEADER_SIZE:
+        raise ImageError("it ends too early")
+    magic, version, kind, length, checksum = _HEADER.unpack(head)
+    if magic != MAGIC:
+        raise ImageError("it is not an image")
+    if version != VERSION:
+        raise ImageError(f"version {version}, not {VERSION}")
+    if kind not in kinds or length > limit:
+        raise ImageError(f"unexpected frame {kind} of {length} bytes")
+    body = read(length)
+    if len(body) < length:
+        raise ImageError("it ends too early")
+    if zlib.crc32(body) != checksum:
+        raise ImageError("wrong checksum")
+    return kind, body

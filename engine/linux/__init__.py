@@ -1,0 +1,1 @@
+"""One small module a kernel interface; only what the engine uses, no policy."""

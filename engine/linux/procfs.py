@@ -1,0 +1,154 @@
+"""proc(5): what the engine reads of a stopped process, parsed."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Final
+
+_CHUNK: Final = 1 << 16
+
+
+def read(path: str, directory: int | None = None) -> bytes:
+    """A whole proc file (proc hands out about a page a read). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        parts = []
+        while part := os.read(fd, _CHUNK):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """/proc/PID/stat: the fields we use, in the reader's pid namespace."""
+
+    pid: int
+    comm: bytes
+    state: str
+    ppid: int
+    pgid: int
+    sid: int
+    flags: int
+    nice: int
+    threads: int
+    starttime: int
+    mm: tuple[int, ...]  # start_code end_code start_stack start_data end_data start_brk arg_start arg_end env_start env_end
+    policy: int
+    rt_priority: int
+
+
+def parse_stat(raw: bytes) -> Stat:
+    """Parse `/proc/PID/stat` (field numbers as in proc(5))."""
+    left, right = raw.index(b"("), raw.rindex(b")")
+    rest = raw[right + 2 :].split()
+    number = [0, 0, 0] + [int(x) for x in rest[1:]]  # index = field - 1; field 3 (state) is no number
+
+    def get(index: int) -> int:
+        return number[index - 1]
+
+    mm = tuple(get(i) for i in (26, 27, 28, 45, 46, 47, 48, 49, 50, 51))
+    return Stat(
+        int(raw[: left - 1]), raw[left + 1 : right], rest[0].decode(), get(4), get(5), get(6), get(9), get(19), get(20), get(22), mm,
+        get(41), get(40),
+    )  # fmt: skip
+
+
+def parse_status(raw: bytes) -> dict[str, str]:
+    """`/proc/PID/status` as key -> text."""
+    result = {}
+    for line in raw.decode("ascii", "surrogateescape").splitlines():
+        key, _, value = line.partition(":")
+        result[key] = value.strip()
+    return result
+
+
+@dataclass(slots=True)
+class Vma:
+    """One mapping. `prot` as PROT_*; `path` as the kernel prints it, '' for anonymous memory."""
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    offset: int
+    major: int
+    minor: int
+    inode: int
+    path: str
+    flags: frozenset[str] = field(default_factory=frozenset)  # VmFlags of smaps, empty when not read
+
+    @property
+    def deleted(self) -> bool:
+        """The file has been unlinked."""
+        return self.path.endswith(" (deleted)")
+
+
+def _parse_line(line: str) -> Vma:
+    span, perms, offset, device, rest = line.split(" ", 4)
+    first, last = span.split("-")
+    inode, _, path = rest.partition(" ")
+    major, minor = device.split(":")
+    prot = (perms[0] == "r") | (perms[1] == "w") << 1 | (perms[2] == "x") << 2
+    path = path.strip()
+    if "\\" in path:
+        path = path.replace("\\012", "\n")
+    return Vma(
+        int(first, 16), int(last, 16), prot, perms[3] == "s", int(offset, 16), int(major, 16), int(minor, 16), int(inode), path
+    )
+
+
+def parse_maps(raw: bytes) -> list[Vma]:
+    """`/proc/PID/maps` without the vsyscall page."""
+    return [_parse_line(line) for line in os.fsdecode(raw).splitlines() if not line.endswith("[vsyscall]")]
+
+
+def parse_smaps(raw: bytes) -> list[Vma]:
+    """`/proc/PID/smaps`: the same with VmFlags."""
+    found: list[Vma] = []
+    skip = False
+    for line in os.fsdecode(raw).splitlines():
+        if line.startswith("VmFlags:"):
+            if not skip:
+                found[-1].flags = frozenset(line[8:].split())
+        elif line[0] in "0123456789abcdef":  # field names start with a capital
+            skip = line.endswith("[vsyscall]")
+            if not skip:
+                found.append(_parse_line(line))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class PosixTimer:
+    """One block of /proc/PID/timers."""
+
+    identifier: int
+    signal: int
+    value: int
+    notify: int  # SIGEV_SIGNAL 0, SIGEV_NONE 1, SIGEV_THREAD_ID 4
+    tid: int
+    clock: int
+
+
+def parse_timers(raw: bytes) -> list[PosixTimer]:
+    """`/proc/PID/timers`."""
+    timers = []
+    for block in raw.decode().split("ID: ")[1:]:
+        lines = block.splitlines()
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+        number, _, value = fields["signal"].partition("/")
+        how, _, target = fields["notify"].partition("/")
+        tid = int(target.partition(".")[2])
+        kind = {"none": 1, "signal": 0, "thread": 2}[how] | (4 if target.startswith("tid") else 0)
+        timers.append(PosixTimer(int(lines[0]), int(number), int(value, 16), kind, tid, int(fields["ClockID"])))
+    return timers
+
+
+def threads(pid: int) -> list[int]:
+    """Thread ids of a process, in creation order."""
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
+def inner_pid(status: dict[str, str]) -> int:
+    """The process's pid in its innermost pid namespace."""
+    return int(status.get("NSpid", status["Pid"]).split()[-1])

@@ -1,0 +1,265 @@
+"""Mappings and pages of a frozen process: what they are, why some cannot move, and the stream of changed pages."""
+
+import array
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from engine.freeze import Frozen
+from engine.image import MappedFile, Region
+from engine.linux import pagemap, process_vm, procfs
+from engine.linux.procfs import Vma
+
+CHUNK: Final = 1 << 20  # bytes moved at a time: fits the cache, reused
+MAP_SHARED: Final = 1
+MAP_PRIVATE: Final = 2
+MAP_DROPPABLE: Final = 8
+MAP_ANONYMOUS: Final = 0x20
+MAP_GROWSDOWN: Final = 0x100
+MAP_NORESERVE: Final = 0x4000
+SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
+
+# VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
+_ADVICE: Final = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+_UNMOVABLE: Final = {
+    "ht": "huge pages (hugetlb)", "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw": "userfaultfd",
+    "ss": "a shadow stack", "mm": "mixed device memory",
+}  # fmt: skip
+
+
+class Survey:
+    """The mappings of one frozen process, sorted into what the image carries.
+
+    Attributes:
+        regions, files, special: as in the image.
+        refusals: why it cannot move, in words.
+        whole: spans of files that are gone: carried as anonymous memory with all their bytes.
+        shared: spans of shared anonymous memory.
+    """
+
+    def __init__(self, frozen: Frozen) -> None:
+        self._frozen = frozen
+        self.regions: list[Region] = []
+        self.files: list[MappedFile] = []
+        self.special: list[list[object]] = []
+        self.refusals: list[str] = []
+        self.whole: list[tuple[int, int]] = []
+        self.shared: list[Vma] = []
+        self._index: dict[tuple[int, int, int, bool], int] = {}
+        self._spans: list[tuple[int, int]] = []
+        scratch = frozen.injection.base if frozen.injection else 0
+        raw = procfs.read(f"{frozen.live}/smaps")
+        for vma in procfs.parse_smaps(raw):
+            if not (scratch and vma.start == scratch):
+                self._add(vma)
+        if b"\nProtectionKey:" in raw and _uses_keys(raw):
+            self._refuse("it uses memory protection keys")
+        self._refuse_shared()
+
+    def _refuse(self, text: str) -> None:
+        if text not in self.refusals:
+            self.refusals.append(text)
+
+    def _add(self, vma: Vma) -> None:
+        if vma.path in SPECIAL:
+            self.special.append([vma.path, vma.start, vma.end])
+            return
+        for flag, what in _UNMOVABLE.items():
+            if flag in vma.flags and vma.path not in SPECIAL:
+                self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
+                return
+        anonymous = vma.path == "" or vma.path.startswith(("[heap]", "[stack", "[anon:"))
+        if anonymous:
+            flags, file = MAP_PRIVATE | MAP_ANONYMOUS, -1
+        elif vma.shared and (vma.path == "/dev/zero (deleted)" or vma.path.startswith("[anon_shmem:")):
+            flags, file = MAP_SHARED | MAP_ANONYMOUS, -1
+            self.shared.append(vma)
+        else:
+            found = self._file(vma)
+            if found is None:
+                return
+            flags, file = found
+        self._spans.append((vma.start, vma.end))
+        if "gd" in vma.flags:
+            flags |= MAP_GROWSDOWN
+        if "nr" in vma.flags:
+            flags |= MAP_NORESERVE
+        if "dp" in vma.flags:
+            flags = flags & ~MAP_PRIVATE | MAP_DROPPABLE
+        name = vma.path[6:-1].encode() if vma.path.startswith("[anon:") else b""
+        advice = [value for flag, value in _ADVICE.items() if flag in vma.flags and not (flag in ("wf", "dd") and "dp" in vma.flags)]
+        lock = (2 if "lf" in vma.flags else 1) if "lo" in vma.flags else 0
+        offset = vma.offset if file >= 0 else 0
+        region = Region(vma.start, vma.end, vma.prot, flags, file, offset, advice, lock, name, "sl" in vma.flags)
+        self.regions.append(region)
+
+    def _file(self, vma: Vma) -> tuple[int, int] | None:
+        if vma.path.startswith("/SYSV"):
+            self._refuse(f"it has System V shared memory attached ({vma.path})")
+        elif vma.path.startswith(("/memfd:", "anon_inode:", "[")) or not vma.path.startswith("/"):
+            self._refuse(f"it maps {vma.path}")
+        elif vma.deleted and vma.shared:
+            self._refuse(f"it maps a deleted file for sharing ({vma.path})")
+        elif vma.deleted:
+            self.whole.append((vma.start, vma.end))
+            return MAP_PRIVATE | MAP_ANONYMOUS, -1
+        elif vma.path.startswith("/dev/") and vma.path != "/dev/zero" and not vma.path.startswith("/dev/shm/"):
+            self._refuse(f"it maps the device {vma.path}")
+        else:
+            writable = vma.shared and "mw" in vma.flags
+            key = (vma.major, vma.minor, vma.inode, writable)
+            if key not in self._index:
+                info = os.stat(f"/proc/{self._frozen.pid}/map_files/{vma.start:x}-{vma.end:x}")
+                self._index[key] = self.add_file(os.fsencode(vma.path), info, writable)
+            return (MAP_SHARED if vma.shared else MAP_PRIVATE), self._index[key]
+        return None
+
+    def add_file(self, path: bytes, info: os.stat_result, writable: bool = False) -> int:
+        """Add a file the image refers to; returns its index."""
+        self.files.append(MappedFile(path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, writable))
+        return len(self.files) - 1
+
+    def _refuse_shared(self) -> None:
+        """Shared anonymous memory moves only when nobody else has it."""
+        if not self.shared:
+            return
+        mine = {(v.major, v.minor, v.inode) for v in self.shared}
+        marks = [f" {major:02x}:{minor:02x} {inode} ".encode() for major, minor, inode in mine]
+        for name in os.listdir("/proc"):
+            if not name.isdigit() or int(name) == self._frozen.pid:
+                continue
+            try:
+                raw = procfs.read(f"/proc/{name}/maps")
+            except OSError:
+                continue
+            if any(mark in raw for mark in marks):
+                self._refuse(f"it shares memory with process {name}")
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(address, length) of all pages to carry, in address order."""
+        descriptor = os.open(f"{self._frozen.live}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if not self._spans:
+                return []
+            found = pagemap.private_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
+            runs = list(_clip(found, self._spans, self._cuts()))
+            for vma in self.shared:
+                runs += pagemap.present_runs(descriptor, vma.start, vma.end)
+        finally:
+            os.close(descriptor)
+        runs += [(start, end - start) for start, end in self.whole]
+        return sorted(runs)
+
+    def _cuts(self) -> set[int]:
+        return {start for start, _ in self.whole} | {vma.start for vma in self.shared}
+
+
+def _uses_keys(raw: bytes) -> bool:
+    return any(line.split()[1] != b"0" for line in raw.splitlines() if line.startswith(b"ProtectionKey:"))
+
+
+def _clip(
+    runs: list[tuple[int, int]], spans: list[tuple[int, int]], leave_out: set[int]
+) -> Iterator[tuple[int, int]]:
+    """Runs cut at the bounds of mappings: two neighbours may differ in protection, and vvar and scratch are not ours to carry."""
+    at = 0
+    for address, length in runs:
+        end = address + length
+        while at < len(spans) and spans[at][1] <= address:
+            at += 1
+        index = at
+        while index < len(spans) and spans[index][0] < end:
+            first, last = max(address, spans[index][0]), min(end, spans[index][1])
+            if spans[index][0] not in leave_out:
+                yield first, last - first
+            index += 1
+
+
+_buffer = bytearray(CHUNK)
+_buffer_address = ctypes.addressof((ctypes.c_char * CHUNK).from_buffer(_buffer))
+
+
+def groups(runs: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """Runs cut and gathered into pieces of at most CHUNK bytes and IOV_MAX runs; with the bytes of each."""
+    group: list[tuple[int, int]] = []
+    size = 0
+    for address, length in runs:
+        while length:
+            part = min(length, CHUNK - size)
+            group.append((address, part))
+            size += part
+            address += part
+            length -= part
+            if size == CHUNK or len(group) == process_vm.IOV_MAX:
+                yield group, size
+                group, size = [], 0
+    if group:
+        yield group, size
+
+
+def send_pages(pid: int, memory: int, runs: list[tuple[int, int]], send: Callable[[memoryview], object]) -> int:
+    """Stream pages of a stopped process. Returns the bytes sent.
+
+    Args:
+        memory: its `/proc/PID/mem`, for pages that it may not read itself.
+        send: consumes a buffer wholly before it returns.
+    """
+    view = memoryview(_buffer)
+    total = 0
+    for group, size in groups(runs):
+        try:
+            done = process_vm.transfer(pid, _buffer_address, group, inward=True)
+        except OSError:
+            done = 0
+        if done != size:
+            _read_by_force(memory, group, view)
+        send(view[:size])
+        total += size
+    return total
+
+
+def _read_by_force(memory: int, group: list[tuple[int, int]], view: memoryview) -> None:
+    at = 0
+    for address, length in group:
+        for page in range(0, length, pagemap.PAGE):
+            target = view[at + page : at + page + pagemap.PAGE]
+            try:
+                os.preadv(memory, [target], address + page)
+            except OSError:  # beyond the end of a mapped file: nothing there to carry
+                target[:] = bytes(pagemap.PAGE)
+        at += length
+
+
+def receive_pages(
+    pid: int, memory: int, runs: list[tuple[int, int]], writable: Callable[[int], bool], receive: Callable[[memoryview], None]
+) -> None:
+    """Fill pages of a process being built from a stream.
+
+    Args:
+        writable: whether the mapping at an address may be written by the process itself.
+        receive: fills a buffer wholly or raises.
+    """
+    view = memoryview(_buffer)
+    for group, size in groups(runs):
+        receive(view[:size])
+        at = 0
+        direct: list[tuple[int, int]] = []
+        first = 0
+        for address, length in [*group, (0, 0)]:
+            if length and writable(address):
+                if not direct:
+                    first = at
+                direct.append((address, length))
+            else:
+                if direct and process_vm.transfer(pid, _buffer_address + first, direct, inward=False) != sum(n for _, n in direct):
+                    raise OSError(14, "memory of the new process could not be filled")
+                direct = []
+                if length:
+                    process_vm.force_write(memory, address, view[at : at + length])
+            at += length
+
+
+def pack_runs(runs: list[tuple[int, int]]) -> bytes:
+    """Runs as the image holds them."""
+    return array.array("Q", [x for run in runs for x in run]).tobytes()

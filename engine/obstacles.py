@@ -1,0 +1,40 @@
+"""Everything about a process as a whole that forbids moving it, in words."""
+
+import os
+
+from engine.freeze import Frozen
+from engine.linux import procfs
+from engine.linux.procfs import Stat
+
+PF_VFORK_WAIT = 0  # the kernel shows no flag for it: a parent in vfork sleeps uninterruptibly and never gets here
+
+
+def obstacles(frozen: Frozen, stat: Stat) -> list[str]:
+    """Sentences, empty when nothing is in the way (memory and descriptors are judged elsewhere)."""
+    found = []
+    status = frozen.status
+    children = living_children(frozen)
+    if children:
+        listing = ", ".join(str(pid) for pid in children[:8]) + (" and more" if len(children) > 8 else "")
+        found.append(f"it has living children ({listing})")
+    if len(frozen.threads) > 1 or frozen.leader_exited:
+        found.append(f"it has {len(frozen.threads)} threads")
+    if status.get("Seccomp", "0") != "0":
+        found.append("it runs under seccomp")
+    if status.get("x86_Thread_features", ""):
+        found.append("it uses a shadow stack")
+    if frozen.threads[0].registers.cs != 0x33:
+        found.append("it is a 32-bit program")
+    if os.readlink(f"{frozen.live}/root") != "/":
+        found.append("it runs in a changed root directory")
+    if status.get("Kthread", "0") == "1" or stat.mm[0] == 0 == stat.mm[2]:
+        found.append("it is a kernel thread")
+    return found
+
+
+def living_children(frozen: Frozen) -> list[int]:
+    """Pids of its children, zombies included (their status would be lost)."""
+    found: list[int] = []
+    for thread in frozen.threads:
+        found += [int(pid) for pid in procfs.read(f"/proc/{frozen.pid}/task/{thread.tid}/children").split()]
+    return found

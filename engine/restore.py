@@ -1,0 +1,306 @@
+"""Rebuild a process from its image inside a stopped Target, whole, so that one detach makes it run."""
+
+import bisect
+import contextlib
+import ctypes
+import os
+import resource
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from engine import image as img
+from engine import state
+from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
+from engine.dump import VDSO_DIGEST
+from engine.image import Image, ImageError, MappedFile
+from engine.linux import process_vm, ptrace
+from engine.linux.credentials import Credentials
+from engine.linux.libc import NR, syscall
+from engine.linux.ptrace import Registers
+from engine.memory import receive_pages
+from engine.restart import prime
+from engine.restore_state import credential_rows, process_rows, signal_rows
+from engine.runner import ALL_SIGNALS, KEPT_ACTION, RESUME_DATA, TRAP_SIGNALS, Calls
+from engine.target import Target
+
+_MAP_FIXED_NOREPLACE: Final = 0x100000
+_MREMAP_MOVE_FIXED: Final = 3
+_PROT_WRITE: Final = 2
+_F_DUPFD_CLOEXEC: Final = 1030
+_TOP: Final = 0x7FFFFFFFF000
+
+
+class Builder:
+    """One rebuilding, step by step: `begin`, `pages`, `complete`, then `resume` or the target's `discard`."""
+
+    def __init__(self, target: Target, image: Image, externals: dict[int, int], ghost: dict[int, int] | None = None) -> None:
+        self.target, self.image, self.externals = target, image, externals
+        self.ghost_numbers = ghost or {}
+        self._opened: list[int] = []
+        self._high = 0
+        self._arrived = time.monotonic()
+        self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
+        self._made: list[Placed] = []
+        self._bounds = [r.start for r in image.regions]
+        self._writable = [bool(r.prot & _PROT_WRITE) for r in image.regions]
+
+    # ---- memory layout ----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Everything up to the pages: files and descriptors, mappings, the process's own description of its memory.
+
+        Raises:
+            ImageError: the image does not fit this machine.
+            OSError: a file is missing or another one than on the source; names it.
+        """
+        image, target = self.image, self.target
+        if image.vdso != VDSO_DIGEST:
+            raise ImageError("it comes from another kernel (its vDSO differs)")
+        local = [self._open(file) for file in image.files]
+        rebuilt = self._rebuild_descriptors()
+        target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
+        numbers = target.pass_fds(local + [p.local_fd for p in rebuilt])
+        self._placed = [
+            (number, p.target_fd, p.cloexec) for number, p in zip(numbers[len(local) :], rebuilt, strict=True)
+        ]
+        target.injection.trap = self._choose_trap()
+        target.begin_rebuilding()
+        calls = Calls(target.injection)
+        if target.home:
+            target.unmap_all(calls)
+        self._move_special(calls)
+        self._map_regions(calls, numbers)
+        self._describe(calls, numbers)
+        calls.run()
+        target.injection.vdso = target.special["[vdso]"][0]
+
+    def _choose_trap(self) -> int:
+        # It must not be pending (it would be taken for our stop), and better not have an action, which then has to wait.
+        pending = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]}
+        pending |= self.target.pending()
+        fit = [n for n in TRAP_SIGNALS if n not in pending]
+        if not fit:
+            raise OSError(95, "SIGURG, SIGWINCH and SIGCHLD are all pending")
+        return next((n for n in fit if n not in self.image.actions), fit[0])
+
+    def _open(self, file: MappedFile) -> int:
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags |= os.O_RDWR if file.writable else os.O_RDONLY
+        path = b"/proc/%d/root%s" % (self.target.pid, file.path)
+        try:
+            info = os.stat(path, follow_symlinks=False)
+            if (info.st_dev, info.st_ino) == (file.device, file.inode) and os.path.isdir(path):
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+            else:
+                self._same(file, info)
+                fd = os.open(path, flags)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise OSError(error.errno, f"{os.fsdecode(file.path)}: {os.strerror(error.errno or 0)}") from None
+        self._opened.append(fd)
+        if os.fstat(fd).st_ino != file.inode:
+            raise OSError(116, f"{os.fsdecode(file.path)} changed meanwhile")
+        return fd
+
+    def _same(self, file: MappedFile, info: os.stat_result) -> None:
+        # What is mapped as root must be the very object the process had: else it would read what it may not.
+        found = (info.st_dev, info.st_ino)
+        known = (file.device, file.inode)
+        unchanged = file.writable or (info.st_size, info.st_mtime_ns) == (file.size, file.mtime_ns)
+        if found != known or not unchanged:
+            raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
+
+    def _rebuild_descriptors(self) -> list[Placed]:
+        c = self.image.credentials
+        who = Credentials(c["uids"][3], c["gids"][3], tuple(c["groups"]), c["effective"])
+        target = self.target
+        self._made = rebuild(
+            self.image.descriptors, self.externals, target.pid, who, target.pid, ghost=self.ghost_numbers if target.home else None
+        )
+        return self._made
+
+    def _move_special(self, calls: Calls) -> None:
+        target = self.target
+        wanted = {name: (start, end) for name, start, end in self.image.special}
+        if set(wanted) != set(target.special) or any(
+            wanted[n][1] - wanted[n][0] != s[1] - s[0] for n, s in target.special.items()
+        ):
+            raise ImageError("it comes from a kernel with another vDSO layout")
+        moves = [(name, span, wanted[name]) for name, span in target.special.items() if span != wanted[name]]
+        if any(a[0] < b[1] and b[0] < a[1] for _, a, _ in moves for _, _, b in moves):
+            moves = self._hop(calls, moves)
+        for name, (start, end), (to, _) in moves:
+            calls.add("mremap", start, end - start, end - start, _MREMAP_MOVE_FIXED, to, label=f"moving {name}")
+        target.special = wanted
+
+    def _hop(self, calls: Calls, moves: list[Any]) -> list[Any]:
+        # Old and new places overlap: by way of a hole far from both.
+        from engine.freeze import find_hole
+
+        spans = [(r.start, r.end) for r in self.image.regions] + [m[1] for m in moves] + [m[2] for m in moves]
+        base = self.target.injection.base
+        hole = find_hole([*spans, (base, base + 0x40000)], sum(s[1] - s[0] for _, s, _ in moves), 0x100000000)
+        result = []
+        for name, (start, end), wanted in moves:
+            size = end - start
+            calls.add("mremap", start, size, size, _MREMAP_MOVE_FIXED, hole, label=f"moving {name}")
+            result.append((name, (hole, hole + size), wanted))
+            hole += size
+        return result
+
+    def _map_regions(self, calls: Calls, numbers: list[int]) -> None:
+        for r in self.image.regions:
+            size = r.end - r.start
+            fd = numbers[r.file] if r.file >= 0 else -1
+            what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else "memory"
+            calls.add("mmap", r.start, size, r.prot, r.flags | _MAP_FIXED_NOREPLACE, fd, r.offset, label=f"mapping {what}")
+            for advice in r.advice:
+                calls.add("madvise", r.start, size, advice, must=False)
+            if r.name:
+                calls.add("prctl", state.PR_SET_VMA, 0, r.start, size, calls.data(r.name + b"\0"), must=False)
+
+    def _describe(self, calls: Calls, numbers: list[int]) -> None:
+        # struct prctl_mm_map (<linux/prctl.h>): addresses, auxv, exe_fd. A ghost that runs as a user may not set exe_fd.
+        image = self.image
+        sc, ec, stack, sd, ed, sb, args, arge, envs, enve, brk = image.mm
+        auxv = calls.data(image.auxv)
+        addresses = struct.pack("<11Q", sc, ec, sd, ed, sb, brk, stack, args, arge, envs, enve)
+        whole = addresses + struct.pack("<QII", auxv, len(image.auxv), numbers[image.exe])
+        partial = addresses + struct.pack("<QII", auxv, len(image.auxv), 0xFFFFFFFF)
+        calls.add("prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(partial), len(partial), 0, label="memory map")
+        calls.add(
+            "prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(whole), len(whole), 0, must=not self.target.home, label="exe"
+        )
+        calls.add("fchdir", numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
+
+    # ---- pages --------------------------------------------------------------------------------------------
+
+    def pages(self, receive: Callable[[memoryview], None]) -> None:
+        """Fill the pages. `receive` fills a buffer wholly or raises."""
+        target = self.target
+        receive_pages(target.pid, target.injection.memory, img.runs_of(self.image), self._is_writable, receive)
+
+    def _is_writable(self, address: int) -> bool:
+        index = bisect.bisect_right(self._bounds, address) - 1
+        return index >= 0 and self._writable[index]
+
+    # ---- the rest -----------------------------------------------------------------------------------------
+
+    def complete(self) -> None:
+        """All other state; afterwards only `resume` is left."""
+        image, target = self.image, self.target
+        leader = image.threads[0]
+        self._outside()
+        calls = Calls(target.injection)
+        for r in image.regions:
+            if r.lock:
+                calls.add("mlock2", r.start, r.end - r.start, r.lock - 1, must=False)
+            if r.sealed:
+                calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
+        self._place_descriptors(calls)
+        process_rows(calls, image)
+        signal_rows(calls, image, target.injection.trap, everything=target.home)
+        credential_rows(calls, image)
+        self._queue(calls)
+        calls.run()
+        self._limits()
+        injection = target.injection
+        registers = Registers.from_buffer_copy(leader.registers)
+        ptrace.set_xstate(target.pid, leader.xstate)
+        injection.registers, injection.mask = registers, leader.mask
+
+    def _outside(self) -> None:
+        target, image = self.target, self.image
+        leader = image.threads[0]
+        with contextlib.suppress(OSError):  # scheduling is a matter of the node's own rights and CPUs
+            policy = ctypes.create_string_buffer(leader.policy, 56)
+            syscall(NR["sched_setattr"], target.pid, ctypes.addressof(policy), 0)
+        if leader.affinity:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(target.pid, leader.affinity)
+        with contextlib.suppress(OSError):
+            syscall(NR["ioprio_set"], 1, target.pid, image.io_priority)
+        with contextlib.suppress(OSError), open(f"/proc/{target.pid}/oom_score_adj", "w") as file:
+            file.write(str(image.oom_score_adj))
+
+    def _limits(self) -> None:
+        for which, (soft, hard) in enumerate(self.image.limits):
+            now = resource.prlimit(self.target.pid, which)
+            wanted = tuple(-1 if x == ALL_SIGNALS else x for x in (soft, hard))
+            if now != wanted:
+                with contextlib.suppress(OSError, ValueError):
+                    resource.prlimit(self.target.pid, which, wanted)  # type: ignore[call-overload]
+
+    def _place_descriptors(self, calls: Calls) -> None:
+        # By way of numbers above all others, so that no step overwrites what a later one needs.
+        target = self.target
+        wanted = sorted({want for _, want, _ in self._placed})
+        self._high = max([*wanted, *target.own_fds, 2]) + 1
+        soft, hard = resource.prlimit(target.pid, resource.RLIMIT_NOFILE)
+        need = self._high + len(self._placed) + 2
+        if need > soft:
+            resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (max(need, soft), max(need, hard)))
+        high = self._high + target.keep_above(calls, self._high)
+        for i, (number, _, _) in enumerate(self._placed):
+            calls.add("fcntl", number, _F_DUPFD_CLOEXEC, high + i, label="descriptors")
+        for i, (_, want, cloexec) in enumerate(self._placed):
+            calls.add("dup3", high + i, want, os.O_CLOEXEC if cloexec else 0, label=f"descriptor {want}")
+        at = 0
+        for number in [*wanted, self._high]:
+            if number > at:
+                calls.add("close_range", at, number - 1, 0)
+            at = number + 1
+        calls.add("close_range", high, 0xFFFFFFFF, 0)
+        self._add_rows(calls, after_placed(self.image.descriptors, self.image.pid, self.image.pgid))
+
+    @staticmethod
+    def _add_rows(calls: Calls, rows: list[Row]) -> None:
+        for r in rows:
+            arguments = [calls.data(a) if isinstance(a, bytes) else a for a in r.arguments]
+            calls.add(r.number, *arguments, must=r.must, label=r.label)
+
+    def _queue(self, calls: Calls) -> None:
+        pid = self.image.pid
+        for info in self.image.threads[0].pending:
+            calls.add("rt_tgsigqueueinfo", pid, pid, info[0], calls.data(info), must=False)
+        for info in self.image.shared_pending:
+            calls.add("rt_sigqueueinfo", pid, info[0], calls.data(info), must=False)
+
+    def resume(self) -> int:
+        """Let it run. Returns its host pid. Raises OSError when it was killed meanwhile."""
+        target = self.target
+        injection = target.injection
+        target.before_resume(self._high)
+        deferred = self.image.actions.get(injection.trap)
+        if deferred is not None:
+            address = injection.base + KEPT_ACTION
+            process_vm.write(target.pid, address, deferred)
+            injection.call("rt_sigaction", injection.trap, address, 0, 8)
+        rows = at_resume(self.image.descriptors)
+        for r in rows:  # few: POSIX locks
+            data = next((a for a in r.arguments if isinstance(a, bytes)), b"")
+            process_vm.write(target.pid, injection.base + RESUME_DATA, data or b"\0")
+            arguments = [injection.base + RESUME_DATA if isinstance(a, bytes) else a for a in r.arguments]
+            injection.call_raw(r.number, *arguments)
+        leader = self.image.threads[0]
+        if leader.prime:
+            prime(injection, leader.prime, time.monotonic() - self._arrived)
+        injection.leave()
+        injection.finish()
+        if self.image.stopped or injection.stopped_by:
+            os.kill(target.pid, 19)
+        ptrace.detach(target.pid)
+        target.close()
+        return target.pid
+
+    def close(self) -> None:
+        """Close the files the worker opened."""
+        for fd in self._opened:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._opened = []
+        close_all(self._made)
+        self._made = []

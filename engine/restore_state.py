@@ -1,0 +1,101 @@
+"""Rows that give a rebuilt process its signals, timers, names and rights."""
+
+import struct
+from typing import Any, Final
+
+from engine import state
+from engine.image import Image
+from engine.runner import ALL_SIGNALS, Calls
+
+_CLOCK_EVENT: Final = 64  # bytes of struct sigevent
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_NO_SETUID_FIXUP: Final = 1 << 2
+_CAP_LAST: Final = 63
+_SS_ONSTACK: Final = 1
+_UNQUEUEABLE: Final = (9, 19)
+ACTION_NUMBERS: Final = [n for n in range(1, state.SIGNALS + 1) if n not in _UNQUEUEABLE]
+
+
+def process_rows(calls: Calls, image: Image) -> None:
+    """Name, umask, robust list, clear_child_tid, rseq, timers and the smaller settings."""
+    leader = image.threads[0]
+    calls.add("prctl", state.PR_SET_NAME, calls.data(leader.comm + b"\0"))
+    calls.add("umask", image.umask)
+    calls.add("set_tid_address", leader.clear_tid)
+    if leader.robust[0]:
+        calls.add("set_robust_list", leader.robust[0], leader.robust[1], label="robust list")
+    pointer, size, signature, _ = leader.rseq
+    if pointer:
+        calls.add("rseq", pointer, size, 0, signature, label="rseq")
+    if image.subreaper:
+        calls.add("prctl", state.PR_SET_CHILD_SUBREAPER, 1)
+    if image.thp_disabled:
+        calls.add("prctl", state.PR_SET_THP_DISABLE, image.thp_disabled, 0, 0, 0)
+    calls.add("prctl", state.PR_SET_TIMERSLACK, image.timer_slack, must=False)
+    for which, value in enumerate(image.itimers):
+        calls.add("setitimer", which, calls.data(value), 0, label="interval timer")
+    _timer_rows(calls, image)
+
+
+def _timer_rows(calls: Calls, image: Image) -> None:
+    if not image.timers:
+        return
+    # Linux 6.15: ids are the caller's choice. Before, the kernel counts up from 0, which fits programs that never deleted one.
+    calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, must=False)
+    for identifier, notify, signal, value, tid, clock, setting, _ in image.timers:
+        event = struct.pack("<Qiii", value, signal, notify, tid).ljust(_CLOCK_EVENT, b"\0")
+        where = calls.data(struct.pack("<i", identifier))
+        calls.add("timer_create", clock, calls.data(event), where, label=f"timer {identifier}")
+        calls.add("timer_settime", identifier, 0, calls.data(setting), 0, label=f"timer {identifier}")
+    calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0, must=False)
+
+
+def signal_rows(calls: Calls, image: Image, trap: int, everything: bool) -> None:
+    """Signal actions and the alternate stack.
+
+    Args:
+        trap: its action is left for the very end, unless it is harmless.
+        everything: set default actions too (the process was another program before).
+    """
+    numbers = ACTION_NUMBERS if everything else sorted(image.actions)
+    for number in numbers:
+        if number not in _UNQUEUEABLE and number != trap:
+            action = image.actions.get(number, bytes(state.ACTION_SIZE))
+            calls.add("rt_sigaction", number, calls.data(action), 0, 8, label=f"action of signal {number}")
+    pointer, flags, size = struct.unpack("<QixxxxQ", image.threads[0].altstack)
+    stack = struct.pack("<QiiQ", pointer, flags & ~_SS_ONSTACK, 0, size)
+    calls.add("sigaltstack", calls.data(stack), 0, label="alternate stack")
+
+
+def credential_rows(calls: Calls, image: Image) -> None:
+    """Ids, groups, capabilities: only ever downwards. Then what a change of ids resets: dumpable, death signal."""
+    c: dict[str, Any] = image.credentials
+    prctl = "prctl"
+    for bit in range(_CAP_LAST):
+        if not c["bounding"] >> bit & 1:
+            calls.add(prctl, state.PR_CAPBSET_DROP, bit, must=False)
+    calls.add("setgroups", len(c["groups"]), calls.data(struct.pack(f"<{len(c['groups'])}I", *c["groups"])), must=False)
+    calls.add(prctl, state.PR_SET_SECUREBITS, c["securebits"] | _NO_SETUID_FIXUP, must=False)
+    calls.add("setresgid", *c["gids"][:3], label="group ids")
+    calls.add("setresuid", *c["uids"][:3], label="user ids")
+    calls.add("setfsgid", c["gids"][3])
+    calls.add("setfsuid", c["uids"][3])
+    header = calls.data(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
+    if c["ambient"]:
+        calls.add("capset", header, calls.data(_sets(c["effective"] | 1 << 8, c["permitted"] | 1 << 8, c["inheritable"])), must=False)
+        for bit in range(_CAP_LAST):
+            if c["ambient"] >> bit & 1:
+                calls.add(prctl, state.PR_CAP_AMBIENT, state.PR_CAP_AMBIENT_RAISE, bit, 0, 0, must=False)
+    calls.add(prctl, state.PR_SET_SECUREBITS, c["securebits"], must=False)
+    calls.add("capset", header, calls.data(_sets(c["effective"], c["permitted"], c["inheritable"])), label="capabilities")
+    if c["no_new_privs"]:
+        calls.add(prctl, state.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    calls.add(prctl, state.PR_SET_DUMPABLE, image.dumpable & 1, must=False)
+    calls.add(prctl, state.PR_SET_PDEATHSIG, image.death_signal)
+    calls.add("personality", image.personality & ALL_SIGNALS)
+
+
+def _sets(effective: int, permitted: int, inheritable: int) -> bytes:
+    low = [x & 0xFFFFFFFF for x in (effective, permitted, inheritable)]
+    high = [x >> 32 for x in (effective, permitted, inheritable)]
+    return struct.pack("<6I", *low, *high)

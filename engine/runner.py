@@ -1,0 +1,312 @@
+"""Make system calls inside a stopped process, so that it survives the death of its tracer at any moment.
+
+Two ways in:
+
+* the **gate**: one system call by a few instructions in the unused tail of the process's vDSO page (the kernel gives the
+  process its own copy of that page; no mapping changes). After the call the code puts mask and registers back by itself.
+* the **runner** (csrc/runner.S) in an anonymous *scratch* mapping that the gate made: a whole table of calls in one stop.
+
+Stops are system-call stops (gate) and delivery stops of a signal that the process ignores (runner): neither does anything to
+a process whose tracer is gone. int3 and single-stepping would kill it with SIGTRAP.
+"""
+
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from engine.linux import process_vm, ptrace, scm
+from engine.linux.libc import NR, error_text, is_error, signed
+from engine.linux.ptrace import Registers
+
+CODE: Final = (Path(__file__).parent / "bin" / "runner.bin")
+SCRATCH_SIZE: Final = 0x40000
+_SLOT: Final = 0x1000
+_HEAL: Final = 0x1400  # heal table of the leader's slot
+KEPT_ACTION: Final = 0x1F00  # offset of two struct kernel_sigaction
+_TABLE: Final = 0x2000
+_DATA: Final = 0x10000
+RESUME_DATA: Final = _DATA  # offset; used once the tables are done with
+HEAL_STRINGS: Final = 0x30000  # offset; 64 KB for what a heal table refers to
+_ROW: Final = 64
+MAX_ROWS: Final = (_DATA - _TABLE) // _ROW
+ALL_SIGNALS: Final = 0xFFFFFFFFFFFFFFFF
+_SYSGOOD: Final = signal.SIGTRAP | 0x80
+_MUST: Final = 1
+_PROT_RWX: Final = 7
+_MAP_FIXED_NOREPLACE: Final = 0x100022  # with PRIVATE | ANONYMOUS
+TRAP_SIGNALS: Final = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
+
+# Interrupted system calls, include/linux/errno.h
+ERESTARTSYS: Final = -512
+ERESTARTNOINTR: Final = -513
+ERESTARTNOHAND: Final = -514
+ERESTART_RESTARTBLOCK: Final = -516
+
+
+class ProcessGone(OSError):
+    """The process ended while the engine held it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(3, f"process {pid} has ended")
+
+
+def _own_vdso() -> tuple[int, int]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("[vdso]"):
+            first, last = line.split(" ", 1)[0].split("-")
+            return int(first, 16), int(last, 16)
+    raise OSError(38, "this kernel maps no vDSO")
+
+
+def _vdso_image() -> bytes:
+    first, last = _own_vdso()
+    return ctypes.string_at(first, last - first)
+
+
+VDSO_IMAGE: Final = _vdso_image()
+_GATE_ROOM: Final = 256
+# The vDSO is a page-padded ELF image; its tail is zeros (the two supported kernels have 1.4 KB and more).
+GATE_OFFSET: Final = (len(VDSO_IMAGE.rstrip(b"\0")) + 64 + 15) & ~15
+if GATE_OFFSET + _GATE_ROOM > len(VDSO_IMAGE):
+    raise OSError(38, "the vDSO of this kernel has no free tail for the gate")
+
+
+def restarted(registers: Registers) -> Registers:
+    """Registers with which a thread that is in *user mode* repeats the system call that it was interrupted in.
+
+    The kernel does the same on its own way back to user mode (arch/x86/kernel/signal.c); this is for code that has to do
+    without it.
+    """
+    result = registers.copy()
+    code = signed(registers.rax)
+    if signed(registers.orig_rax) >= 0:
+        if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
+            result.rax, result.rip = registers.orig_rax, registers.rip - 2
+        elif code == ERESTART_RESTARTBLOCK:
+            result.rax, result.rip = NR["restart_syscall"], registers.rip - 2
+    result.orig_rax = ALL_SIGNALS
+    return result
+
+
+def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
+    # syscall; rt_sigprocmask(SIG_SETMASK, mask); every register a call clobbers or we set; jmp. Moves leave the flags alone.
+    head = b"\x0f\x05" + b"\xbf\x02\0\0\0" + b"\x48\xbe%b" + b"\xba\0\0\0\0" + b"\x41\xba\x08\0\0\0" + b"\xb8\x0e\0\0\0" + b"\x0f\x05"
+    back = restarted(registers)
+    moves = b"".join(
+        opcode + struct.pack("<Q", value)
+        for opcode, value in (
+            (b"\x48\xb8", back.rax), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx), (b"\x48\xbe", back.rsi), (b"\x48\xbf", back.rdi),
+            (b"\x49\xb8", back.r8), (b"\x49\xb9", back.r9), (b"\x49\xba", back.r10), (b"\x49\xbb", back.r11),
+        )
+    )  # fmt: skip
+    size = len(head) - 2 + 8 + len(moves) + 14
+    body = head % struct.pack("<Q", address + size) + moves + b"\xff\x25\0\0\0\0" + struct.pack("<Q", back.rip)
+    return body + struct.pack("<Q", mask)
+
+
+def _slot(registers: Registers, mask: int, trap: int, slot: int, heal: int, heal_count: int) -> bytes:
+    r = restarted(registers)
+    stub = b"\x48\xbd" + struct.pack("<Q", r.rbp) + b"\xff\x25\0\0\0\0" + struct.pack("<Q", r.rip)
+    return (
+        struct.pack(
+            "<21Q", heal, heal_count, trap, slot + 168, mask, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11,
+            r.r12, r.r13, r.r14, r.r15, r.rsp, r.eflags,
+        ) + stub
+    )  # fmt: skip
+
+
+def row(number: int, *arguments: int, must: bool = True) -> bytes:
+    """One row of a call table."""
+    values = [a & ALL_SIGNALS for a in arguments] + [0] * (6 - len(arguments))
+    return struct.pack("<II7Q", number, _MUST if must else 0, *values, 0)
+
+
+class Injection:
+    """The way into one stopped thread of a process; `registers` and `mask` are what it will go on with.
+
+    Attributes:
+        pid: process (host pid); memory is written under this id.
+        tid: the thread that makes the calls.
+        registers, mask: state that the thread gets back on `finish`, and by itself should the tracer die.
+        base: scratch mapping, 0 before `enter`.
+        stopped_by: a SIGSTOP that arrived meanwhile and still has to be delivered.
+    """
+
+    def __init__(self, pid: int, tid: int, memory: int, vdso: int, registers: Registers, mask: int, trap: int) -> None:
+        self.pid, self.tid, self.memory, self.vdso = pid, tid, memory, vdso
+        self.registers, self.mask, self.trap = registers, mask, trap
+        self.base = 0
+        self.stopped_by = 0
+        self.on_event: Callable[[], object] | None = None  # called at a fork or clone event
+        self._heal: list[bytes] = []
+
+    def call(self, name: str, *arguments: int, subject: str = "") -> int:
+        """One system call through the gate. Returns its result; raises OSError when it fails."""
+        result = self.call_raw(NR[name], *arguments)
+        if is_error(result):
+            raise OSError(-result, os.strerror(-result), subject or f"{name} in process {self.pid}")
+        return result
+
+    def call_raw(self, number: int, *arguments: int, interrupt: bool = False) -> int:
+        """One call through the gate; its raw result.
+
+        Args:
+            interrupt: make the call find an interruption as soon as it would sleep (it then arms its restart block).
+        """
+        gate = self.vdso + GATE_OFFSET
+        process_vm.force_write(self.memory, gate, _gate_code(gate, self.registers, self.mask))
+        go = self._entry(gate)
+        go.rax = number
+        values = list(arguments) + [0] * (6 - len(arguments))
+        go.rdi, go.rsi, go.rdx, go.r10, go.r8, go.r9 = (v & ALL_SIGNALS for v in values)
+        # In this order: dead between the two, the thread runs the gate with signals open, which harms nobody.
+        ptrace.set_registers(self.tid, go)
+        ptrace.set_mask(self.tid, ALL_SIGNALS)
+        self._run(ptrace.SYSCALL, _SYSGOOD)
+        if interrupt:
+            ptrace.interrupt(self.tid)
+        self._run(ptrace.SYSCALL, _SYSGOOD)
+        return signed(ptrace.get_registers(self.tid).rax)
+
+    def enter(self, base: int) -> None:
+        """Map the scratch at `base` (a hole) and put the runner there. Raises OSError."""
+        if self.base:
+            return
+        self.call("mmap", base, SCRATCH_SIZE, _PROT_RWX, _MAP_FIXED_NOREPLACE, -1 & ALL_SIGNALS, 0, subject="scratch memory")
+        self.adopt(base)
+
+    def adopt(self, base: int) -> None:
+        """Use a scratch mapping that is there already."""
+        self.base = base
+        process_vm.write(self.pid, base, CODE.read_bytes() if _code is None else _code)
+        self.write_slot()
+
+    def set_heal(self, rows: list[bytes]) -> None:
+        """Calls that an abandoned process makes before it goes on (it may exec or exit instead)."""
+        self._heal = rows
+        self.write_slot()
+
+    def write_slot(self) -> None:
+        """Write the state to go back to; call it after a change of registers, mask or trap."""
+        if self.base:
+            slot = self.base + _SLOT
+            data = _slot(self.registers, self.mask, self.trap, slot, self.base + _HEAL, len(self._heal))
+            process_vm.write(self.pid, slot, data.ljust(_HEAL - _SLOT, b"\0") + b"".join(self._heal))
+
+    def start_table(self, table: int, count: int) -> None:
+        """Point the thread at a table and let it run (no wait)."""
+        go = self._entry(self.base)
+        go.rbx, go.r12, go.rbp = table, count, self.base + _SLOT
+        ptrace.set_registers(self.tid, go)
+        ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (self.trap - 1)))
+
+    def run_table(self, table: int, count: int) -> None:
+        """Run rows that are in place already, to the stop after the last (or after a row that must not fail)."""
+        self.start_table(table, count)
+        self._run(ptrace.CONT, self.trap)
+
+    def leave(self) -> None:
+        """Unmap the scratch."""
+        if self.base:
+            base, self.base = self.base, 0
+            self.call("munmap", base, SCRATCH_SIZE)
+
+    def finish(self) -> None:
+        """Give the thread its mask and registers; it is still stopped, the next thing is a detach.
+
+        The registers may hold an interrupted call (orig_rax, -ERESTART…): the kernel deals with it on the way out, since a detach
+        always makes the thread look for signals.
+        """
+        ptrace.set_mask(self.tid, self.mask)
+        ptrace.set_registers(self.tid, self.registers)
+
+    def _entry(self, rip: int) -> Registers:
+        go = self.registers.copy()
+        go.rip, go.orig_rax = rip, ALL_SIGNALS
+        return go
+
+    def _run(self, request: int, expected: int) -> None:
+        while True:
+            ptrace.ptrace(request, self.tid)
+            status = ptrace.wait(self.tid)
+            if not os.WIFSTOPPED(status):
+                raise ProcessGone(self.pid)
+            stop = status >> 8
+            if stop == expected:
+                return
+            if stop & 0xFF == signal.SIGSTOP and stop >> 8 == 0:
+                self.stopped_by = signal.SIGSTOP  # not maskable; delivered after the release
+            elif stop >> 8 and stop >> 8 != ptrace.EVENT_STOP and self.on_event is not None:
+                self.on_event()
+            elif stop >> 8 != ptrace.EVENT_STOP:
+                raise OSError(5, f"process {self.pid} stopped unexpectedly (status {status:#x})")
+
+
+_code: bytes | None = CODE.read_bytes() if CODE.exists() else None
+
+
+class Calls:
+    """A batch of calls with their data, run by an Injection in one stop (or few, when it is long).
+
+    Data addresses are handed out at once, so that rows may refer to them. Everything is written in one go.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        self._injection = injection
+        self._rows: list[bytes] = []
+        self._labels: list[str] = []
+        self._data = bytearray()
+        self.results: list[int] = []
+
+    def add(self, name: str | int, *arguments: int, must: bool = True, label: str = "") -> int:
+        """Append a call; returns its index in `results`. `label` names the matter in an error's text."""
+        number = NR[name] if isinstance(name, str) else name
+        self._rows.append(row(number, *arguments, must=must))
+        self._labels.append(label or str(name))
+        return len(self._rows) - 1
+
+    def data(self, content: bytes) -> int:
+        """Address at which the process will find `content` (8-byte aligned)."""
+        address = self._injection.base + _DATA + len(self._data)
+        self._data += content
+        self._data += b"\0" * (-len(self._data) % 8)
+        if len(self._data) > HEAL_STRINGS - _DATA:
+            raise OSError(7, "too much data for one batch of calls")
+        return address
+
+    def room(self) -> int:
+        """Bytes of data that still fit."""
+        return HEAL_STRINGS - _DATA - len(self._data)
+
+    def reserve_block(self) -> int:
+        """Address of a struct msghdr for receiving descriptors."""
+        address = self.data(bytes(scm.RECEIVE_SIZE))
+        start = address - self._injection.base - _DATA
+        self._data[start : start + scm.RECEIVE_SIZE] = scm.receive_block(address).ljust(scm.RECEIVE_SIZE, b"\0")
+        return address
+
+    def read(self, address: int, length: int) -> bytes:
+        """What the calls left at a data address."""
+        return process_vm.read(self._injection.pid, address, length)
+
+    def run(self) -> list[int]:
+        """Run all; returns the raw results. Raises OSError naming the first call that failed and must not."""
+        inj = self._injection
+        if self._data:
+            process_vm.write(inj.pid, inj.base + _DATA, bytes(self._data))
+        for first in range(0, len(self._rows), MAX_ROWS):
+            part = self._rows[first : first + MAX_ROWS]
+            table = inj.base + _TABLE
+            process_vm.write(inj.pid, table, b"".join(part))
+            inj.run_table(table, len(part))
+            raw = process_vm.read(inj.pid, table, len(part) * _ROW)
+            for i in range(len(part)):
+                result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
+                self.results.append(result)
+                if is_error(result) and part[i][4]:
+                    raise OSError(-result, f"{self._labels[first + i]}: {error_text(result)}")
+        return self.results

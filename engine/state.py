@@ -1,0 +1,180 @@
+"""State of a frozen process and its threads: read from outside where the kernel shows it, injected where it does not."""
+
+import ctypes
+import os
+import resource
+import struct
+from typing import Any, Final
+
+from engine import image as img
+from engine.freeze import Frozen, Thread
+from engine.linux import procfs, ptrace
+from engine.linux.libc import NR, syscall
+from engine.restart import prime_of
+from engine.runner import ALL_SIGNALS, Calls
+
+# <linux/prctl.h>
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_PDEATHSIG: Final = 2
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
+PR_CAPBSET_DROP: Final = 24
+PR_GET_SECUREBITS: Final = 27
+PR_SET_SECUREBITS: Final = 28
+PR_SET_TIMERSLACK: Final = 29
+PR_GET_TIMERSLACK: Final = 30
+PR_SET_MM: Final = 35
+PR_SET_MM_MAP: Final = 14
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_GET_TID_ADDRESS: Final = 40
+PR_SET_THP_DISABLE: Final = 41
+PR_GET_THP_DISABLE: Final = 42
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_RAISE: Final = 2
+PR_TIMER_CREATE_RESTORE_IDS: Final = 77
+PR_SET_VMA: Final = 0x53564D41
+
+ACTION_SIZE: Final = 32  # struct kernel_sigaction: handler, flags, restorer, mask
+SIGNALS: Final = 64
+LIMITS: Final = 16  # RLIMIT_CPU … RLIMIT_RTTIME
+
+
+class Asked:
+    """Answers of the process itself, from one batch of injected calls."""
+
+    actions: dict[int, bytes]
+    itimers: list[bytes]
+    brk: int
+    dumpable: int
+    death_signal: int
+    securebits: int
+    timer_slack: int
+    subreaper: int
+    thp_disabled: int
+    personality: int
+    altstack: bytes
+    clear_tid: int
+    timers: list[list[Any]]
+
+
+def ask(frozen: Frozen) -> Asked:
+    """Run the batch. Raises OSError."""
+    calls = Calls(frozen.open_injection())
+    unlike_default = int(frozen.status["SigCgt"], 16) | int(frozen.status["SigIgn"], 16)
+    wanted = [n for n in range(1, SIGNALS + 1) if unlike_default >> (n - 1) & 1]
+    actions = calls.data(bytes(ACTION_SIZE * len(wanted)))
+    for i, number in enumerate(wanted):
+        calls.add("rt_sigaction", number, 0, actions + i * ACTION_SIZE, 8)
+    words = calls.data(bytes(8 * 8))
+    timers = calls.data(bytes(32 * 3))
+    for which in range(3):
+        calls.add("getitimer", which, timers + 32 * which)
+    stack = calls.data(bytes(24))
+    calls.add("sigaltstack", 0, stack)
+    calls.add("prctl", PR_GET_TID_ADDRESS, words, must=False)
+    calls.add("prctl", PR_GET_PDEATHSIG, words + 8)
+    calls.add("prctl", PR_GET_CHILD_SUBREAPER, words + 16)
+    numbers = [
+        calls.add("brk", 0),
+        calls.add("prctl", PR_GET_DUMPABLE),
+        calls.add("prctl", PR_GET_SECUREBITS),
+        calls.add("prctl", PR_GET_TIMERSLACK),
+        calls.add("prctl", PR_GET_THP_DISABLE, 0, 0, 0, 0),
+        calls.add("personality", 0xFFFFFFFF),
+    ]
+    posix = _posix_timers(frozen)
+    settings = calls.data(bytes(32 * len(posix)))
+    overruns = []
+    for i, timer in enumerate(posix):
+        calls.add("timer_gettime", timer.identifier, settings + 32 * i)
+        overruns.append(calls.add("timer_getoverrun", timer.identifier))
+    results = calls.run()
+    raw = calls.read(actions, settings + 32 * len(posix) - actions)
+
+    def at(address: int, length: int) -> bytes:
+        return raw[address - actions : address - actions + length]
+
+    asked = Asked()
+    asked.actions = {n: at(actions + i * ACTION_SIZE, ACTION_SIZE) for i, n in enumerate(wanted)}
+    frozen.amend_actions(asked.actions)
+    asked.itimers = [at(timers + 32 * i, 32) for i in range(3)]
+    asked.altstack = at(stack, 24)
+    asked.clear_tid, death, subreaper = struct.unpack("<QQQ", at(words, 24))
+    asked.death_signal, asked.subreaper = death & 0xFF, subreaper & 1
+    asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (results[i] for i in numbers)
+    asked.timers = [
+        [t.identifier, t.notify, t.signal, t.value, t.tid, t.clock, at(settings + 32 * i, 32), max(results[overruns[i]], 0)]
+        for i, t in enumerate(posix)
+    ]
+    return asked
+
+
+def _posix_timers(frozen: Frozen) -> list[procfs.PosixTimer]:
+    try:
+        return procfs.parse_timers(procfs.read(f"/proc/{frozen.pid}/timers"))
+    except FileNotFoundError:  # a kernel without CONFIG_CHECKPOINT_RESTORE
+        return []
+
+
+def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int) -> img.ThreadState:
+    """What the image carries of one thread.
+
+    Args:
+        inner: its tid in its own namespace.
+    """
+    tid = thread.tid
+    cpus = os.sched_getaffinity(tid)
+    with open(f"/proc/{frozen.pid}/task/{tid}/comm", "rb", buffering=0) as file:
+        comm = file.read().removesuffix(b"\n")
+    registers = thread.registers.copy()
+    prime = prime_of(frozen, thread, registers)
+    return img.ThreadState(
+        tid=inner,
+        registers=bytes(registers),
+        xstate=ptrace.get_xstate(tid),
+        mask=thread.mask,
+        altstack=altstack,
+        robust=_robust_list(tid),
+        clear_tid=clear_tid,
+        rseq=list(ptrace.rseq_configuration(tid)),
+        comm=comm,
+        pending=ptrace.queued_signals(tid, shared=False),
+        policy=_scheduling(tid),
+        affinity=[] if len(cpus) >= (os.cpu_count() or 1) else sorted(cpus),
+        prime=prime,
+    )
+
+
+def _robust_list(tid: int) -> list[int]:
+    head, length = ctypes.c_uint64(), ctypes.c_uint64()
+    syscall(NR["get_robust_list"], tid, ctypes.addressof(head), ctypes.addressof(length))
+    return [head.value, length.value]
+
+
+def _scheduling(tid: int) -> bytes:
+    buffer = ctypes.create_string_buffer(56)  # struct sched_attr, version 1
+    syscall(NR["sched_getattr"], tid, ctypes.addressof(buffer), 56, 0)
+    return buffer.raw
+
+
+def credentials(status: dict[str, str], securebits: int) -> dict[str, Any]:
+    """From `/proc/PID/status`: ids (real, effective, saved, fs), groups, capability sets as integers."""
+    return {
+        "uids": [int(x) for x in status["Uid"].split()],
+        "gids": [int(x) for x in status["Gid"].split()],
+        "groups": [int(x) for x in status["Groups"].split()],
+        **{key: int(status[name], 16) for key, name in _SETS.items()},
+        "no_new_privs": int(status.get("NoNewPrivs", "0")),
+        "securebits": securebits,
+    }
+
+
+_SETS: Final = {"inheritable": "CapInh", "permitted": "CapPrm", "effective": "CapEff", "bounding": "CapBnd", "ambient": "CapAmb"}
+
+
+def limits(pid: int) -> list[list[int]]:
+    """Soft and hard limits by RLIMIT_ number."""
+    return [[x & ALL_SIGNALS for x in resource.prlimit(pid, which)] for which in range(LIMITS)]

@@ -1,0 +1,296 @@
+"""The process that is being rebuilt: a fresh child in a job namespace, or a ghost that becomes the process again.
+
+Both offer the same: a stopped process with a scratch, a socket into it for descriptors, and a way to undo.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+from typing import Final
+
+from engine.freeze import Frozen, find_hole, freeze
+from engine.linux import process_vm, procfs, ptrace, scm
+from engine.linux.libc import NR
+from engine.linux.procfs import Vma
+from engine.memory import SPECIAL
+from engine.placeholders import placing
+from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, ProcessGone, row
+from engine.spawn import Child, spawn_child
+
+_AF_UNIX: Final = 1
+_SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
+_MSG_CMSG_CLOEXEC: Final = 0x40000000
+_F_DUPFD: Final = 0
+_F_DUPFD_CLOEXEC: Final = 1030
+_AT_EMPTY_PATH: Final = 0x1000
+_TOP: Final = 0x7FFFFFFFF000
+_MREMAP_MOVE_FIXED: Final = 3
+_HEAL_ROOM: Final = 60000  # bytes of argv and environment kept for a ghost's way back
+
+
+class Target:
+    """Common part.
+
+    Attributes:
+        pid: host pid.
+        injection: the way in.
+        spans: (start, end) of the mappings the process has now.
+        special: name -> (start, end) of its vDSO and vvar.
+        own_fds: descriptor numbers in use that a rebuilt descriptor must not disturb before the commit.
+    """
+
+    home = False
+
+    def __init__(self, pid: int, injection: Injection, vmas: list[Vma]) -> None:
+        self.pid, self.injection = pid, injection
+        self.spans = [(v.start, v.end) for v in vmas]
+        self.special = {v.path: (v.start, v.end) for v in vmas if v.path in SPECIAL}
+        self.sock: socket.socket | None = None
+        self.inner_sock = -1
+        self.own_fds: list[int] = []
+        self.pidfd = process_vm.pidfd_open(pid)
+
+    def open_socket(self, calls: Calls) -> int:
+        """Add the rows that make a socket pair; returns the address of the two numbers."""
+        pair = calls.data(bytes(8))
+        calls.add("socketpair", _AF_UNIX, _SEQPACKET_CLOEXEC, 0, pair, label="socket pair")
+        return pair
+
+    def take_socket(self, calls: Calls, pair: int) -> None:
+        """After the batch ran: fetch our end."""
+        self.inner_sock, other = struct.unpack("<ii", calls.read(pair, 8))
+        self.sock = socket.socket(fileno=process_vm.pidfd_getfd(self.pidfd, other))
+        self.own_fds += [self.inner_sock, other]
+
+    def pass_fds(self, fds: list[int]) -> list[int]:
+        """Give descriptors to the process; returns their numbers there, in order."""
+        if not fds:
+            return []
+        assert self.sock is not None
+        packets = scm.send_fds(self.sock, fds)
+        calls = Calls(self.injection)
+        blocks = [calls.reserve_block() for _ in range(packets)]
+        for block in blocks:
+            calls.add("recvmsg", self.inner_sock, block, _MSG_CMSG_CLOEXEC, label="receiving descriptors")
+        calls.run()
+        numbers: list[int] = []
+        for block in blocks:
+            numbers += scm.received_fds(calls.read(block + scm.CONTROL_OFFSET, 1024))
+        if len(numbers) != len(fds):
+            raise OSError(24, f"only {len(numbers)} of {len(fds)} descriptors could be passed on")
+        self.own_fds += numbers
+        return numbers
+
+    def move_scratch(self, taken: list[tuple[int, int]]) -> None:
+        """Move the scratch out of the way of mappings to come."""
+        inj = self.injection
+        guard = 4096
+        if not any(first < inj.base + SCRATCH_SIZE + guard and inj.base - guard < last for first, last in taken):
+            return
+        hole = find_hole(taken + self.spans + [(inj.base, inj.base + SCRATCH_SIZE)], SCRATCH_SIZE)
+        inj.call("mremap", inj.base, SCRATCH_SIZE, SCRATCH_SIZE, _MREMAP_MOVE_FIXED, hole, subject="moving the scratch")
+        inj.adopt(hole)
+
+    def unmap_all(self, calls: Calls) -> None:
+        """Add the rows that drop everything but scratch, vvar and vDSO."""
+        base = self.injection.base
+        kept = sorted([(base, base + SCRATCH_SIZE), *self.special.values()])
+        at = 0
+        for first, last in [*kept, (_TOP, _TOP)]:
+            if first > at:
+                calls.add("munmap", at, first - at)
+            at = last
+        self.spans = kept
+
+    def close(self) -> None:
+        """Close the worker's descriptors."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            os.close(self.injection.memory)
+            self.pidfd = -1
+
+    def discard(self) -> None:
+        """Undo: nothing of the rebuilt process stays."""
+        raise NotImplementedError
+
+    def pending(self) -> set[int]:
+        """Signals that wait in its queues."""
+        return set()
+
+    def begin_rebuilding(self) -> None:
+        """The old contents are about to go."""
+
+    def keep_above(self, calls: Calls, high: int) -> int:
+        """Add rows that keep what the way back needs at numbers from `high`; returns how many."""
+        del calls, high
+        return 0
+
+    def before_resume(self, high: int) -> None:
+        """The commit: from here on the process outlives its tracer. `high`: first number of descriptors that are not its own."""
+        raise NotImplementedError
+
+
+class Fresh(Target):
+    """A new child in the job namespace of a node."""
+
+    def __init__(self, child: Child) -> None:
+        super().__init__(child.pid, child.injection, child.vmas)
+
+    def before_resume(self, high: int) -> None:
+        del high
+        ptrace.ptrace(ptrace.SETOPTIONS, self.pid, 0, ptrace.O_TRACESYSGOOD)
+
+    def discard(self) -> None:
+        """Kill it and wait for its end as its tracer; its parent reaps it."""
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            while os.WIFSTOPPED(ptrace.wait(self.pid)):
+                pass
+        self.close()
+
+
+def place_child(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -> Fresh:
+    """Make the stopped child under its placeholders, empty, with a socket into it.
+
+    Raises:
+        FileExistsError: the pid is in use there.
+        OSError: the namespace is gone.
+    """
+    with placing(init, pid, ppid, pgid, sid, uid) as place:
+        target = Fresh(spawn_child(place.maker, pid, place.sibling))
+        try:
+            calls = Calls(target.injection)
+            if place.setsid:
+                calls.add("setsid", must=False)
+            if place.pgid is not None:
+                calls.add("setpgid", 0, place.pgid, label=f"process group {place.pgid}")
+            calls.add("close_range", 0, 0xFFFFFFFF, 0)
+            pair = target.open_socket(calls)
+            target.unmap_all(calls)
+            calls.run()
+            target.take_socket(calls, pair)
+        except BaseException:
+            target.discard()
+            raise
+    return target
+
+
+class Home(Target):
+    """A ghost on the master that becomes the process again.
+
+    Until `burn` it is a frozen ghost that can simply be released; from then on its heal table runs the ghost program anew.
+    """
+
+    home = True
+
+    def __init__(self, frozen: Frozen, ghost_exe: int) -> None:
+        self.frozen = frozen
+        injection = frozen.open_injection()
+        super().__init__(frozen.pid, injection, frozen.vmas)
+        environment = procfs.read(f"/proc/{frozen.pid}/environ").split(b"\0")[:-1]
+        self.control = next((int(e[13:]) for e in environment if e.startswith(b"BPFS_CONTROL=")), -1)
+        self._environment = environment
+        self._arguments = procfs.read(f"/proc/{frozen.pid}/cmdline").split(b"\0")[:-1]
+        self.own_fds = sorted(int(name) for name in os.listdir(f"/proc/{frozen.pid}/fd"))
+        self._original = set(self.own_fds)
+        self.burnt = False
+        calls = Calls(injection)
+        pair = self.open_socket(calls)
+        calls.run()
+        self.take_socket(calls, pair)
+        self.exe_fd = self.pass_fds([ghost_exe])[0]
+
+    def pending(self) -> set[int]:
+        bits = int(self.frozen.status["SigPnd"], 16) | int(self.frozen.status["ShdPnd"], 16)
+        return {n for n in range(1, 65) if bits >> (n - 1) & 1}
+
+    def begin_rebuilding(self) -> None:
+        """From here on the way back is to run the ghost program anew."""
+        self.burnt = True
+        self._way_back([])
+
+    def keep_above(self, calls: Calls, high: int) -> int:
+        calls.add("fcntl", self.control, _F_DUPFD, high, must=self.control >= 0, label="control socket")
+        calls.add("fcntl", self.exe_fd, _F_DUPFD_CLOEXEC, high + 1, label="ghost program")
+        # Each works at any moment of the batch: the first two fail, harmlessly, before the duplicates are there.
+        self._way_back([row(NR["dup3"], high, self.control, 0, must=False)], high + 1)
+        return 2
+
+    def before_resume(self, high: int) -> None:
+        self.injection.call("close_range", high, 0xFFFFFFFF, 0)
+
+    def _way_back(self, first: list[bytes], program: int = -1) -> None:
+        strings = HEAL_STRINGS + self.injection.base
+        argv, envp = self._vectors(strings)
+        rows = [row(NR["rt_sigprocmask"], 0, strings, 0, 8, must=False), *first]
+        rows += [
+            row(NR["execveat"], fd, strings + 8, argv, envp, _AT_EMPTY_PATH, must=False) for fd in (program, self.exe_fd) if fd >= 0
+        ]
+        self.injection.set_heal([*rows, row(NR["exit_group"], 1)])
+
+    def _vectors(self, strings: int) -> tuple[int, int]:
+        # [all signals][""][argv pointers][envp pointers][texts]
+        data, argv, envp = exec_block(strings + 16, self._arguments, self._environment)
+        process_vm.write(self.pid, strings, struct.pack("<QQ", ALL_SIGNALS, 0) + data)
+        return argv, envp
+
+    def discard(self) -> None:
+        """Let the ghost go on, or run it anew."""
+        try:
+            if not self.burnt:
+                self.close_extra()
+                self.sock = None if self.sock is None else self.sock.close()
+                os.close(self.pidfd)
+                self.pidfd = -1
+                self.frozen.release()
+                return
+            # Detached in the runner's stop, it heals: the very way it goes when this worker dies.
+            calls = Calls(self.injection)
+            calls.add("getpid")
+            calls.run()
+            ptrace.detach(self.pid)
+        except (ProcessLookupError, ProcessGone, ChildProcessError):
+            pass
+        self.close()
+
+    def close_extra(self) -> None:
+        """Close what we opened in the ghost."""
+        calls = Calls(self.injection)
+        for fd in set(self.own_fds) - self._original:
+            calls.add("close", fd, must=False)
+        calls.run()
+
+
+def exec_block(base: int, arguments: list[bytes], environment: list[bytes], room: int = _HEAL_ROOM) -> tuple[bytes, int, int]:
+    """Memory for execve at `base`: (bytes, address of argv, address of envp). Arguments that do not fit are dropped from the end."""
+    while len(arguments) > 1 and sum(len(a) + 9 for a in arguments + environment) + 16 > room:
+        arguments = arguments[:-1]
+    texts = b""
+    pointers: list[int] = []
+    text_base = base + 8 * (len(arguments) + len(environment) + 2)
+    for item in arguments + environment:
+        pointers.append(text_base + len(texts))
+        texts += item + b"\0"
+    argv = struct.pack(f"<{len(arguments) + 1}Q", *pointers[: len(arguments)], 0)
+    envp = struct.pack(f"<{len(environment) + 1}Q", *pointers[len(arguments) :], 0)
+    return argv + envp + texts, base, base + len(argv)
+
+
+def seize_ghost(pid: int, ghost_exe: int) -> Home:
+    """Freeze the ghost and put the runner into it.
+
+    Raises:
+        OSError: it has ended or cannot be seized.
+    """
+    frozen = freeze(pid)
+    try:
+        return Home(frozen, ghost_exe)
+    except BaseException:
+        frozen.release()
+        raise
