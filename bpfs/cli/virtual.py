@@ -25,7 +25,7 @@ from bpfs.daemon import Ready, Started
 from bpfs.errors import BpfsError
 from bpfs.master import control
 from bpfs.master.app import MasterOptions, serve
-from bpfs.rundir import Recorded, RunDir
+from bpfs.rundir import Recorded, RunDir, process_start
 from bpfs.slave.life import live
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.supervisor import Supervisor
@@ -36,6 +36,9 @@ UP_TIMEOUT = 60.0
 
 DOWN_TIMEOUT = 10.0
 """Seconds for daemons to end in peace; then they are killed."""
+
+TELL_AGAIN = 0.3
+"""Seconds between two signals to the same process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,21 +264,18 @@ def take_down(mount: str) -> None:
 
 
 def _end_all(find: Callable[[], list[Recorded]], first: signal.Signals) -> None:
-    began, signo = time.monotonic(), first
-    wait, told = 0.005, set()
+    """End processes in peace, after `DOWN_TIMEOUT` by force; a daemon in the making may miss the first word."""
+    began, told, wait = time.monotonic(), 0.0, 0.005
     while living := [process for process in find() if process.alive]:
-        if time.monotonic() - began > DOWN_TIMEOUT:
-            if (signo is signal.SIGKILL and first is not signal.SIGKILL) or time.monotonic() - began > 3 * DOWN_TIMEOUT:
-                pids = " ".join(str(process.pid) for process in living)
-                if time.monotonic() - began > 3 * DOWN_TIMEOUT:
-                    raise BpfsError(EBUSY, f"these processes do not end: {pids}")
-            signo = signal.SIGKILL
-        for process in living:
-            if (process, signo) not in told:
-                told.add((process, signo))
+        waited = time.monotonic() - began
+        if waited > 3 * DOWN_TIMEOUT:
+            raise BpfsError(EBUSY, f"these processes do not end: {' '.join(str(process.pid) for process in living)}")
+        if not told or time.monotonic() - told > TELL_AGAIN:
+            told = time.monotonic()
+            for process in living:
                 with suppress(ProcessLookupError):
-                    os.kill(process.pid, signo)
-                    # A stopped process ends by no signal but SIGKILL before it goes on.
+                    os.kill(process.pid, first if waited < DOWN_TIMEOUT else signal.SIGKILL)
+                    # A stopped process hears of nothing but SIGKILL until it goes on.
                     os.kill(process.pid, signal.SIGCONT)
         time.sleep(wait)
         wait = min(wait * 1.5, 0.1)
@@ -294,7 +294,5 @@ def ghosts(mount: str) -> list[Recorded]:
         except OSError:
             continue
         if mark in words:
-            from bpfs.rundir import process_start
-
             found.append(Recorded(int(name), process_start(int(name))[1]))
     return found
