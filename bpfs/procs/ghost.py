@@ -121,7 +121,7 @@ class Ghost:
     async def _receive(self) -> bytes:
         try:
             return await self._socket.recv(MAX_PACKET)
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             return b""
 
     async def _take(self, packet: Packet) -> None:
@@ -180,6 +180,8 @@ class Ghost:
 
         One pread of a descriptor that stays open, some 6 us: cheap enough to poll.
         """
+        if self.gone:
+            return "X"
         try:
             if self._stat < 0:
                 self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
@@ -262,7 +264,7 @@ class Ghost:
             await self._socket.sendmsg([packet.pack()], ancillary)
         except BpfsError:
             raise
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             raise BpfsError(ESRCH, f"the ghost of process {self.pid} is gone") from None
 
     async def _ask(self, packet: Packet, answer: Ctl, timeout: float) -> Packet:

@@ -1,8 +1,9 @@
 /* ghost_io.c - the job's own descriptors, in the hands of its ghost.
  *
- * They are shared with the user's shell and others: O_NONBLOCK may not be set on them. Pipes take
- * RWF_NOWAIT (Linux 6.5), sockets MSG_DONTWAIT; else the pipe is opened a second time, nonblocking, which fails when it
- * belongs to another user; then at most PIPE_BUF bytes go at a time, which never block after POLLOUT.
+ * They are shared with the user's shell and others: O_NONBLOCK may not be set on them. Sockets take MSG_DONTWAIT. Pipes and
+ * terminals are opened a second time, nonblocking. That fails when they belong to another user: then RWF_NOWAIT (pipes, Linux 6.5,
+ * and not after any splice(2), which clears the ability), else at most PIPE_BUF bytes at a time, which do not block after
+ * POLLOUT unless another writer is quicker.
  */
 #define _GNU_SOURCE
 #include "ghost.h"
@@ -23,7 +24,6 @@
 
 struct stream the_stream = { .tcp.fd = -1, .way = { -1, -1 } };
 struct chan the_chans[MAX_CHANS];
-static bool no_nowait; /* an old kernel */
 
 int high_fd(int fd)
 {
@@ -63,13 +63,16 @@ static void open_end(struct chan *c, struct port *p, int mode, void (*call)(stru
 		c->kind = K_FILE;
 	if (c->kind == K_TTY)
 		fd = second_open(fd, c->access);
-	else if (S_ISFIFO(st.st_mode) && no_nowait)
+	else if (S_ISFIFO(st.st_mode))
 		fd = second_open(fd, mode);
 	else
 		fd = high_fd(fd);
 	port_open(p, fd, call, c);
+	c->may_splice = S_ISFIFO(st.st_mode) && (fcntl(fd, F_GETFL) & O_NONBLOCK);
 	if (mode == O_WRONLY)
-		c->sink_pipe = S_ISFIFO(st.st_mode);
+		c->sink_pipe = c->may_splice;
+	else
+		p->ready = c->may_splice; /* a FIFO that has no writers would not tell by an event */
 }
 
 static void open_chan(struct chan *c, const struct chan_record *r, const int32_t *fds)
@@ -95,16 +98,6 @@ int stream_table(const uint8_t *text, size_t len)
 	struct chan_record r;
 	int32_t fds[MAX_FDS];
 
-	if (!no_nowait) {
-		struct iovec none = { 0 };
-		int p[2];
-
-		if (pipe2(p, O_CLOEXEC) == 0) {
-			no_nowait = syscall(SYS_preadv2, p[0], &none, 1, -1L, -1L, NOWAIT) < 0 && errno == EOPNOTSUPP;
-			close(p[0]);
-			close(p[1]);
-		}
-	}
 	while (len >= sizeof(r)) {
 		memcpy(&r, text, sizeof(r));
 		if (!r.nfds || r.nfds > MAX_FDS || len < sizeof(r) + r.nfds * sizeof(*fds))
@@ -216,7 +209,7 @@ ssize_t side_read(struct chan *c, void *data, size_t n)
 
 	if (c->kind == K_SOCKET)
 		return recv(c->src.fd, data, n, MSG_DONTWAIT);
-	if (c->kind == K_FILE)
+	if (c->kind == K_FILE || c->may_splice)
 		return read(c->src.fd, data, n);
 	r = syscall(SYS_preadv2, c->src.fd, &v, 1, -1L, -1L, NOWAIT);
 	if (r < 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
@@ -235,19 +228,17 @@ ssize_t side_write(struct chan *c, const void *data, size_t n)
 	}
 	if (c->kind == K_SOCKET)
 		return send(c->sink.fd, data, n, MSG_DONTWAIT | MSG_NOSIGNAL);
-	if (c->kind == K_FILE || c->kind == K_TTY)
+	if (c->kind == K_FILE || c->kind == K_TTY || c->may_splice)
 		return write(c->sink.fd, data, c->kind == K_TTY && n > ATOMIC ? ATOMIC : n);
 	r = syscall(SYS_pwritev2, c->sink.fd, &v, 1, -1L, -1L, NOWAIT);
-	if (r < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
-		int room = fcntl(c->sink.fd, F_GETFL) & O_NONBLOCK;
-		r = write(c->sink.fd, data, room || n < ATOMIC ? n : ATOMIC);
-	}
+	if (r < 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
+		r = write(c->sink.fd, data, n < ATOMIC ? n : ATOMIC);
 	return r;
 }
 
 bool side_may_splice_source(struct chan *c)
 {
-	return c->kind == K_PIPE;
+	return c->may_splice;
 }
 
 bool side_pump_special(struct chan *c)

@@ -152,6 +152,7 @@ struct chan {
 	bool out_end;         /* F_EOF came: close after out is empty */
 	bool out_shutdown;
 	bool sink_gone;       /* nobody reads: F_CLOSED was sent */
+	bool may_splice;      /* ghost: a pipe that was opened nonblocking */
 	bool sink_pipe;       /* splice(2) works */
 	bool records;         /* iorelay's terminals: `out` holds records of u16 length + bytes, 0 = end of file */
 	bool sink_gate;       /* a background writer under TOSTOP waits */
