@@ -133,7 +133,7 @@ class JobSpace:
             raise
 
     def read_reports(self) -> list[Report]:
-        """Everything that has come in, without waiting; deaths of placeholders that we dropped ourselves are left out."""
+        """Everything that has come in, without waiting; deaths of placeholders that we dropped are left out."""
         found: list[Report] = []
         while True:
             try:
@@ -208,12 +208,13 @@ class JobSpace:
             world.close()
 
     def drop_unneeded_placeholders(self) -> list[int]:
-        """Kill the placeholders that are no job's parent, group or session leader; cheap enough after every CHILD report.
+        """Kill the placeholders that are no job's parent, group or session leader: cheap enough after any CHILD report.
 
         Returns:
             Their pids; empty also while a process is being born here.
         """
-        dropped = placeholders.sweep(self.init)
+        # One that was killed before and is not dead yet is found again; its death is reported once.
+        dropped = [pid for pid in placeholders.sweep(self.init) if pid not in self._dropped]
         self._dropped.update(dropped)
         return dropped
 
@@ -225,8 +226,8 @@ class JobSpace:
         """
         if pid not in self.placeholders():
             raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
-        self._dropped.add(pid)
         self.signal(pid, signal.SIGKILL)
+        self._dropped.add(pid)
 
     def close(self) -> None:
         """Kill nodeinit and with it every job; returns when all are dead. Idempotent."""

@@ -50,9 +50,7 @@ def _is_standard_socket(source: Source, probe: Probe) -> bool:
 
 def _is_shared_deleted(source: Source, probe: Probe) -> bool:
     # A parent that reads its child's output from a temporary file without a name.
-    return (
-        is_mode(probe, stat.S_IFREG) and probe.stdio and probe.status.nlink == 0 and source.held_elsewhere(probe.link)
-    )
+    return is_mode(probe, stat.S_IFREG) and probe.stdio and probe.status.nlink == 0 and source.held_elsewhere(probe)
 
 
 def _dump(_: Source, probe: Probe) -> Entry:
@@ -60,7 +58,7 @@ def _dump(_: Source, probe: Probe) -> Entry:
 
 
 def _dump_socket(source: Source, probe: Probe) -> Entry:
-    with socket.socket(fileno=os.dup(source.grab(probe))) as sock:
+    with sockets.borrow(source.grab(probe)) as sock:
         if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise Refusal(f"is {sockets.describe(sock)}")
     return _dump(source, probe)

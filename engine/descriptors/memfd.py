@@ -17,7 +17,7 @@ def _matches(_: Source, probe: Probe) -> bool:
 
 
 def _dump(source: Source, probe: Probe) -> Entry:
-    if source.held_elsewhere(probe.link):
+    if source.held_elsewhere(probe):
         raise Refusal(f"is a memfd that other processes have open, too ({os.fsdecode(probe.link)})")
     fd = source.grab(probe)
     if os.fstat(fd).st_blksize > 2 * os.sysconf("SC_PAGESIZE"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from engine.linux import process_vm
+from engine.linux import process_vm, statx
 from engine.linux.credentials import Credentials
 from engine.linux.statx import Status
 
@@ -102,7 +102,7 @@ class Source:
     content_seen: set[tuple[int, int]] = field(default_factory=set)
     _pidfd: int = -1
     _grabbed: dict[int, int] = field(default_factory=dict)
-    _elsewhere: set[bytes] | None = None
+    _elsewhere: dict[bytes, list[bytes]] | None = None
 
     def __enter__(self) -> Source:
         return self
@@ -126,11 +126,12 @@ class Source:
             self._grabbed[probe.fd] = process_vm.pidfd_getfd(self._pidfd, probe.fd)
         return self._grabbed[probe.fd]
 
-    def held_elsewhere(self, link: bytes) -> bool:
-        """Whether another process has a descriptor with this link text. Reads all of /proc/*/fd, once for all."""
+    def held_elsewhere(self, probe: Probe) -> bool:
+        """Whether another process has the object open. Reads all of /proc/*/fd, once for all."""
         if self._elsewhere is None:
             self._elsewhere = _links_elsewhere(self.pid, set(self._grabbed.values()))
-        return link in self._elsewhere
+        # Objects without a name of their own, like memfds, may have the same text.
+        return any(_is_at(path, probe.status) for path in self._elsewhere.get(probe.link, ()))
 
     def same_object(self, probe: Probe) -> list[Probe]:
         """Every description of the process that is on the same object, the given one among them."""
@@ -143,9 +144,16 @@ class Source:
         self.limit -= size
 
 
-def _links_elsewhere(pid: int, duplicates: set[int]) -> set[bytes]:
-    """Link texts of all descriptors but the process's and our own duplicates of them."""
-    found: set[bytes] = set()
+def _is_at(path: bytes, status: Status) -> bool:
+    try:
+        return statx.of_path(path).same(status)
+    except OSError:
+        return False  # closed meanwhile
+
+
+def _links_elsewhere(pid: int, duplicates: set[int]) -> dict[bytes, list[bytes]]:
+    """Link text -> /proc paths of all descriptors but the process's and our own duplicates of them."""
+    found: dict[bytes, list[bytes]] = {}
     for name in os.listdir(b"/proc"):
         if not name.isdigit() or int(name) == pid:
             continue
@@ -159,7 +167,7 @@ def _links_elsewhere(pid: int, duplicates: set[int]) -> set[bytes]:
             if own and int(number) in duplicates:
                 continue
             try:
-                found.add(os.readlink(directory + number))
+                found.setdefault(os.readlink(directory + number), []).append(directory + number)
             except OSError:
                 continue
     return found

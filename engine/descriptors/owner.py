@@ -24,8 +24,8 @@ def dump(source: Source, probe: Probe) -> dict[str, object]:
         return {}
     fd = source.grab(probe)
     kind, pid = struct.unpack("=ii", fcntl.fcntl(fd, _F_GETOWN_EX, bytes(8)))
-    own = {0: kind, source.pid: _F_OWNER_PID, os.getpgid(source.pid): _F_OWNER_PGRP}
-    if pid and own.get(pid) not in (kind, _F_OWNER_PID):
+    own = ((_F_OWNER_PID, source.pid), (_F_OWNER_TID, source.pid), (_F_OWNER_PGRP, os.getpgid(source.pid)))
+    if pid and (kind, pid) not in own:
         raise Refusal(f"sends its signals to process {pid}")
     return {"owner": [kind if pid else -1, fcntl.fcntl(fd, _F_GETSIG)]}
 

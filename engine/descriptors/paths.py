@@ -63,7 +63,7 @@ def _dump_named(source: Source, probe: Probe) -> Entry:
 def _dump_deleted(source: Source, probe: Probe) -> Entry:
     if not is_mode(probe, stat.S_IFREG):
         raise Refusal(f"is a deleted directory ({os.fsdecode(probe.link)})")
-    if source.held_elsewhere(probe.link):
+    if source.held_elsewhere(probe):
         raise Refusal(f"is a deleted file that other processes have open, too ({os.fsdecode(probe.link)})")
     status = probe.status
     more = content.dump(source, probe)

@@ -26,7 +26,7 @@ def is_inside(source: Source, probe: Probe) -> bool:
         reads |= end.access != os.O_WRONLY
         writes |= end.access != os.O_RDONLY
     # /proc is read through only for the rare process that talks to itself.
-    return reads and writes and not source.held_elsewhere(probe.link)
+    return reads and writes and not source.held_elsewhere(probe)
 
 
 def _matches(source: Source, probe: Probe) -> bool:

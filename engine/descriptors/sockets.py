@@ -6,6 +6,8 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from engine.descriptors.model import Entry, Kind, Probe, Refusal, Source, Target, is_mode
 from engine.linux.unix_diag import UnixDiag, UnixSocket
@@ -21,6 +23,16 @@ _SO_PEEK_OFF = 42
 _RECEIVING, _SENDING = 1, 2  # sk_shutdown bits, <net/sock.h>
 _ROOM = 16 << 20  # send buffer while a queue is filled, bytes
 _MESSAGE = 1 << 20  # longest single message looked at
+
+
+@contextmanager
+def borrow(fd: int) -> Iterator[socket.socket]:
+    """A socket object on a descriptor that stays open."""
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
 
 
 def describe(sock: socket.socket) -> str:
@@ -66,7 +78,7 @@ def _matches(_: Source, probe: Probe) -> bool:
 
 
 def _dump(source: Source, probe: Probe) -> Entry:
-    with socket.socket(fileno=os.dup(source.grab(probe))) as sock:
+    with borrow(source.grab(probe)) as sock:
         state = _inside_pair(source, probe, sock)
         if not state:
             raise Refusal(f"is {describe(sock)}")
@@ -81,7 +93,7 @@ def _dump(source: Source, probe: Probe) -> Entry:
 
 def is_inside(source: Source, probe: Probe) -> bool:
     """Whether it is one end of a pair that nobody but the process has."""
-    with socket.socket(fileno=os.dup(source.grab(probe))) as sock:
+    with borrow(source.grab(probe)) as sock:
         return _inside_pair(source, probe, sock) is not None
 
 
@@ -96,13 +108,17 @@ def _inside_pair(source: Source, probe: Probe, sock: socket.socket) -> UnixSocke
         return None  # another network namespace, or a kernel that does not tell
     finally:
         diag.close()
-    mine = {other.status.ino for other in source.probes if is_mode(other, stat.S_IFSOCK)}
-    if state.named or (peer and (peer.named or state.peer not in mine or peer.peer != probe.status.ino)):
+    ends = [
+        other
+        for other in source.probes
+        if other.status.ino in (probe.status.ino, state.peer) and _matches(source, other)
+    ]
+    is_here = any(other.status.ino == state.peer for other in ends)
+    if state.named or (peer and (peer.named or not is_here or peer.peer != probe.status.ino)):
         return None
     if not peer and not state.shutdown:
         return None  # never connected
-    links = [b"socket:[%d]" % ino for ino in (probe.status.ino, state.peer) if ino]
-    return None if any(source.held_elsewhere(link) for link in links) else state
+    return None if any(source.held_elsewhere(end) for end in ends) else state
 
 
 def _queue(source: Source, sock: socket.socket, state: UnixSocket) -> list[bytes]:
@@ -159,7 +175,7 @@ def _build(target: Target, entry: Entry) -> int:
 def _fill(writer: int, queue: list[bytes]) -> None:
     if not queue:
         return
-    with socket.socket(fileno=os.dup(writer)) as sock:
+    with borrow(writer) as sock:
         before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _ROOM)
         for message in queue:
@@ -169,7 +185,7 @@ def _fill(writer: int, queue: list[bytes]) -> None:
 
 
 def _adjust(fd: int, entry: Entry) -> None:
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with borrow(fd) as sock:
         # The kernel doubles what is set (socket(7)).
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, entry["sndbuf"] // 2)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, entry["rcvbuf"] // 2)
@@ -177,7 +193,7 @@ def _adjust(fd: int, entry: Entry) -> None:
 
 
 def _shut_down(fd: int, how: int) -> None:
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with borrow(fd) as sock:
         if how & _RECEIVING:
             sock.shutdown(socket.SHUT_RD)
         if how & _SENDING:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from engine.descriptors import Descriptors, inspect, rebuild
+from engine.descriptors import Descriptors, close_all, inspect, rebuild
 from engine.jobspace import JobSpace
 from engine.linux.credentials import Credentials, acting_as
-from tests.engine.test_descriptors import ROOT, own, python
+from tests.engine.births import Reports, bear
+from tests.engine.test_descriptors import KINDS, ROOT, SCRIPT, own, python
 
 USER = Credentials(1234, 1234, (), 0)
 
@@ -177,6 +178,25 @@ def test_files_of_a_job_namespace(folder: Path) -> None:
             fd = build(own(inspect(pid)), USER, space.init)
             assert os.pread(fd, 10, 0) == b"secret"
             os.close(fd)
+    finally:
+        space.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "locks"])
+def test_inspecting_inside_a_job_namespace(kind: str, folder: Path) -> None:
+    space = JobSpace.start(range(100000, 110000))
+    try:
+        reports = Reports(space)
+        hostpid = bear(space, 5000, 4000, 5000, 4000, [sys.executable, str(SCRIPT), kind, str(folder)])
+        reports.wait("the victim to stop", lambda report: report.code == os.CLD_STOPPED)
+        found = inspect(hostpid)
+        assert found.refusals == [] and found.externals == []
+        paths = [entry["path"] for entry in found.table if entry["kind"] == "file"]
+        assert all(path.startswith(os.fsencode(folder)) for path in paths)
+        placed = rebuild(own(found), {}, space.init, ROOT, hostpid)
+        space.signal(5000, signal.SIGCONT)
+        assert reports.wait("the end", lambda report: report.code == os.CLD_EXITED).status == 0
+        close_all(placed)
     finally:
         space.close()
 
