@@ -68,3 +68,12 @@ class EngineRefused(BpfsError):
     def __init__(self, errno: int, sentence: str, refusals: Sequence[str] = ()) -> None:
         super().__init__(errno or EOPNOTSUPP, sentence)
         self.refusals: tuple[str, ...] = tuple(refusals)
+
+
+def first_error(group: BaseExceptionGroup[BpfsError]) -> BpfsError:
+    """The first of the errors that several tasks raised together."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, BpfsError)
+    return error

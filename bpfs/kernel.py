@@ -20,6 +20,7 @@ CLONE_NEWNET = 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8  # include/uapi/linux/mount.h
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 
+MNT_FORCE = 1  # sys/mount.h
 MNT_DETACH = 2
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h

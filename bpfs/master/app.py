@@ -24,7 +24,7 @@ from bpfs import daemon, kernel, log
 from bpfs.config import Config
 from bpfs.daemon import Ready
 from bpfs.engines import Workers
-from bpfs.errors import BpfsError, ConfigError
+from bpfs.errors import BpfsError, ConfigError, first_error
 from bpfs.master import control, tree
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
@@ -69,21 +69,13 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     try:
         trio.run(_serve, options, ready, key, port, Workers(zygote))
     except* BpfsError as group:
-        complaint = _first(group).sentence
+        complaint = first_error(group).sentence
         _log.error("%s", complaint)
         ready.failed(complaint)
     finally:
         zygote.close()
         port.close()
     return 1 if complaint else 0
-
-
-def _first(group: BaseExceptionGroup[BpfsError]) -> BpfsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, BpfsError)
-    return error
 
 
 def listen_address(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from errno import EINVAL, EIO, ESRCH
 from pathlib import Path
@@ -100,6 +101,12 @@ class Jobs:
             return False
         except OSError:
             return True
+
+    def kill(self) -> None:
+        """Send SIGKILL to every job, and wait for none."""
+        if not self.closed:
+            with suppress(ProcessLookupError):
+                pidfd.send(self._space.init_pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill every job; returns when all are dead."""

@@ -18,7 +18,7 @@ from engine.zygote import Zygote
 
 from bpfs import daemon, kernel, log
 from bpfs.engines import Workers
-from bpfs.errors import BpfsError, LinkClosed
+from bpfs.errors import BpfsError, LinkClosed, first_error
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.slave import machine
 from bpfs.slave.connect import Seeker, make_join
@@ -84,6 +84,8 @@ class Slave:
             SetClock: self._set_clock,
         }
         self._nursery: trio.Nursery | None = None
+        self._mounted: str | None = None
+        self._stopping = False
 
     async def run(self, lease: Lease) -> End:
         """Be the node until something ends it; no job lives when it returns."""
@@ -106,7 +108,8 @@ class Slave:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
                     self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node()))
         except* BpfsError as group:  # the link was closed, or iorelay died
-            _log.warning("starting afresh: %s", group.exceptions[0])
+            if not self._stopping:  # else it is a consequence
+                _log.warning("starting afresh: %s", first_error(group))
         finally:
             self._kill_jobs()
             self.link.close("the slave ends")
@@ -117,6 +120,7 @@ class Slave:
             return
         try:
             await stack.enter_async_context(mounted(self.link, self.options.mount))
+            self._mounted = self.options.mount
         except BpfsError as error:  # a node without its own tree is of use all the same
             _log.error("no tree on this node: %s", error)
 
@@ -142,15 +146,23 @@ class Slave:
         }
 
     def _kill_jobs(self) -> None:
-        # Engine sessions first: a process that is being built here ends with its worker or with the job space.
+        """Kill all jobs; returns when none lives. Waits for nothing that this very task would have to do."""
+        self._stopping = True
         self.engines.close_all()
         if self.jobs is not None:
+            self.jobs.kill()
+            # A process that waits for an answer of our tree cannot die before it has one: abort them all.
+            if self._mounted is not None:
+                with suppress(OSError):
+                    kernel.umount(self._mounted, kernel.MNT_FORCE)
             self.jobs.close()
         self.held.close()
 
     def _stop(self, end: End, reason: str) -> None:
         self.end = end
         _log.info("this life of the slave ends: %s", reason)
+        # Now, not on the way out: the lease may be over.
+        self._kill_jobs()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
