@@ -72,6 +72,7 @@ class State:
         self.gate = trio.Event()
         self.done: list[str] = []
         self.started = 0
+        self.links: list[link.Link] = []
         self.tree: LocalTree
         self.mount: FuseMount
 
@@ -81,15 +82,16 @@ def find_box(state: State, name: str) -> Box | None:
     return state.boxes.get(number) if number is not None else None
 
 
-async def over_a_link(tree: LocalTree, nursery: trio.Nursery) -> RemoteTree:
+async def over_a_link(state: State, nursery: trio.Nursery) -> RemoteTree:
     """The tree as a node sees it, number 0 (its identity is process_of here: no job space is needed)."""
     nodes = NodeTable(EventLog())
-    service = FsService(tree, nodes, nursery)
+    service = FsService(state.tree, nodes, nursery)
     here, there = socket.socketpair()
     master, slave = link.Link(here, "node 0"), link.Link(there, "master")
     handlers: link.Handlers = {FsRequest: functools.partial(service.serve, nodes.add(0))}
     nursery.start_soon(master.run, handlers)
     nursery.start_soon(slave.run, {})
+    state.links = [master, slave]
     return RemoteTree(slave)
 
 
@@ -148,6 +150,10 @@ async def main(mountpoint: str, remote: bool) -> None:
     def crash(_: State, request: WriteRequest, arguments: list[str]) -> None:
         raise ZeroDivisionError
 
+    async def cut(_: State, request: WriteRequest, arguments: list[str]) -> None:
+        await request.answer()
+        state.links[0].close("cut by a test")
+
     def publish(_: State, request: WriteRequest, arguments: list[str]) -> None:
         state.hub.publish(arguments[0])
 
@@ -200,6 +206,7 @@ async def main(mountpoint: str, remote: bool) -> None:
                     Verb("say", "keeps the words in `last`", say, "WORD...", 1, 99),
                     Verb("publish", "an event", publish, "WORD", 1, 1),
                     Verb("gate", "opens the gate", open_gate),
+                    Verb("cut", "ends the link to the master", cut),
                     Verb("crash", "fails", crash),
                     Verb("remake", "makes a box anew", remake, "N", 1, 1),
                     Verb("remove", "removes a box", remove, "N", 1, 1),
@@ -224,7 +231,7 @@ async def main(mountpoint: str, remote: bool) -> None:
     )
     async with trio.open_nursery() as nursery:
         state.tree = LocalTree(table, state, nursery)
-        shown = await over_a_link(state.tree, nursery) if remote else state.tree
+        shown = await over_a_link(state, nursery) if remote else state.tree
         async with mount(shown, mountpoint) as state.mount:
             nursery.start_soon(beat, f"{mountpoint}.heart")
             print("ready", flush=True)

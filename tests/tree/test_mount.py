@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bpfs.tree.callers import job_process_of
 from tests.tree.mounted import DEADLINE, Daemon, end_child, is_mounted, mounted, run, wait_until, waits_in_kernel
 
 READ = 0  # system-call number of x86-64, asm/unistd_64.h
@@ -374,3 +375,51 @@ def test_mount_over_the_mount_of_a_killed_daemon(session_folder: Path) -> None:
         finally:
             second.end()
         assert not is_mounted(first.mountpoint)
+
+
+# -- only on nodes -------------------------------------------------------------------------------------------
+
+
+def test_without_the_link_everything_fails_at_once(session_folder: Path) -> None:
+    with mounted(session_folder, "daemon", "remote") as own:
+        top = own.mountpoint
+        readers = [spawn("cat", file, cwd=top) for file in ("events", "inner/gate")]
+        writer = spawn("bash", "-c", "echo 1 > inner/slow_interruptible", cwd=top)
+        try:
+            wait_until("all wait", lambda: all(waits_in_kernel(reader.pid, READ) for reader in readers))
+            wait_until("one writes", lambda: reads(top / "inner/started", "1\n"))
+            # Its own answer may be lost with the link.
+            run("echo cut > inner/control", cwd=top)
+            for process in [*readers, writer]:
+                _, errors = process.communicate(timeout=DEADLINE)
+                assert "Host is down" in errors
+            for command in ("cat pulse", "ls boxes", "echo 1 > boxes/1/value", "chmod 700 boxes/1"):
+                *verb, file = command.split(" ")
+                assert "Host is down" in run(f"{' '.join(verb)} {top}/{file}", cwd=session_folder).stderr
+        finally:
+            for process in [*readers, writer]:
+                end_child(process)
+
+
+def test_job_pid_is_that_of_the_inner_namespace(session_folder: Path) -> None:
+    assert job_process_of(os.getpid()) == 0 or len(numbers_of(os.getpid())) > 1
+    jobs = spawn("unshare", "--pid", "--fork", "--kill-child", "sh", "-c", "sleep 1000 & wait", cwd=session_folder)
+    try:
+        wait_until("the job runs", lambda: len(descendants(jobs.pid)) == 2)
+        init, sleeper = sorted(descendants(jobs.pid))
+        assert job_process_of(init) == 1
+        assert job_process_of(sleeper) == numbers_of(sleeper)[-1] > 1
+    finally:
+        end_child(jobs)
+
+
+def numbers_of(pid: int) -> list[int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return [int(word) for line in status.splitlines() if line.startswith("NStgid:") for word in line.split()[1:]]
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
