@@ -105,19 +105,33 @@ system_python_package() {
     "$1" -c 'import sys; print("python%d.%d-" % sys.version_info[:2] + sys.argv[1])' "$2"
 }
 
-# One folder, .venv, with the dependencies and the project itself as an editable install. The stamp makes a
-# second run a matter of milliseconds, and keeps it off the network.
+# Whether a stamp says that this very project is installed with (at least) these extras: installed_with WANT EXTRA...
+installed_with() {
+    local want=$1 stamp extra has
+    shift
+    for stamp in "$VENV"/.installed*; do
+        [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] || continue
+        has=-${stamp##*/.installed}-
+        for extra in "$@"; do
+            [[ $has == *-$extra-* ]] || continue 2
+        done
+        return 0
+    done
+    return 1
+}
+
+# One folder, .venv, with the dependencies and the project itself as an editable install. The stamps make a
+# second run a matter of milliseconds, and keep it off the network.
 # Arguments: the extras that are wanted, e.g. test lint.
 install_venv() {
-    local extras stamp want
+    local extras want
     extras=$(IFS=,; printf '%s' "$*")
     if ! "$VENV/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         say "making the virtual environment .venv with $("$PYTHON_FOUND" --version)"
         "$PYTHON_FOUND" -m venv --clear "$VENV" || die "the virtual environment could not be made with $PYTHON_FOUND"
     fi
-    stamp=$VENV/.installed${extras:+-${extras//,/-}}
     want=$("$VENV/bin/python" -c 'import sys; print(sys.version)'; sha256sum pyproject.toml mountscripts/hatch_build.py; printf '%s\n' "$TOP")
-    [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
+    if installed_with "$want" "$@"; then return 0; fi
     say "installing Python dependencies${extras:+ (with $extras)}"
     # The back end first, so that nothing is fetched for an isolated build of our own tree.
     local log=$VENV/install.log target=.${extras:+[$extras]}
@@ -127,7 +141,7 @@ install_venv() {
         tail -n 30 "$log" >&2
         die "pip could not install the dependencies (all of it: $log)"
     fi
-    printf '%s\n' "$want" >"$stamp"
+    printf '%s\n' "$want" >"$VENV/.installed${extras:+-${extras//,/-}}"
 }
 
 build_helpers() {
