@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,6 @@ class Return(Migration):
         self._around = around
         self._away = around.ghosts.of(proc)
         self._held = False
-        self._spare: socket.socket | None = None  # control socket of the ghost that a failed return makes anew
 
     def quiet(self) -> trio.Lock:
         return self._away.quiet
@@ -180,13 +178,11 @@ class Return(Migration):
         held = await away.ghost.hold(home=True)
         if held.pumps:
             await away.ghost.pump()
-        self._spare, theirs = Ghost.pair()
-        with theirs:
-            address = self.destination.address(self.source)
-            reply = await dst.call(
-                "prepare", [self._around.executable, theirs.fileno()], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
-                place=self.destination.target(self.proc.pid), address=address, env=self._around.environment,
-            )  # fmt: skip
+        address = self.destination.address(self.source)
+        reply = await dst.call(
+            "prepare", [self._around.executable], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
+            place=self.destination.target(self.proc.pid), address=address,
+        )  # fmt: skip
         return Landing(address, reply["port"], reply["token"], externals=away.stdio.home_numbers(channels))
 
     async def depart(self, src: Engine) -> None:
@@ -194,12 +190,12 @@ class Return(Migration):
         self._around.ghosts.retire(self._away)
 
     async def arrived(self) -> None:
-        if self._spare is not None:
-            self._spare.close()
         await detach(self.source, self._away.stdio.stream)
 
     async def stay(self) -> None:
-        return
+        # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
+        if self._held:
+            await tell(self._away.ghost.resume())
 
 
 async def prepare_on_node(migration: Migration, dst: Engine) -> Landing:
