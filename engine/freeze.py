@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
+from engine import note
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.libc import NR
 from engine.linux.procfs import Vma
 from engine.linux.ptrace import Registers
 from engine.restart import Sleep, look_at_sleep, resume_interrupted
-from engine.runner import KEPT_ACTION, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone, row
+from engine.runner import CODE_BYTES, KEPT_ACTION, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone, row
 
 STOP_TIMEOUT_S: Final = 10.0
 # Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
@@ -161,11 +162,18 @@ class Frozen:
             if existing:
                 injection.adopt(existing)
             else:
-                injection.enter(find_hole([(v.start, v.end) for v in self.vmas], SCRATCH_SIZE))
+                hole = find_hole([(v.start, v.end) for v in self.vmas], SCRATCH_SIZE)
+                self.write_note(hole)
+                injection.enter(hole)
             self.injection = injection
             if not choice:
                 self._disarm(injection)
         return self.injection
+
+    def write_note(self, base: int) -> None:
+        """Have a scratch at `base` taken away should this worker be killed."""
+        stat = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/stat"))
+        note.write(self.pid, stat.starttime, base, SCRATCH_SIZE)
 
     def _disarm(self, injection: Injection) -> None:
         """It catches every signal that could be our trap: ignore one of them for the time being."""
@@ -189,6 +197,16 @@ class Frozen:
         if self._kept:
             injection.call("rt_sigaction", self._kept[0], injection.base + KEPT_ACTION, 0, 8)
 
+    def has_scratch(self, address: int, length: int) -> bool:
+        """Whether a scratch of ours is mapped there."""
+        self.vmas = procfs.parse_maps(procfs.read(f"{self.live}/maps"))
+        found = [v for v in self.vmas if v.start == address and v.end == address + length and v.prot == 7 and not v.path]
+        return bool(found) and process_vm.read(self.pid, address, len(CODE_BYTES)) == CODE_BYTES
+
+    def drop_scratch(self, address: int) -> None:
+        """Take over a scratch that a dead worker left; `release` unmaps it."""
+        self.open_injection(existing=address)
+
     def release(self, failure: int = 0) -> None:
         """Take everything back and let the process run on.
 
@@ -205,6 +223,7 @@ class Frozen:
                 injection.write_slot()
                 self._rearm(injection)
                 injection.leave()
+                note.erase()
                 if injection.stopped_by:
                     os.kill(self.pid, injection.stopped_by)
             for thread in self.threads:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from engine import image as img
-from engine import state
+from engine import note, state
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.dump import VDSO_DIGEST
 from engine.image import Image, ImageError, MappedFile
@@ -289,6 +289,7 @@ class Builder:
         if leader.prime:
             prime(injection, leader.prime, time.monotonic() - self._arrived)
         injection.leave()
+        note.erase()
         injection.finish()
         if self.image.stopped or injection.stopped_by:
             os.kill(target.pid, 19)

@@ -23,6 +23,7 @@ from engine.linux.libc import NR, error_text, is_error, signed
 from engine.linux.ptrace import Registers
 
 CODE: Final = (Path(__file__).parent / "bin" / "runner.bin")
+CODE_BYTES: Final = CODE.read_bytes()
 SCRATCH_SIZE: Final = 0x40000
 _SLOT: Final = 0x1000
 _HEAL: Final = 0x1400  # heal table of the leader's slot
@@ -182,7 +183,7 @@ class Injection:
     def adopt(self, base: int) -> None:
         """Use a scratch mapping that is there already."""
         self.base = base
-        process_vm.write(self.pid, base, CODE.read_bytes() if _code is None else _code)
+        process_vm.write(self.pid, base, CODE_BYTES)
         self.write_slot()
 
     def set_heal(self, rows: list[bytes]) -> None:
@@ -209,6 +210,16 @@ class Injection:
         self.start_table(table, count)
         self._run(ptrace.CONT, self.trap)
 
+    def run_to_exec(self) -> bool:
+        """Continue a started table to the stop of PTRACE_EVENT_EXEC (True) or to its end (False)."""
+        reached: list[bool] = []
+        self.on_event = lambda: reached.append(True)
+        try:
+            self._run(ptrace.CONT, self.trap, stop_at_event=True)
+        finally:
+            self.on_event = None
+        return bool(reached)
+
     def leave(self) -> None:
         """Unmap the scratch."""
         if self.base:
@@ -229,7 +240,7 @@ class Injection:
         go.rip, go.orig_rax = rip, ALL_SIGNALS
         return go
 
-    def _run(self, request: int, expected: int) -> None:
+    def _run(self, request: int, expected: int, stop_at_event: bool = False) -> None:
         while True:
             ptrace.ptrace(request, self.tid)
             status = ptrace.wait(self.tid)
@@ -242,11 +253,11 @@ class Injection:
                 self.stopped_by = signal.SIGSTOP  # not maskable; delivered after the release
             elif stop >> 8 and stop >> 8 != ptrace.EVENT_STOP and self.on_event is not None:
                 self.on_event()
+                if stop_at_event:
+                    return
             elif stop >> 8 != ptrace.EVENT_STOP:
                 raise OSError(5, f"process {self.pid} stopped unexpectedly (status {status:#x})")
 
-
-_code: bytes | None = CODE.read_bytes() if CODE.exists() else None
 
 
 class Calls:
@@ -281,6 +292,27 @@ class Calls:
     def room(self) -> int:
         """Bytes of data that still fit."""
         return HEAL_STRINGS - _DATA - len(self._data)
+
+    def run_until_exec(self, on_exec: Callable[[], object]) -> None:
+        """Run a short batch whose last call is an exec, to the exec's event stop.
+
+        Raises:
+            OSError: a call failed; the process is still the old one.
+        """
+        inj = self._injection
+        if self._data:
+            process_vm.write(inj.pid, inj.base + _DATA, bytes(self._data))
+        table = inj.base + _TABLE
+        process_vm.write(inj.pid, table, b"".join(self._rows))
+        inj.start_table(table, len(self._rows))
+        if inj.run_to_exec():
+            on_exec()
+            return
+        raw = process_vm.read(inj.pid, table, len(self._rows) * _ROW)
+        for i, label in enumerate(self._labels):
+            result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
+            if is_error(result):
+                raise OSError(-result, f"{label}: {error_text(result)}")
 
     def reserve_block(self) -> int:
         """Address of a struct msghdr for receiving descriptors."""

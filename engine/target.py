@@ -10,6 +10,7 @@ import socket
 import struct
 from typing import Final
 
+from engine import note
 from engine.freeze import Frozen, find_hole, freeze
 from engine.linux import process_vm, procfs, ptrace, scm
 from engine.linux.libc import NR
@@ -92,6 +93,10 @@ class Target:
         hole = find_hole(taken + self.spans + [(inj.base, inj.base + SCRATCH_SIZE)], SCRATCH_SIZE)
         inj.call("mremap", inj.base, SCRATCH_SIZE, SCRATCH_SIZE, _MREMAP_MOVE_FIXED, hole, subject="moving the scratch")
         inj.adopt(hole)
+        self.scratch_moved(hole)
+
+    def scratch_moved(self, base: int) -> None:
+        """The scratch is at `base` now."""
 
     def unmap_all(self, calls: Calls) -> None:
         """Add the rows that drop everything but scratch, vvar and vDSO."""
@@ -206,6 +211,9 @@ class Home(Target):
         self.take_socket(calls, pair)
         self.exe_fd = self.pass_fds([ghost_exe])[0]
 
+    def scratch_moved(self, base: int) -> None:
+        self.frozen.write_note(base)
+
     def pending(self) -> set[int]:
         bits = int(self.frozen.status["SigPnd"], 16) | int(self.frozen.status["ShdPnd"], 16)
         return {n for n in range(1, 65) if bits >> (n - 1) & 1}
@@ -255,6 +263,7 @@ class Home(Target):
             calls.add("getpid")
             calls.run()
             ptrace.detach(self.pid)
+            note.erase()
         except (ProcessLookupError, ProcessGone, ChildProcessError):
             pass
         self.close()

@@ -1,0 +1,47 @@
+"""unix(7) SEQPACKET: one msgpack map a packet, with descriptors beside it."""
+
+import array
+import os
+import socket
+from typing import Any, Final
+
+import msgpack
+
+MAX_PACKET: Final = 200_000
+_MAX_FDS: Final = 250
+_ANCILLARY: Final = socket.CMSG_SPACE(_MAX_FDS * 4)
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    """Send one map. Raises OSError (EPIPE: the peer is gone; EMSGSIZE)."""
+    body = msgpack.packb(message)
+    if len(body) > MAX_PACKET:
+        raise OSError(90, f"a message of {len(body)} bytes")
+    if fds:
+        sock.sendmsg([body], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], socket.MSG_NOSIGNAL)
+    else:
+        sock.send(body, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Receive one map and its descriptors (close-on-exec); None at the end of the stream.
+
+    Raises:
+        OSError: EBADMSG, it is no map; the descriptors are closed then.
+    """
+    body, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % 4])
+    if not body:
+        return None
+    try:
+        message = msgpack.unpackb(body)
+        if not isinstance(message, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("not a whole map")
+    except Exception as error:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(74, f"bad packet: {error}") from error
+    return message, list(fds)

@@ -1,0 +1,140 @@
+"""The TCP connection between two workers, given up as soon as the daemon that drives this one is gone."""
+
+import hmac
+import select
+import socket
+import time
+from typing import Final
+
+CONNECT_TIMEOUT_S: Final = 10.0
+_BUFFER: Final = 4 << 20
+_TOKEN_PATIENCE_S: Final = 2.0
+
+
+class Aborted(OSError):
+    """The control socket ended or spoke out of turn."""
+
+    def __init__(self) -> None:
+        super().__init__(125, "the move was called off")
+
+
+class Stream:
+    """A non-blocking connection with a deadline on silence and an eye on the control socket.
+
+    Args:
+        silence_s: longest wait for the peer to take or give anything.
+    """
+
+    def __init__(self, sock: socket.socket, control: socket.socket | None, silence_s: float) -> None:
+        self._sock, self._control, self._silence = sock, control, silence_s
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._poll: select.poll | None = None
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send all. Raises Aborted, TimeoutError or OSError."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill a buffer. Raises ConnectionResetError at the end of the stream, else as `send`."""
+        while view:
+            try:
+                count = self._sock.recv_into(view)
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            if not count:
+                raise ConnectionResetError(104, "the other node closed the connection")
+            view = view[count:]
+
+    def receive(self, length: int) -> bytes:
+        """Exactly `length` bytes, fewer only at the end of the stream."""
+        parts = []
+        while length:
+            try:
+                part = self._sock.recv(min(length, 1 << 20))
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            if not part:
+                break
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def _wait(self, event: int) -> None:
+        wait_for(self._sock, event, self._control, self._silence)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+
+def wait_for(sock: socket.socket, event: int, control: socket.socket | None, timeout: float) -> None:
+    """Wait until a socket is ready. Raises Aborted when the control socket becomes readable first, TimeoutError."""
+    poll = select.poll()
+    poll.register(sock, event)
+    if control is not None:
+        poll.register(control, select.POLLIN)
+    ready = poll.poll(timeout * 1000)
+    if not ready:
+        raise TimeoutError(110, f"no answer from the other node for {timeout:g} s")
+    if control is not None and any(fd == control.fileno() for fd, _ in ready):
+        raise Aborted
+
+
+def connect(host: str, port: int, control: socket.socket | None) -> socket.socket:
+    """Connect within CONNECT_TIMEOUT_S. Raises Aborted, OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        if (code := sock.connect_ex(address)) not in (0, 115):
+            raise OSError(code, f"cannot connect to {host}:{port}")
+        wait_for(sock, select.POLLOUT, control, CONNECT_TIMEOUT_S)
+        if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, f"cannot connect to {host}:{port}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def accept(listener: socket.socket, token: bytes, control: socket.socket | None, timeout: float) -> socket.socket:
+    """Accept the one connection that knows the token; others are dropped.
+
+    Raises:
+        Aborted, TimeoutError.
+    """
+    deadline = time.monotonic() + timeout
+    listener.setblocking(False)
+    while True:
+        wait_for(listener, select.POLLIN, control, max(deadline - time.monotonic(), 0))
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            continue
+        try:
+            sock.setblocking(False)
+            got = b""
+            while len(got) < len(token):
+                # A stranger that says nothing must not hold up the real one for long.
+                wait_for(sock, select.POLLIN, control, min(max(deadline - time.monotonic(), 0), _TOKEN_PATIENCE_S))
+                part = sock.recv(len(token) - len(got))
+                if not part:
+                    break
+                got += part
+            if hmac.compare_digest(got, token):
+                return sock
+        except Aborted:
+            sock.close()
+            raise
+        except OSError:
+            pass
+        sock.close()

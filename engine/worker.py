@@ -1,0 +1,287 @@
+"""One move at a time: the process that traces, dumps and rebuilds, driven over a SEQPACKET socket.
+
+Requests are msgpack maps with an `op`, replies `{"ok": True, …}` or `{"ok": False, "errno", "text", "refusals"}`. The end of the
+socket undoes what is under way: a source is released untouched, a half-built process is killed, a ghost is a ghost again.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from engine import dump
+from engine import image as img
+from engine import note
+from engine.freeze import Frozen, abandon, freeze
+from engine.ghosting import become_ghost
+from engine.linux import packets, ptrace
+from engine.restore import Builder
+from engine.stream import Aborted, Stream, accept, connect
+from engine.target import Target, place_child, seize_ghost
+
+TOKEN_SIZE: Final = 32
+_HELD_TIMEOUT_S: Final = 60.0
+_RECEIVE_TIMEOUT_S: Final = 60.0
+_ORDER: Final = "out of order"
+
+Reply = dict[str, Any]
+
+
+class Source:
+    """Operations on the machine that the process leaves."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._frozen: Frozen | None = None
+        self._settled = False
+        self._inspection: dump.Inspection | None = None
+
+    def _held(self) -> Frozen:
+        if self._frozen is None:
+            raise OSError(22, f"{_ORDER}: no process is frozen")
+        return self._frozen
+
+    def freeze(self, request: Reply, fds: list[int]) -> Reply:
+        """Seize and stop; `writing`: return before the stop."""
+        if self._frozen is not None:
+            raise OSError(16, f"{_ORDER}: a process is frozen already")
+        writing = bool(request.get("writing"))
+        self._frozen = freeze(int(request["pid"]), wait=not writing)
+        self._settled = not writing
+        return {}
+
+    def settle(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for the stops."""
+        frozen = self._held()
+        if not self._settled:
+            frozen.settle()
+            self._settled = True
+        return {}
+
+    def inspect(self, request: Reply, fds: list[int]) -> Reply:
+        """Say what it is, what must be relayed and why it cannot move."""
+        self._inspection = dump.inspect(self._held())
+        return {
+            "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals": self._inspection.externals,
+        }  # fmt: skip
+
+    def send(self, request: Reply, fds: list[int]) -> Reply:
+        """Stream the image to the destination's worker; wait until it holds."""
+        if self._inspection is None:
+            raise OSError(22, f"{_ORDER}: inspect first")
+        if self._inspection.refusals:
+            return {"ok": False, "errno": 95, "text": self._inspection.refusals[0], "refusals": self._inspection.refusals}
+        stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+        try:
+            stream.send(request["token"])
+            total, ms = dump.write(self._inspection, stream.send)
+            kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
+        finally:
+            stream.close()
+        if kind == img.ERROR:
+            answer = img.msgpack.unpackb(body)
+            raise OSError(int(answer["errno"]), str(answer["text"]))
+        return {"bytes": total, "ms": ms}
+
+    def release(self, request: Reply, fds: list[int]) -> Reply:
+        """Let it run on here."""
+        frozen = self._held()
+        if not self._settled:
+            frozen.settle()
+        self._forget()
+        frozen.release(int(request.get("errno", 0)))
+        return {}
+
+    def become_ghost(self, request: Reply, fds: list[int]) -> Reply:
+        """Run the ghost in its place. fds: ghost program, control socket."""
+        frozen = self._held()
+        if self._inspection is None or len(fds) != 2:
+            raise OSError(22, f"{_ORDER}: become_ghost wants an inspected process and two descriptors")
+        cloexec = [number for entry in self._inspection.descriptors.table for number, closes in entry["fds"] if closes]
+        become_ghost(frozen, cloexec, fds[0], fds[1], list(request.get("env", [])))
+        self._forget()
+        note.erase()
+        return {}
+
+    def vanish(self, request: Reply, fds: list[int]) -> Reply:
+        """Kill the frozen source: it lives elsewhere now."""
+        frozen = self._held()
+        self._forget()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(frozen.pid, signal.SIGKILL)
+        for thread in reversed(frozen.threads):  # the leader's end is reported last
+            with contextlib.suppress(OSError):
+                while os.WIFSTOPPED(ptrace.wait(thread.tid)):
+                    pass
+        frozen.close()
+        note.erase()
+        return {}
+
+    def _forget(self) -> None:
+        self._frozen, self._inspection, self._settled = None, None, False
+
+    def undo(self) -> None:
+        """The daemon is gone, or gives up."""
+        frozen, settled = self._frozen, self._settled
+        self._forget()
+        if frozen is not None and settled:
+            frozen.release()
+        elif frozen is not None:
+            abandon(frozen)
+
+
+class Destination:
+    """Operations on the machine that the process comes to."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._target: Target | None = None
+        self._listener: socket.socket | None = None
+        self._token = b""
+        self._builder: Builder | None = None
+
+    def prepare(self, request: Reply, fds: list[int]) -> Reply:
+        """Make the stopped child, or seize the ghost (fds: ghost program), and listen."""
+        if self._target is not None:
+            raise OSError(16, f"{_ORDER}: a process is being built already")
+        place = request["place"]
+        family = socket.AF_INET6 if ":" in request["address"] else socket.AF_INET
+        listener = socket.create_server((request["address"], 0), family=family, backlog=8)
+        try:
+            if "init" in place:
+                ids = [int(request[key]) for key in ("pid", "ppid", "pgid", "sid")]
+                self._target = place_child(int(place["init"]), *ids, uid=int(request.get("uid", 0)))
+            else:
+                if not fds:
+                    raise OSError(22, "a home-coming needs the ghost program")
+                self._target = seize_ghost(int(place["ghost"]), fds[0])
+        except BaseException:
+            listener.close()
+            raise
+        self._listener, self._token = listener, secrets.token_bytes(TOKEN_SIZE)
+        return {"port": listener.getsockname()[1], "token": self._token}
+
+    def receive(self, request: Reply, fds: list[int]) -> Reply:
+        """Take the image and build the process, stopped. fds: as `externals` refers to them."""
+        if self._target is None or self._listener is None or self._builder is not None:
+            raise OSError(22, f"{_ORDER}: prepare first")
+        externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
+        ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        try:
+            stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+        except BaseException:
+            self.undo()
+            raise
+        try:
+            total = self._build(stream, externals, ghost_fds)
+            stream.send(img.frame(img.HELD, b""))
+        except BaseException as error:
+            if isinstance(error, OSError) and not isinstance(error, Aborted):
+                with contextlib.suppress(OSError):
+                    answer = {"errno": error.errno or 5, "text": sentence(error)}
+                    stream.send(img.frame(img.ERROR, img.msgpack.packb(answer)))
+            self.undo()
+            raise
+        finally:
+            stream.close()
+            self._close_listener()
+        return {"bytes": total}
+
+    def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int]) -> int:
+        assert self._target is not None
+        _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
+        image = img.decode(body)
+        builder = self._builder = Builder(self._target, image, externals, ghost_fds)
+        builder.begin()
+        builder.pages(stream.receive_into)
+        _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
+        if int.from_bytes(end, "little") != image.total:
+            raise img.ImageError("the number of bytes differs")
+        builder.complete()
+        return image.total
+
+    def resume(self, request: Reply, fds: list[int]) -> Reply:
+        """The source is gone: let it run."""
+        if self._builder is None:
+            raise OSError(22, f"{_ORDER}: nothing is built")
+        hostpid = self._builder.resume()
+        self._builder.close()
+        self._builder = self._target = None
+        return {"hostpid": hostpid}
+
+    def discard(self, request: Reply, fds: list[int]) -> Reply:
+        """Undo."""
+        self.undo()
+        return {}
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def undo(self) -> None:
+        """Nothing of the new process stays; a ghost is a ghost again."""
+        self._close_listener()
+        builder, target = self._builder, self._target
+        self._builder = self._target = None
+        if builder is not None:
+            builder.close()
+        if target is not None:
+            target.discard()
+
+
+def sentence(error: BaseException) -> str:
+    """What to tell the user."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return f"{type(error).__name__}: {error}"
+
+
+def serve(control: socket.socket) -> None:
+    """Serve requests until the socket ends, then undo."""
+    source, destination = Source(control), Destination(control)
+    operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
+        "freeze": source.freeze,
+        "settle": source.settle,
+        "inspect": source.inspect,
+        "send": source.send,
+        "release": source.release,
+        "become_ghost": source.become_ghost,
+        "vanish": source.vanish,
+        "prepare": destination.prepare,
+        "receive": destination.receive,
+        "resume": destination.resume,
+        "discard": destination.discard,
+    }
+    try:
+        while (packet := packets.receive(control)) is not None:
+            request, fds = packet
+            try:
+                reply = _answer(operations, request, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            packets.send(control, reply)
+    except OSError:
+        pass  # the daemon is gone
+    finally:
+        source.undo()
+        destination.undo()
+
+
+def _answer(operations: dict[str, Callable[[Reply, list[int]], Reply]], request: Reply, fds: list[int]) -> Reply:
+    try:
+        operation = operations.get(request.get("op", ""))
+        if operation is None:
+            raise OSError(22, f"no such operation: {request.get('op')!r}")
+        return {"ok": True} | operation(request, fds)
+    except Aborted:
+        raise
+    except OSError as error:
+        return {"ok": False, "errno": error.errno or 5, "text": sentence(error), "refusals": []}
+    except Exception as error:  # a defect of ours must not leave a process frozen: the daemon will undo
+        return {"ok": False, "errno": 5, "text": sentence(error), "refusals": []}
