@@ -151,7 +151,7 @@ def _plain(attributes: Attributes) -> list[Any]:
         attributes.size,
         attributes.mtime_ns,
         attributes.control,
-        id(attributes.identity),
+        hash(attributes.identity),
     ]
 
 

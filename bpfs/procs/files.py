@@ -35,6 +35,7 @@ class ProcFiles:
             lookup=lambda _, name: self._lookup(name),
             table=self.process_table(),
             member_access=lambda proc: Access(proc.identity.uid, proc.identity.gid, 0o555),
+            member_key=lambda proc: (proc.pid, proc.identity.uid, proc.identity.gid),
             member_lasting=False,
         )
 

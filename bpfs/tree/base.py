@@ -43,7 +43,7 @@ class Attributes(NamedTuple):
     gid: int = 0
     size: int = 0
     mtime_ns: int = 0
-    # The object behind the entry: a name that comes to mean another object (a reused pid) becomes another inode.
+    # What the name means, where that can change: with another identity (a pid in use again) it is another inode.
     identity: object = None
     # The kernel may keep the name and the attributes until told otherwise (`Tree.listen`).
     lasting: bool = False

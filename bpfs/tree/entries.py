@@ -166,10 +166,11 @@ class Directory(Entry[T]):
 class Collection(Entry[T]):
     """A directory whose names come and go.
 
-    `names` lists in the order wanted; `lookup` gives the object of a name or None, and the same (or an equal) object as
-    long as the name means the same: who is inside a directory whose object has changed finds nothing any more. Members
-    are directories served by `table`, with `member_access`, or, where `link` is given, symbolic links. `member_change`
-    serves chown, chgrp and chmod on a member.
+    `names` lists in the order wanted; `lookup` gives the object of a name or None. Members are directories served by
+    `table`, with `member_access`, or, where `link` is given, symbolic links. `member_change` serves chown, chgrp and
+    chmod on a member. `member_key` tells when a name has come to mean something else (a pid in use again): who is in a
+    directory whose key has changed finds nothing there any more. Without it the object itself is the key, and `lookup`
+    has to give the same one as long as the name means the same.
     """
 
     names: Callable[[T], Iterable[str]]
@@ -178,6 +179,7 @@ class Collection(Entry[T]):
     link: Callable[[Any, Caller], str] | None = None
     member_access: Callable[[Any], Access] | None = None
     member_change: Callable[[Any, Caller, Changes], Awaitable[None] | None] | None = None
+    member_key: Callable[[Any], object] | None = None
     member_lasting: bool = True
     """False: names of members are asked for each time (pids come and go quickly)."""
     mode: int = field(default=0o555, kw_only=True)

@@ -148,20 +148,20 @@ class LocalTree:
         link = self._link_target(node, caller)
         if link is not None:
             # Where `self` points depends on who asks, so links are asked for each time; they cost next to nothing.
-            return Attributes(stat.S_IFLNK | 0o777, size=len(link.encode()), mtime_ns=_STARTED_NS, identity=target)
+            return Attributes(stat.S_IFLNK | 0o777, size=len(link.encode()), mtime_ns=_STARTED_NS)
         if isinstance(entry, Collection) and node.member:
             access = entry.member_access(target) if entry.member_access is not None else Access(mode=0o555)
-            return _directory(access, entry.member_lasting, target)
+            key = entry.member_key(target) if entry.member_key is not None else target
+            return _directory(access, entry.member_lasting, key)
         access = entry.access(target) if entry.access is not None else Access(mode=entry.mode)
         if not isinstance(entry, File):
-            return _directory(access, entry.lasting, target)
+            return _directory(access, entry.lasting)
         return Attributes(
             stat.S_IFREG | access.mode,
             access.uid,
             access.gid,
             size=_size(entry, target),
             mtime_ns=_STARTED_NS,
-            identity=target,
             lasting=entry.lasting,
             control=entry.write is not None,
         )
@@ -173,9 +173,9 @@ def _child(entry: Entry[Any], target: Any) -> _Node:
     return _Node(entry, target)
 
 
-def _directory(access: Access, lasting: bool, target: Any) -> Attributes:
+def _directory(access: Access, lasting: bool, identity: object = None) -> Attributes:
     return Attributes(
-        stat.S_IFDIR | access.mode, access.uid, access.gid, mtime_ns=_STARTED_NS, identity=target, lasting=lasting
+        stat.S_IFDIR | access.mode, access.uid, access.gid, mtime_ns=_STARTED_NS, identity=identity, lasting=lasting
     )
 
 
