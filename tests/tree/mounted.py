@@ -47,9 +47,9 @@ class Daemon:
         assert got == f"{line}\n", f"{got!r} instead of {line!r}; log: {self.log.read_text()}"
 
     def tell(self, line: str) -> None:
-        """Sends a line to the daemon, and waits until it has obeyed."""
+        """Sends lines to the daemon, and waits until it has obeyed them all."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.write(f"{line}\ndone\n")
         self.process.stdin.flush()
         self.expect("done")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The real tables over a table of nodes that nobody is: ``python -m tests.tree.nodes_daemon MOUNTPOINT NODES``.
 
-One line of figures per line on stdin (``load N TEXT``, ``mode N OCTAL``, ``state N STATE``) is what a slave would have
-sent.
+A line of stdin (``load N TEXT``, ``mode N OCTAL``, ``state N STATE``) is what a slave would have told; ``done`` is
+echoed when all before it has been obeyed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ async def listen(nodes: NodeTable) -> None:
     async for data in stdin:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
-            obey(nodes, line.decode())
-        if lines:
-            print("done", flush=True)
+            if line == b"done":
+                print("done", flush=True)
+            else:
+                obey(nodes, line.decode())
 
 
 async def main(mountpoint: str, count: int) -> None:
