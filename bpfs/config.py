@@ -61,8 +61,8 @@ class Config:
 
     @property
     def heartbeat(self) -> float:
-        """Seconds between a slave's heartbeats: two may be lost before the lease is in danger."""
-        return min(self.lease / 4, 10.0)
+        """Seconds between a slave's heartbeats: one may be late by two of them."""
+        return min(self.lease / 3, 10.0)
 
     def number_for(self, macs: tuple[str, ...]) -> int | None:
         """The number that the configuration gives to these hardware addresses, or None."""

@@ -1,8 +1,8 @@
 """Figures of this machine or node, for `nodes/N/load` and its neighbours: proc_loadavg(5), proc_meminfo(5),
 proc_uptime(5).
 
-Taking a look costs one read of an open file; the rest is read only where the load has changed, or the last full
-look is `FULL_EVERY` old.
+A look costs one read of an open file. A sample is worth sending when the load has changed by more than people care
+for, or when anything has and the last one is old: so a node at rest sends nothing but heartbeats.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from bpfs.wire.messages import Sample
 LOOK_EVERY = 2.0
 """Seconds between looks; the kernel itself counts the load anew every 5 s (LOAD_FREQ)."""
 
-FULL_EVERY = 10.0
-"""Seconds after which memory is looked at although the load is the same."""
+FULL_EVERY = 15.0
+"""Seconds after which any change at all is worth a message."""
+
+LOAD_STEP, LOAD_SHARE = 0.05, 0.03
+"""By how much, or by which share of itself, a figure of the load must have changed to be worth a message at once."""
 
 MEMORY_STEP = 1024
-"""kB by which a figure of memory must have changed to be worth a message."""
+"""kB by which a figure of memory must have changed to be a change."""
 
 MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "SwapTotal", "SwapFree")
 
@@ -30,7 +33,6 @@ class Sampler:
     def __init__(self) -> None:
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
-        self._boot = time.clock_gettime(time.CLOCK_BOOTTIME)
         self._last: Sample | None = None
         self._full = 0.0
 
@@ -52,13 +54,12 @@ class Sampler:
         if last is None:
             return self.take()
         load = os.pread(self._load, 256, 0).decode().strip()
-        # The other two words (processes, last pid) change all the time.
-        same = load.split()[:3] == last.load.split()[:3]
-        if same and time.monotonic() - self._full < FULL_EVERY:
+        urgent = any(_differ(a, b) for a, b in zip(_figures(load), _figures(last.load), strict=True))
+        if not urgent and time.monotonic() - self._full < FULL_EVERY:
             return None
         new = self.take()
         near = all(abs(a[1] - b[1]) < MEMORY_STEP for a, b in zip(new.memory, last.memory, strict=True))
-        if same and near and new.cpus == last.cpus:
+        if near and new.cpus == last.cpus and _figures(load) == _figures(last.load):
             self._last = last
             return None
         return new
@@ -75,3 +76,12 @@ class Sampler:
         """Give the open files back."""
         os.close(self._load)
         os.close(self._meminfo)
+
+
+def _figures(load: str) -> list[float]:
+    # The other two words (processes, last pid) change all the time.
+    return [float(word) for word in load.split()[:3]]
+
+
+def _differ(new: float, old: float) -> bool:
+    return abs(new - old) > max(LOAD_STEP, LOAD_SHARE * old)
