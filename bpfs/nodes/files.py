@@ -7,7 +7,7 @@ Formats, modes and errors are described in bpfs(5); a test holds page and tables
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.events import EventLog
@@ -172,12 +172,15 @@ def _reason(node: Node) -> str:
     return value(node.reason) if node.reason else ""
 
 
-_own = Sampler()
+@cache
+def _own() -> Sampler:
+    # Opened at the first look, not at import: a daemon closes what it was born with.
+    return Sampler()
 
 
 def _figure(show: Callable[[Sample], str], node: Node) -> str:
     """What a node's last figures say, the master's own being those of now; nothing where there are none yet."""
-    sample = _own.take() if node.number == MASTER else node.sample
+    sample = _own().take() if node.number == MASTER else node.sample
     return show(sample) if sample is not None else ""
 
 
