@@ -66,6 +66,7 @@ class Builder:
             (number, p.target_fd, p.cloexec) for number, p in zip(numbers[len(local) :], rebuilt, strict=True)
         ]
         target.injection.trap = self._choose_trap()
+        target.injection.write_slot()
         target.begin_rebuilding()
         calls = Calls(target.injection)
         if target.home:

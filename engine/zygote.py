@@ -140,6 +140,7 @@ def _run_worker(control: socket.socket, fd: int, shared: mmap.mmap) -> None:
         control.close()
         _name(b"bpfs-worker")
         note.use(shared)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))  # engine.linux.ptrace.wait takes it from the queue
         serve(socket.socket(fileno=fd))
         status = 0
     finally:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 from typing import Final
 
 from engine.linux.libc import LIBC
@@ -194,9 +195,27 @@ def rseq_configuration(tid: int) -> tuple[int, int, int, int]:
     return buffer[0] | buffer[1] << 32, buffer[2], buffer[3], buffer[4]
 
 
+_WAIT_TIMEOUT_S: Final = 20.0  # injected calls take microseconds; a loaded machine may need longer
+
+
 def wait(tid: int) -> int:
-    """Wait for the next stop or end of one tracee; returns the raw wait status. Raises ChildProcessError when it is none of ours."""
-    return os.waitpid(tid, WALL)[1]
+    """Wait for the next stop or end of one tracee; returns the raw wait status.
+
+    Where SIGCHLD is blocked (as in a worker), the wait is bounded.
+
+    Raises:
+        ChildProcessError: it is none of ours.
+        TimeoutError: nothing happened.
+    """
+    if signal.SIGCHLD not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        return os.waitpid(tid, WALL)[1]
+    while True:
+        pid, status = os.waitpid(tid, WALL | os.WNOHANG)
+        if pid:
+            return status
+        # A SIGCHLD that came before the look is pending and ends this at once.
+        if signal.sigtimedwait((signal.SIGCHLD,), _WAIT_TIMEOUT_S) is None:
+            raise TimeoutError(110, f"process {tid} does not come back from a call made in it")
 
 
 def wait_nohang(tid: int) -> int | None:
