@@ -5,9 +5,8 @@
  * commands, and standard input goes at the pace of the slowest.
  */
 #define _GNU_SOURCE
-#include "bpsh.h"
+#include "jobs.h"
 #include "nodespec.h"
-#include "output.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,37 +17,17 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CHUNK 65536        /* bytes of standard input that are on their way to the nodes */
-#define KILL_SECONDS 2.0   /* from SIGTERM to SIGKILL when a command took too long */
+#define KILL_SECONDS 2.0 /* from SIGTERM to SIGKILL when a command took too long */
 
-struct job {
-	int node, rank;
-	volatile pid_t pid;     /* 0: not yet started, or reaped */
-	int input;              /* our end of its standard input; -1: closed */
-	size_t sent;            /* bytes of the current chunk */
-	struct stream stream[2];
-	int started, reaped, done;
-	int timed_out, killed;
-	int status;             /* of wait(2) */
-	double begin, end;
-};
-
-static struct job *jobs;
-static size_t job_count;
+struct job *jobs;
+size_t job_count;
 static int wake[2]; /* a pipe: handlers write, the loop reads */
 static volatile sig_atomic_t interrupts, interrupt_signal;
 static struct sigaction old_pipe_action;
 static struct rlimit old_files;
-
-static struct {
-	char *text;
-	size_t length;
-	int wanted, ended;
-} input;
 
 /* -- signals ---------------------------------------------------------------------------------------------------- */
 
@@ -176,71 +155,6 @@ static int start_job(const struct options *options, struct job *job)
 	job->status = EXIT_FAILED << 8;
 	job->reaped = 1;
 	job->end = job->begin;
-	return -1;
-}
-
-/* -- standard input ----------------------------------------------------------------------------------------------- */
-
-static void close_input(struct job *job)
-{
-	if (job->input >= 0)
-		close(job->input);
-	job->input = -1;
-}
-
-static void send_input(struct job *job)
-{
-	ssize_t put = write(job->input, input.text + job->sent, input.length - job->sent);
-	if (put >= 0)
-		job->sent += (size_t)put;
-	else if (errno != EAGAIN && errno != EINTR)
-		close_input(job); /* it reads no more */
-}
-
-/* Whether the next chunk may be read: everybody has all of this one, and somebody wants more. */
-static int input_idle(void)
-{
-	int readers = 0;
-	for (size_t i = 0; i < job_count; i++) {
-		if (jobs[i].started && jobs[i].input < 0)
-			continue;
-		if (jobs[i].sent < input.length)
-			return 0;
-		readers++;
-	}
-	return readers > 0;
-}
-
-static void read_input(void)
-{
-	ssize_t got = read(0, input.text, CHUNK);
-	if (got < 0 && (errno == EINTR || errno == EAGAIN))
-		return;
-	input.length = got > 0 ? (size_t)got : 0;
-	for (size_t i = 0; i < job_count; i++)
-		jobs[i].sent = 0;
-	if (got > 0)
-		return;
-	input.ended = 1;
-	for (size_t i = 0; i < job_count; i++)
-		close_input(&jobs[i]);
-}
-
-/* Decides how standard input is shared; returns -1 when it cannot be. */
-static int prepare_input(const struct options *options)
-{
-	struct stat status;
-	if (options->null[0] || options->file[0])
-		return 0;
-	if (!options->fanout || (size_t)options->fanout >= job_count) {
-		input.wanted = 1;
-		input.text = must_alloc(NULL, CHUNK);
-		return 0;
-	}
-	/* Those that start later have to read it from its beginning as well. */
-	if (fstat(0, &status) == 0 && (S_ISREG(status.st_mode) || S_ISCHR(status.st_mode)))
-		return 0;
-	complain("--fanout below the number of nodes needs -n, or a file as standard input");
 	return -1;
 }
 
