@@ -37,7 +37,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not body:
         return None
     try:
-        message = msgpack.unpackb(body)
+        message = msgpack.unpackb(body, strict_map_key=False)
         if not isinstance(message, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("not a whole map")
     except Exception as error:
