@@ -32,6 +32,7 @@ from bpfs.procs.process import Process
 from bpfs.tree.base import WriteRequest
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
+LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
 _log = log.get("procs")
@@ -78,7 +79,8 @@ class Landing:
 
     Attributes:
         fds: of the destination, for its operation receive.
-        externals: key of an external -> index into `fds` (on a node), or the ghost's descriptor number (at home).
+        externals: on a node: key of an external -> index into `fds`.
+        ghost_fds: at home: key of an external -> its number in the ghost.
     """
 
     host: str
@@ -86,6 +88,7 @@ class Landing:
     token: bytes
     fds: list[int] = field(default_factory=list)
     externals: dict[int, int] = field(default_factory=dict)
+    ghost_fds: dict[int, int] = field(default_factory=dict)
 
 
 class Migration(ABC):
@@ -157,7 +160,10 @@ class Migration(ABC):
         await self._enter(Phase.TRANSFER)
         await transfer(
             lambda: src.call("send", host=landing.host, port=landing.port, token=landing.token),
-            lambda: dst.call("receive", landing.fds, externals=landing.externals, timeout_s=RECEIVE_TIMEOUT),
+            lambda: dst.call(
+                "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
+                timeout_s=RECEIVE_TIMEOUT,
+            ),
             self.figures,
         )
         self._check_alive()
@@ -244,19 +250,22 @@ async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Await
 async def transfer(
     send: Callable[[], Awaitable[dict[str, Any]]], receive: Callable[[], Awaitable[dict[str, Any]]], figures: Figures
 ) -> None:
-    """Sends and receives at once. Where the source fails the destination is not waited for: it may never hear of it.
+    """Sends and receives at once.
+
+    Where the source fails the destination may never hear of it and is not waited for; but where it fails because the
+    destination does, a moment later that one says why.
 
     Raises:
-        BpfsError: the first error of the two.
+        BpfsError: the destination's, else the source's.
     """
-    first: list[BpfsError] = []
+    errors: list[BpfsError] = []
 
     async def sending(scope: trio.CancelScope) -> None:
         try:
             figures.bytes = int((await send())["bytes"])
         except BpfsError as error:
-            first.append(error)
-            scope.cancel()
+            errors.append(error)
+            scope.deadline = trio.current_time() + LAST_WORD
 
     async with trio.open_nursery() as nursery:
         scope = trio.CancelScope()
@@ -265,6 +274,6 @@ async def transfer(
             try:
                 await receive()
             except BpfsError as error:
-                first.append(error)
-    if first:
-        raise first[0]
+                errors.insert(0, error)
+    if errors:
+        raise errors[0]

@@ -183,7 +183,7 @@ class Return(Migration):
             "prepare", [self._around.executable], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
             place=self.destination.target(self.proc.pid), address=address,
         )  # fmt: skip
-        return Landing(address, reply["port"], reply["token"], externals=away.stdio.home_numbers(channels))
+        return Landing(address, reply["port"], reply["token"], ghost_fds=away.stdio.home_numbers(channels))
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
