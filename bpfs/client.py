@@ -27,13 +27,13 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from errno import EINVAL, ENOENT, EOPNOTSUPP
+from errno import EINVAL, ENOENT
 from itertools import chain
 from pathlib import Path
 
 from bpfs.errors import BpfsError
 from bpfs.nodespec import MASTER, Candidate, expand
-from bpfs.records import Event, ExitStatus, Move, NodeStatus, Stay, parse_event, parse_exit, parse_status
+from bpfs.records import Event, ExitStatus, Move, NodeStatus, Stay, parse_event, parse_exit, parse_move, parse_status
 
 __all__ = ["MASTER", "Cluster", "Event", "ExitStatus", "Move", "Node", "NodeStatus", "Process", "Result", "Stay"]
 
@@ -202,7 +202,7 @@ class Node:
     @property
     def moves(self) -> list[Move]:
         """The last moves to this node, oldest first."""
-        return [Move(int(line.split()[0]), line.split()[1], line) for line in self.read("migrate").splitlines()]
+        return [parse_move(line) for line in self.read("migrate").splitlines()]
 
     def migrate(self, pid: int, *, onexec: bool = False) -> None:
         """Moves a process here; returns when it is here.
@@ -217,8 +217,16 @@ class Node:
         try:
             _write(self.path / "migrate", f"{pid} onexec" if onexec else pid, f"process {pid} to node {self.number}")
         except BpfsError as error:
-            reason = Process(self.cluster, pid).cantmove if error.code == EOPNOTSUPP else ""
+            reason = self._why_not(pid)
             raise BpfsError(error.code, f"{error.sentence}: {reason}" if reason else error.sentence) from None
+
+    def _why_not(self, pid: int) -> str:
+        # The last word about this pid; nobody else can have moved it in between but to the same end.
+        try:
+            moves = [move for move in self.moves if move.pid == pid]
+        except OSError:
+            return ""
+        return moves[-1].reason if moves and moves[-1].outcome != "ok" else ""
 
     def events(self) -> Iterator[Event]:
         """What happens to this node from now on, without end."""

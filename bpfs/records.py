@@ -6,10 +6,13 @@ The formats are those of bpfs(5). Standard library only.
 
 from __future__ import annotations
 
+import re
 from errno import EINVAL
 from typing import NamedTuple
 
 from bpfs.errors import BpfsError
+
+_FIGURE = re.compile(r"([a-z_]+)=([0-9.]+)(?: |$)")
 
 
 class NodeStatus(NamedTuple):
@@ -35,7 +38,8 @@ class Move(NamedTuple):
 
     pid: int
     outcome: str  # "ok" or the name of an errno
-    text: str  # the line itself
+    figures: dict[str, float]  # freeze_ms, total_ms, bytes
+    reason: str  # why it went wrong, in words
 
 
 class ExitStatus(NamedTuple):
@@ -83,6 +87,23 @@ def parse_event(line: str) -> Event:
     kind, _, rest = line.partition(" ")
     number, _, what = rest.partition(" ")
     return Event(kind, int(number), what) if number.removeprefix("-").isdigit() else Event("other", 0, line)
+
+
+def parse_move(line: str) -> Move:
+    """Reads a line of nodes/N/migrate.
+
+    Raises:
+        BpfsError: EINVAL, it is none.
+    """
+    pid, _, rest = line.partition(" ")
+    outcome, _, rest = rest.partition(" ")
+    figures: dict[str, float] = {}
+    while match := _FIGURE.match(rest):
+        figures[match[1]] = float(match[2])
+        rest = rest[match.end() :]
+    if not pid.isdigit() or not outcome:
+        raise BpfsError(EINVAL, f"'{line[:80]}' is no line of a migrate file")
+    return Move(int(pid), outcome, figures, rest.strip())
 
 
 def parse_exit(text: str) -> ExitStatus:

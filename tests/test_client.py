@@ -11,7 +11,7 @@ import pytest
 
 from bpfs.client import Cluster, Event, ExitStatus
 from bpfs.errors import BpfsError
-from bpfs.records import parse_event, parse_exit, parse_status
+from bpfs.records import Move, parse_event, parse_exit, parse_move, parse_status
 from tests.cli.conftest import plain_tree
 
 __all__ = ["plain_tree"]
@@ -79,6 +79,15 @@ def test_records() -> None:
         assert caught.value.errno == EINVAL
     with pytest.raises(BpfsError, match="is no line of a status file"):
         parse_status("4 up\n")
+
+
+def test_moves() -> None:
+    line = "1234 EOPNOTSUPP freeze_ms=0.5 total_ms=1.0 bytes=0 fd 5 is a TCP socket=bad"
+    figures = {"freeze_ms": 0.5, "total_ms": 1.0, "bytes": 0.0}
+    assert parse_move(line) == Move(1234, "EOPNOTSUPP", figures, "fd 5 is a TCP socket=bad")
+    assert parse_move("12 ok freeze_ms=2.5 total_ms=3.0 bytes=1048576").reason == ""
+    with pytest.raises(BpfsError):
+        parse_move("hello")
 
 
 def test_it_needs_nothing_but_the_standard_library() -> None:

@@ -136,22 +136,33 @@ static char *find_program(const char *name)
 	return NULL;
 }
 
+/* The last line of a node's migrate file that speaks of us, behind `PID OUTCOME freeze_ms= total_ms= bytes=`. */
+static void last_reason(char *text, char *reason, size_t size)
+{
+	char *line_state, own[16];
+	int length = snprintf(own, sizeof own, "%d ", getpid());
+	*reason = 0;
+	for (char *line = strtok_r(text, "\n", &line_state); line; line = strtok_r(NULL, "\n", &line_state)) {
+		if (strncmp(line, own, (size_t)length))
+			continue;
+		for (int words = 0; words < 5 && line; words++)
+			line = strchr(line, ' ') ? strchr(line, ' ') + 1 : NULL;
+		snprintf(reason, size, "%s", line ? line : "");
+	}
+}
+
 /* What the cluster says about a failed write to a node's migrate file, for people. */
 static void complain_move(const struct options *options, int node, int why)
 {
-	char path[4096], *reason = NULL;
-	if (why == EHOSTDOWN) {
-		snprintf(path, sizeof path, "%s/nodes/%d/reason", options->mount, node);
-		reason = read_whole(path);
-	} else if (why == EOPNOTSUPP) {
-		snprintf(path, sizeof path, "%s/procs/%d/cantmove", options->mount, getpid());
-		reason = read_whole(path);
-	}
-	if (reason)
-		reason[strcspn(reason, "\n")] = 0;
-	int said = reason && *reason;
-	complain("node %d: %s%s%s", node, strerror(why), said ? ": " : "", said ? reason : "");
-	free(reason);
+	char path[4096], reason[512] = "";
+	snprintf(path, sizeof path, "%s/nodes/%d/%s", options->mount, node, why == EHOSTDOWN ? "reason" : "migrate");
+	char *text = read_whole(path);
+	if (text && why == EHOSTDOWN)
+		snprintf(reason, sizeof reason, "%.*s", (int)strcspn(text, "\n"), text);
+	else if (text)
+		last_reason(text, reason, sizeof reason);
+	free(text);
+	complain("node %d: %s%s%s", node, strerror(why), *reason ? ": " : "", reason);
 }
 
 /* With -I, -O or -E the files are the node's, so that a shell on the node has to open them: sh -c SCRIPT sh FILES
