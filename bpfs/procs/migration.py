@@ -174,7 +174,7 @@ class Migration(ABC):
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
         await self._enter(Phase.FREEZE)
-        hostpid = await self.source.hostpid(self.proc.pid)
+        hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
         await src.call("freeze", pid=hostpid, writing=writer is not None)
         if writer is not None:
@@ -198,7 +198,8 @@ class Migration(ABC):
             raise
         self.gone = True
         await self._enter(Phase.RESUME)
-        await dst.call("resume")
+        reply = await dst.call("resume")
+        self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = time.perf_counter()
         await self.arrived()
 

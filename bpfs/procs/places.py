@@ -13,7 +13,7 @@ import trio
 from bpfs.engines import EngineSession, Workers, pack_call, unpack_reply
 from bpfs.errors import BpfsError, LinkClosed
 from bpfs.nodes.registry import Node
-from bpfs.procs.process import MASTER
+from bpfs.procs.process import MASTER, Process
 from bpfs.wire import messages
 from bpfs.wire.link import Link
 
@@ -46,8 +46,8 @@ class Place(Protocol):
     def address(self, peer: Place) -> str:
         """The address at which `peer` reaches engines of this place."""
 
-    async def hostpid(self, pid: int) -> int:
-        """The pid by which engines of this place know a process of the cluster."""
+    async def hostpid(self, proc: Process) -> int:
+        """The pid by which engines of this place know a process that is here."""
 
 
 class MasterPlace:
@@ -73,9 +73,9 @@ class MasterPlace:
         assert isinstance(peer, NodePlace)
         return peer.master_address
 
-    async def hostpid(self, pid: int) -> int:
+    async def hostpid(self, proc: Process) -> int:
         """The master's pids are the cluster's."""
-        return pid
+        return proc.pid
 
 
 class _LocalEngine:
@@ -92,18 +92,13 @@ class NodePlace:
 
     _sessions = itertools.count(1)
 
-    def __init__(self, node: Node, hostpids: dict[int, int]) -> None:
-        """`hostpids` remembers, per pid, what the node's engine last called the process.
-
-        Raises:
-            BpfsError: EHOSTDOWN.
-        """
+    def __init__(self, node: Node) -> None:
+        """Raises BpfsError EHOSTDOWN."""
         session = node.live_session()
         self.number = int(node.number)
         self.node = node
         self.link: Link = session.link
         self.master_address: str = self.link.local_address
-        self._hostpids = hostpids
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
@@ -128,16 +123,15 @@ class NodePlace:
         """The node's own address, for the master and for other nodes."""
         return self.node.address
 
-    async def hostpid(self, pid: int) -> int:
-        """Asks the slave once; `resume` tells the number of what was moved there."""
-        known = self._hostpids.get(pid)
-        if known is None:
-            reply = await self.link.request(messages.HostPidOf(pid), CALL_TIMEOUT)
-            assert isinstance(reply, messages.HostPidIs)
-            known = self._hostpids[pid] = reply.hostpid
-        if not known:
-            raise BpfsError(errno.ESRCH, f"there is no process {pid} on node {self.number}")
-        return known
+    async def hostpid(self, proc: Process) -> int:
+        """What was moved here has told it; the slave knows the rest."""
+        if proc.hostpid:
+            return proc.hostpid
+        reply = await self.link.request(messages.HostPidOf(proc.pid), CALL_TIMEOUT)
+        assert isinstance(reply, messages.HostPidIs)
+        if not reply.hostpid:
+            raise BpfsError(errno.ESRCH, f"there is no process {proc.pid} on node {self.number}")
+        return reply.hostpid
 
 
 class _RemoteEngine:

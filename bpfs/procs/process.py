@@ -69,6 +69,7 @@ class Process:
     identity: Identity
     place: int = MASTER
     state: ProcState = ProcState.RUNNING
+    hostpid: int = 0  # what the node's engine calls it; 0: not known
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     progress: str = ""  # where a migration is, in words
     status: ExitStatus | None = None

@@ -35,7 +35,6 @@ class Procs:
         self._around = around
         self._master = MasterPlace(workers)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
-        self._hostpids: dict[int, dict[int, int]] = defaultdict(dict)
 
     # -- moving ------------------------------------------------------------------------------------------------
 
@@ -99,7 +98,7 @@ class Procs:
         """
         if number == MASTER:
             return self._master
-        return NodePlace(self.nodes.get(number), self._hostpids[number])
+        return NodePlace(self.nodes.get(number))
 
     def moves_to(self, node: int) -> list[Move]:
         """The last moves to a node, oldest first."""
@@ -144,7 +143,7 @@ class Procs:
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:
-                await engine.call("freeze", pid=await place.hostpid(proc.pid), writing=False)
+                await engine.call("freeze", pid=await place.hostpid(proc), writing=False)
                 summary = await engine.call("inspect")
                 await engine.call("release", errno=0)
             except BpfsError as error:

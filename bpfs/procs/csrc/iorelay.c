@@ -88,6 +88,12 @@ void side_flush_special(struct chan *c)
 	tty_flush(c);
 }
 
+/* While all is held the job moves away: that its ends are closed here says nothing about them. */
+bool side_watches_sink(const struct chan *c)
+{
+	return !c->stream->held;
+}
+
 void side_sink_end(struct chan *c)
 {
 	if (chan_bidirectional(c))

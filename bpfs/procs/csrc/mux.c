@@ -511,9 +511,12 @@ static void arm(struct stream *s)
 			port_want(&c->src, EPOLLIN);
 		else
 			port_forget(&c->src);
-		if (want && (c->src.ready || c->src.always))
+		/* A drain goes on when the last piece got through only after its turn. */
+		if (want && (c->src.ready || c->src.always || (c->draining && chan_allowance(c) > TTY_MAX)))
 			stream_mark(s);
-		if (c->sink.fd >= 0)
+		if (!side_watches_sink(c))
+			port_forget(&c->sink);
+		else if (c->sink.fd >= 0)
 			port_want(&c->sink, c->out.len && !c->sink_gate && !c->records ? EPOLLOUT : 0);
 	}
 }

@@ -210,6 +210,7 @@ ssize_t side_write(struct chan *c, const void *data, size_t n); /* -1 EAGAIN */
 bool side_may_splice_source(struct chan *c);
 bool side_pump_special(struct chan *c); /* terminals: true when the side does sources by itself */
 void side_flush_special(struct chan *c);/* iorelay's terminals: write records */
+bool side_watches_sink(const struct chan *c); /* whether a reader that goes away matters now */
 void side_sink_end(struct chan *c);     /* all written after F_EOF: close or shut down */
 void side_source_closed(struct chan *c, uint64_t consumed); /* F_CLOSED came: drop the source */
 bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data); /* all frames mux.c does not know */
