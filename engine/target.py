@@ -28,6 +28,7 @@ _F_DUPFD_CLOEXEC: Final = 1030
 _AT_EMPTY_PATH: Final = 0x1000
 _TOP: Final = 0x7FFFFFFFF000
 _MREMAP_MOVE_FIXED: Final = 3
+_RSEQ_UNREGISTER: Final = 1
 _HEAL_ROOM: Final = 60000  # bytes of argv and environment kept for a ghost's way back
 
 
@@ -100,6 +101,9 @@ class Target:
 
     def unmap_all(self, calls: Calls) -> None:
         """Add the rows that drop everything but scratch, vvar and vDSO."""
+        pointer, size, signature, _ = ptrace.rseq_configuration(self.pid)
+        if pointer:  # the kernel would go on writing there
+            calls.add("rseq", pointer, size, _RSEQ_UNREGISTER, signature)
         base = self.injection.base
         kept = sorted([(base, base + SCRATCH_SIZE), *self.special.values()])
         at = 0
@@ -152,12 +156,16 @@ class Fresh(Target):
 
     def discard(self) -> None:
         """Kill it and wait for its end as its tracer; its parent reaps it."""
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            while os.WIFSTOPPED(ptrace.wait(self.pid)):
-                pass
+        _kill(self.pid, self.pidfd)
         self.close()
+
+
+def _kill(pid: int, pidfd: int) -> None:
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        while os.WIFSTOPPED(ptrace.wait(pid)):
+            pass
 
 
 def place_child(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -> Fresh:
@@ -264,8 +272,9 @@ class Home(Target):
             calls.run()
             ptrace.detach(self.pid)
             note.erase()
-        except (ProcessLookupError, ProcessGone, ChildProcessError):
-            pass
+        except OSError:
+            # Dead already, or in no state to go on: its end is better than a process that is neither.
+            _kill(self.pid, self.pidfd)
         self.close()
 
     def close_extra(self) -> None:

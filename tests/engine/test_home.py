@@ -1,0 +1,85 @@
+"""Away and home again: a ghost takes the process's place and becomes the process again."""
+
+import os
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engine.moves import Mover, Victim, socket_pair, until
+
+
+def ghost_program(programs: Path) -> int:
+    return os.open(programs / "ghost", os.O_PATH | os.O_CLOEXEC)
+
+
+def go_away(mover: Mover, one: Victim, program: int):  # type: ignore[no-untyped-def]
+    ours, theirs = socket_pair()
+    ours.settimeout(60)
+    with theirs:
+        hostpid = mover.away(one.pid, one.output.fileno(), "become_ghost", fds=[program, theirs.fileno()])
+    assert ours.recv(64) == b"ghost"
+    return ours, hostpid
+
+
+def test_ghost_has_the_pid_and_command_line(mover: Mover, victim: Callable[..., Victim], programs: Path) -> None:
+    one = victim("memory")
+    cmdline = Path(f"/proc/{one.pid}/cmdline").read_bytes()
+    program = ghost_program(programs)
+    control, _ = go_away(mover, one, program)
+    control.send(b"?")
+    assert struct.unpack("ii", control.recv(64)) == (one.pid, os.getpid())
+    assert Path(f"/proc/{one.pid}/cmdline").read_bytes() == cmdline
+    assert os.readlink(f"/proc/{one.pid}/exe").endswith("/ghost")
+    control.close()
+    assert one.process.wait() == 77
+    os.close(program)
+
+
+@pytest.mark.parametrize("name", ["memory", "signals", "memory-static"])
+def test_there_and_back(mover: Mover, victim: Callable[..., Victim], programs: Path, name: str) -> None:
+    one = victim(name)
+    exe = os.readlink(f"/proc/{one.pid}/exe")
+    program = ghost_program(programs)
+    for _ in range(3):
+        control, hostpid = go_away(mover, one, program)
+        assert mover.home(hostpid, one.pid, program) == one.pid
+        assert control.recv(64) == b""  # closed at the commit
+        control.close()
+        assert os.readlink(f"/proc/{one.pid}/exe") == exe
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
+
+
+def test_failed_home_coming_leaves_a_ghost(mover: Mover, victim: Callable[..., Victim], programs: Path) -> None:
+    one = victim("memory")
+    program = ghost_program(programs)
+    control, hostpid = go_away(mover, one, program)
+    source, destination = mover.worker(), mover.worker()
+    source.ask("freeze", pid=hostpid, writing=False)
+    seen = source.ask("inspect")
+    mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [], [program])
+    destination.close()  # held, but never resumed
+    assert control.recv(64) == b"ghost"
+    source.ask("release")
+    control.send(b"?")
+    assert struct.unpack("ii", control.recv(64)) == (one.pid, os.getpid())
+    assert mover.home(hostpid, one.pid, program) == one.pid
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
+    control.close()
+
+
+def test_killed_ghost_ends_as_killed(mover: Mover, victim: Callable[..., Victim], programs: Path) -> None:
+    one = victim("memory")
+    program = ghost_program(programs)
+    control, _ = go_away(mover, one, program)
+    os.kill(one.pid, signal.SIGKILL)
+    assert one.process.wait() == -signal.SIGKILL
+    until(lambda: control.recv(64) == b"", "the end of the control socket")
+    control.close()
+    os.close(program)
