@@ -56,7 +56,7 @@ def _pass(frozen: Frozen, program: int, control: int) -> tuple[int, int]:
             exe, ours = scm.received_fds(calls.read(block + scm.CONTROL_OFFSET, 1024))
     finally:
         os.close(pidfd)
-    floor = min(_CONTROL_FLOOR, max(resource.prlimit(frozen.pid, resource.RLIMIT_NOFILE)[0] - 8, 3))
+    floor = min(_CONTROL_FLOOR, max(procfs.read_limits(frozen.pid)[resource.RLIMIT_NOFILE][0] - 8, 3))
     calls = Calls(injection)
     duplicate = calls.add("fcntl", ours, _F_DUPFD, floor, label="control socket")
     for fd in (ours, inner, other):

@@ -15,14 +15,14 @@ from engine import note, state
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.dump import VDSO_DIGEST
 from engine.image import Image, ImageError, MappedFile
-from engine.linux import process_vm, ptrace
+from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
 from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
 from engine.restore_state import credential_rows, process_rows, signal_rows
-from engine.runner import ALL_SIGNALS, KEPT_ACTION, RESUME_DATA, TRAP_SIGNALS, Calls
+from engine.runner import KEPT_ACTION, RESUME_DATA, TRAP_SIGNALS, Calls
 from engine.target import Target
 
 _MAP_FIXED_NOREPLACE: Final = 0x100000
@@ -204,10 +204,10 @@ class Builder:
         self._place_descriptors(calls)
         process_rows(calls, image)
         signal_rows(calls, image, target.injection.trap, everything=target.home)
+        self._limit_rows(calls)
         credential_rows(calls, image)
         self._queue(calls)
         calls.run()
-        self._limits()
         injection = target.injection
         registers = Registers.from_buffer_copy(leader.registers)
         ptrace.set_xstate(target.pid, leader.xstate)
@@ -227,23 +227,23 @@ class Builder:
         with contextlib.suppress(OSError), open(f"/proc/{target.pid}/oom_score_adj", "w") as file:
             file.write(str(image.oom_score_adj))
 
-    def _limits(self) -> None:
+    def _limit_rows(self, calls: Calls) -> None:
+        # By the process itself, while it still has the rights that the worker may lack towards it.
+        now = procfs.read_limits(self.target.pid)
         for which, (soft, hard) in enumerate(self.image.limits):
-            now = resource.prlimit(self.target.pid, which)
-            wanted = tuple(-1 if x == ALL_SIGNALS else x for x in (soft, hard))
-            if now != wanted:
-                with contextlib.suppress(OSError, ValueError):
-                    resource.prlimit(self.target.pid, which, wanted)  # type: ignore[call-overload]
+            if (soft, hard) != now[which] or which == resource.RLIMIT_NOFILE:
+                calls.add("prlimit64", 0, which, calls.data(struct.pack("<QQ", soft, hard)), 0, must=False)
 
     def _place_descriptors(self, calls: Calls) -> None:
         # By way of numbers above all others, so that no step overwrites what a later one needs.
         target = self.target
         wanted = sorted({want for _, want, _ in self._placed})
         self._high = max([*wanted, *target.own_fds, 2]) + 1
-        soft, hard = resource.prlimit(target.pid, resource.RLIMIT_NOFILE)
+        soft, hard = procfs.read_limits(target.pid)[resource.RLIMIT_NOFILE]
         need = self._high + len(self._placed) + 2
         if need > soft:
-            resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (max(need, soft), max(need, hard)))
+            raised = calls.data(struct.pack("<QQ", max(need, soft), max(need, hard)))
+            calls.add("prlimit64", 0, resource.RLIMIT_NOFILE, raised, 0, label="room for descriptors")
         high = self._high + target.keep_above(calls, self._high)
         for i, (number, _, _) in enumerate(self._placed):
             calls.add("fcntl", number, _F_DUPFD_CLOEXEC, high + i, label="descriptors")
@@ -288,7 +288,7 @@ class Builder:
             injection.call_raw(r.number, *arguments)
         leader = self.image.threads[0]
         if leader.prime:
-            prime(injection, leader.prime, time.monotonic() - self._arrived)
+            prime(injection, leader.prime, time.monotonic() - self._arrived, injection.base + RESUME_DATA)
         injection.leave()
         note.erase()
         injection.finish()

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import struct
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ from engine.freeze import Frozen, Thread
 from engine.linux import procfs, ptrace
 from engine.linux.libc import NR, syscall
 from engine.restart import prime_of
-from engine.runner import ALL_SIGNALS, Calls
+from engine.runner import Calls
 
 # <linux/prctl.h>
 PR_SET_PDEATHSIG: Final = 1
@@ -177,4 +176,4 @@ _SETS: Final = {"inheritable": "CapInh", "permitted": "CapPrm", "effective": "Ca
 
 def limits(pid: int) -> list[list[int]]:
     """Soft and hard limits by RLIMIT_ number."""
-    return [[x & ALL_SIGNALS for x in resource.prlimit(pid, which)] for which in range(LIMITS)]
+    return [list(pair) for pair in procfs.read_limits(pid)]

@@ -118,6 +118,23 @@ def parse_smaps(raw: bytes) -> list[Vma]:
     return found
 
 
+def read_limits(pid: int) -> list[tuple[int, int]]:
+    """`/proc/PID/limits`: (soft, hard) by RLIMIT_ number; 2**64 - 1 is unlimited.
+
+    prlimit(2) would want CAP_SYS_RESOURCE for other users' processes, which not every root has.
+    """
+    found = []
+    for line in read(f"/proc/{pid}/limits").decode().splitlines()[1:]:
+        # Columns of fixed width, fs/proc/base.c: the name's 25, then 21 each.
+        soft, hard = line[25:46].strip(), line[46:67].strip()
+        found.append((_limit(soft), _limit(hard)))
+    return found
+
+
+def _limit(word: str) -> int:
+    return 2**64 - 1 if word == "unlimited" else int(word)
+
+
 @dataclass(frozen=True, slots=True)
 class PosixTimer:
     """One block of /proc/PID/timers."""
