@@ -32,6 +32,7 @@ from bpfs.procs.process import Process
 from bpfs.tree.base import WriteRequest
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
+CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
@@ -253,19 +254,19 @@ async def transfer(
 ) -> None:
     """Sends and receives at once.
 
-    Where the source fails the destination may never hear of it and is not waited for; but where it fails because the
-    destination does, a moment later that one says why.
+    Where the source fails the destination may never hear of it and is not waited for; but where only the connection
+    failed, the destination says a moment later why.
 
     Raises:
-        BpfsError: the destination's, else the source's.
+        BpfsError: the source's, which knows what the destination said; else the destination's.
     """
-    errors: list[BpfsError] = []
+    errors: dict[str, BpfsError] = {}
 
     async def sending(scope: trio.CancelScope) -> None:
         try:
             figures.bytes = int((await send())["bytes"])
         except BpfsError as error:
-            errors.append(error)
+            errors["source"] = error
             scope.deadline = trio.current_time() + LAST_WORD
 
     async with trio.open_nursery() as nursery:
@@ -275,6 +276,9 @@ async def transfer(
             try:
                 await receive()
             except BpfsError as error:
-                errors.insert(0, error)
+                errors["destination"] = error
+    source = errors.get("source")
+    if source is not None and not (source.code in CONNECTION_ERRORS and "destination" in errors):
+        raise source
     if errors:
-        raise errors[0]
+        raise errors["destination"]
