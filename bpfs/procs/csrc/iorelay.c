@@ -16,10 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define MAX_PASSED 253 /* SCM_MAX_FD */
+#define END_MS 5
 
 static struct stream *streams;
 static struct port control;
@@ -94,8 +96,18 @@ bool side_watches_sink(const struct chan *c)
 	return !c->stream->held;
 }
 
+/* A half-closed socket cannot be opened again: it is done when all has been read, and a hold has nothing to take back. */
+static bool end_waits(struct chan *c)
+{
+	int unread = 0;
+
+	return c->out_end && c->peer >= 0 && c->sink.fd >= 0 && ioctl(c->peer, FIONREAD, &unread) == 0 && unread;
+}
+
 void side_sink_end(struct chan *c)
 {
+	if (end_waits(c))
+		return;
 	if (chan_bidirectional(c))
 		shutdown(c->sink.fd, SHUT_WR);
 	port_close(&c->sink);
@@ -398,18 +410,25 @@ static void bury(void)
 	}
 }
 
-/* Terminals are looked at by time. Returns ms until the next look, -1: none. */
+/* What must be looked at by time. Returns ms until the next look, -1: none. */
 static int ticks(void)
 {
 	int64_t now = now_ms(), next = INT64_MAX;
 
 	for (struct stream *s = streams; s; s = s->next)
-		for (int i = 0; i < s->nchans && s->open && !s->held; i++)
-			if (s->chans[i].tty) {
-				int64_t t = tty_tick(&s->chans[i], now);
-				if (t < next)
-					next = t;
-			}
+		for (int i = 0; i < s->nchans && s->open && !s->held; i++) {
+			struct chan *c = &s->chans[i];
+			int64_t t = INT64_MAX;
+
+			if (c->tty)
+				t = tty_tick(c, now);
+			else if (end_waits(c))
+				t = now + END_MS;
+			else if (c->out_end && !c->out.len && c->sink.fd >= 0)
+				side_sink_end(c);
+			if (t < next)
+				next = t;
+		}
 	return next == INT64_MAX ? -1 : next <= now ? 0 : (int)(next - now);
 }
 
