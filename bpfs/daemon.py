@@ -40,7 +40,7 @@ class Ready:
     def failed(self, sentence: str) -> None:
         """The daemon cannot start."""
         if self._fd is None and not self.told:
-            print(sentence, file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
         self._tell(sentence.encode(errors="replace")[:4000])
 
     def _tell(self, data: bytes) -> None:

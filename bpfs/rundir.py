@@ -132,6 +132,19 @@ class RunDir:
                 found[path.stem] = Recorded(int(words[0]), int(words[1]))
         return found
 
+    def master_pid(self) -> int:
+        """The pid of the master that runs here, 0 where none does."""
+        master = self.recorded().get("master")
+        return master.pid if master is not None and master.alive else 0
+
+    def leave(self) -> None:
+        """A master that was started by hand has ended: nothing of it is needed any more.
+
+        That of a virtual cluster is left to `bpcluster down`, and is known by its key.
+        """
+        if not self.key.exists():
+            self.remove()
+
     def remove(self) -> None:
         """Remove the directory, and its parent when it was the last."""
         shutil.rmtree(self.path, ignore_errors=True)

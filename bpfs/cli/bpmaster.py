@@ -101,9 +101,12 @@ def detach(options: MasterOptions, file: Path, verbose: bool) -> int:
         log.start(PROG, None, verbose)
         return serve(options, ready)
 
+    rundir = RunDir(options.config.mount)
     started = daemon.start(body, file)
     complaint = started.wait_ready(READY_TIMEOUT)
     if complaint is not None:
+        if not rundir.master_pid():
+            rundir.leave()
         raise BpfsError(EXIT_ERROR, complaint)
     return 0
 

@@ -13,11 +13,10 @@ import socket
 import struct
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from errno import ENODEV
+from errno import EBUSY, ENODEV
 from pathlib import Path
 
 import trio
-from engine.zygote import Zygote
 
 from bpfs import config as configuration
 from bpfs import daemon, kernel, log
@@ -33,6 +32,7 @@ from bpfs.nodes.registry import MASTER
 from bpfs.rundir import RunDir
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.wire.handshake import read_key
+from engine.zygote import Zygote
 
 _log = log.get("master")
 
@@ -61,6 +61,9 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     """Be the master until told to end; gives the exit code."""
     kernel.set_title(f"bpmaster: {options.config.mount}")
     daemon.raise_limits()
+    running = RunDir(options.config.mount).master_pid()
+    if running not in (0, os.getpid()):
+        raise BpfsError(EBUSY, f"a master runs at {options.config.mount} already (pid {running})")
     key = read_key(options.config.key)
     port = open_port(listen_address(options.config), options.config.port)
     # Before trio and before any thread: workers are forks of the zygote, and it is a fork of this.
@@ -70,7 +73,8 @@ def serve(options: MasterOptions, ready: Ready) -> int:
         trio.run(_serve, options, ready, key, port, Workers(zygote))
     except* BpfsError as group:
         complaint = first_error(group).sentence
-        _log.error("%s", complaint)
+        if ready.told:
+            _log.error("%s", complaint)
         ready.failed(complaint)
     finally:
         zygote.close()
@@ -105,6 +109,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         cluster.nodes.set_address(cluster.nodes.get(MASTER), host)
         cluster.reconfigure(options.config)
         rundir.make()
+        stack.callback(rundir.leave)
         rundir.record("master", os.getpid())
         rundir.write("port", f"{host} {number}\n")
         await stack.enter_async_context(processes(cluster))
@@ -112,7 +117,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
             await stack.enter_async_context(tree.mounted(cluster))
         nursery.start_soon(workers.keep_spare, name="spare worker")
         nursery.start_soon(_sample, cluster, name="samples of the master")
-        nursery.start_soon(control.serve, cluster, rundir.control, name="control socket")
+        await nursery.start(control.serve, cluster, rundir.control, name="control socket")
         nursery.start_soon(Listener(cluster, port).run, name="cluster port")
         _log.info("ready on %s port %d", host, number)
         ready.ok()

@@ -30,8 +30,8 @@ def status_text(cluster: Cluster) -> str:
     return "".join(_line(node) + "\n" for node in cluster.nodes)
 
 
-async def serve(cluster: Cluster, path: Path) -> None:
-    """Serve the socket for ever."""
+async def serve(cluster: Cluster, path: Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve the socket for ever; started when it is there."""
     _remove(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     with sock:
@@ -42,6 +42,7 @@ async def serve(cluster: Cluster, path: Path) -> None:
         finally:
             os.close(folder)
         sock.listen(16)
+        task_status.started()
         try:
             async with trio.open_nursery() as nursery:
                 while True:

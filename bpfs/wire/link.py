@@ -178,6 +178,8 @@ class Link:
         frame_id = next(self._ids)
         await trio.lowlevel.checkpoint_if_cancelled()
         self._send(codec.encode(Kind.REQUEST, frame_id, message))
+        if self.reason:  # what waited to be sent was too much
+            raise LinkClosed(f"the link to {self.name} ended: {self.reason}")
         box: list[Frame | None] = []
         self._waiting[frame_id] = (trio.lowlevel.current_task(), box)
         try:

@@ -79,6 +79,10 @@ def test_master_and_slave_by_hand(place, key, log, tmp_path):
     wait_until(lambda: (place.mount / "nodes/0").exists(), "the slave should be there")
     place.wait_state(0, "up")
 
+    second = run("bpmaster", "--config", str(config), "--address", "127.0.0.1")
+    pid = place.pid("master")
+    assert (second.returncode, second.stderr) == (1, f"bpmaster: a master runs at {place.mount} already (pid {pid})\n")
+
     # SIGHUP reads the file again: a mistake leaves everything as it is, and is named.
     config.write_text("leese 9\n")
     os.kill(place.pid("master"), signal.SIGHUP)
@@ -96,6 +100,7 @@ def test_master_and_slave_by_hand(place, key, log, tmp_path):
     wait_until(lambda: not living(everybody), "the master should have ended")
     assert not os.path.ismount(place.mount)
     wait_until(lambda: "cannot connect" in log.read_text(), "the slave should look for a master")
+    assert not place.rundir.path.exists()
     again = run("bpmaster", "--config", str(tmp_path / "none"))
     assert again.returncode == 2
     config.write_text(f"key {key}\nmount {place.mount}\nbprocport {port}\n")
@@ -143,8 +148,7 @@ def test_complaints_come_before_detaching(place, key, tmp_path):
         assert (done.returncode, done.stdout) == (2, ""), (args, done)
         assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, (args, done.stderr)
     assert not os.path.ismount(mount)
-    RunDir(f"{mount}/none").remove()
-    RunDir(mount).remove()
+    assert not RunDir(f"{mount}/none").path.exists() and not RunDir(mount).path.exists()
 
 
 @pytest.mark.parametrize("program", ["bpmaster", "bpslave"])
