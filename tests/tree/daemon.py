@@ -196,6 +196,16 @@ async def main(mountpoint: str, remote: bool) -> None:
             member_access=lambda box: box.access,
             member_change=change_box,
         ),
+        Collection(
+            "fresh",
+            "boxes whose objects are made anew at each look",
+            names=lambda s: map(str, sorted(s.boxes)),
+            lookup=lambda s, name: Box(number_of_name(name) or 0) if find_box(s, name) else None,
+            table=box_table,
+            member_access=lambda box: box.access,
+            member_key=lambda box: box.number,
+            member_lasting=False,
+        ),
         Directory(
             "inner",
             "tests of files",

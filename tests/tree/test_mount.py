@@ -245,6 +245,18 @@ def test_names_go_and_come_anew(session_folder: Path, kind: tuple[str, ...]) -> 
             os.close(inside)
 
 
+def test_objects_made_anew_at_each_look_disturb_nobody(top: Path) -> None:
+    program = "for turn in range(300): assert open('fresh/1/value').read() == '0\\n'"
+    readers = [spawn(sys.executable, "-S", "-c", program, cwd=top) for _ in range(3)]
+    try:
+        for reader in readers:
+            _, errors = reader.communicate(timeout=DEADLINE)
+            assert (reader.returncode, errors) == (0, "")
+    finally:
+        for reader in readers:
+            end_child(reader)
+
+
 # -- waiting -------------------------------------------------------------------------------------------------
 
 

@@ -34,8 +34,9 @@ def beats_past(heart: Path, count: int) -> bool:
 
 
 @pytest.mark.slow
-def test_interrupted_and_killed_callers_harm_nobody(session_folder: Path) -> None:
-    with mounted(session_folder) as daemon:
+@pytest.mark.parametrize(("kind", "share"), [([], 1), (["remote"], 3)], ids=["local", "remote"])
+def test_interrupted_and_killed_callers_harm_nobody(session_folder: Path, kind: list[str], share: int) -> None:
+    with mounted(session_folder, "daemon", *kind) as daemon:
         top = daemon.mountpoint
 
         def statistics() -> dict[str, int]:
@@ -46,12 +47,12 @@ def test_interrupted_and_killed_callers_harm_nobody(session_folder: Path) -> Non
         with beats.open("w") as file:
             heart = subprocess.Popen([sys.executable, "-c", HEARTBEAT], cwd=top, stdout=file, text=True)
         storms = [
-            subprocess.Popen([sys.executable, "-S", str(STORM), kind, str(count)], cwd=top, text=True)
-            for kind, count in [
-                ("interrupted_reader", 400),
-                ("blocked_reader", 1200),
-                ("blocked_writer", 800),
-                ("reader", 1200),
+            subprocess.Popen([sys.executable, "-S", str(STORM), way, str(count // share)], cwd=top, text=True)
+            for way, count in [
+                ("interrupted_reader", 200),
+                ("blocked_reader", 800),
+                ("blocked_writer", 600),
+                ("reader", 800),
             ]
         ]
         try:
