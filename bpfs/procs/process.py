@@ -76,6 +76,7 @@ class Process:
     doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that
     history: list[Stay] = field(default_factory=list)
     ended: trio.Event = field(default_factory=trio.Event)
+    settled: trio.Event = field(default_factory=trio.Event)  # of the migration under way; replaced by each
 
     @property
     def away(self) -> bool:

@@ -52,6 +52,8 @@ class Procs:
         proc = self.table.find(pid)
         may_control(request.caller, proc)
         target = self.nodes.get(node)
+        if proc.state is ProcState.MIGRATING and request.caller.pid == pid:
+            await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
             raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
         if proc.place == node:
@@ -62,7 +64,7 @@ class Procs:
     async def _run(self, migration: Migration, request: WriteRequest) -> None:
         proc, node = migration.proc, migration.destination.number
         before = proc.state
-        proc.state = ProcState.MIGRATING
+        proc.state, proc.settled = ProcState.MIGRATING, trio.Event()
         self.table.add(proc)
         outcome, reason = "ok", ""
         try:
@@ -80,6 +82,7 @@ class Procs:
                 proc.state = before
             with trio.CancelScope(shield=True):
                 await self._settle(proc)
+            proc.settled.set()
 
     async def _settle(self, proc: Process) -> None:
         # The migration no longer owns it: what happened to it meanwhile counts now.

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -186,19 +187,29 @@ bool tty_pump(struct chan *c)
 
 /* ---- input ---- */
 
+/* Bytes the job has not read yet. poll(2) first: it waits for the kernel's worker that carries written bytes over; without it
+ * they would not be counted, and a reader about to be woken would be taken for one that wants more. */
+static int unread_bytes(const struct tty *t)
+{
+	struct pollfd p = { .fd = t->slave, .events = POLLIN };
+	int unread = 0;
+
+	if (t->slave < 0)
+		return 0;
+	poll(&p, 1, 0);
+	return ioctl(t->slave, FIONREAD, &unread) == 0 ? unread : 0;
+}
+
 /* Each record is one read(2) of the real terminal, and becomes one here: a line stays a line. */
 void tty_flush(struct chan *c)
 {
 	uint16_t n;
-	int unread = 0;
 
 	while (c->sink.fd >= 0 && c->out.len >= sizeof(n)) {
 		memcpy(&n, buf_head(&c->out), sizeof(n));
 		if (c->out.len < sizeof(n) + n)
 			return;
-		if (c->tty->slave >= 0)
-			ioctl(c->tty->slave, FIONREAD, &unread);
-		if (unread)
+		if (unread_bytes(c->tty))
 			return;
 		ssize_t r = 0;
 		if (n)
@@ -218,7 +229,7 @@ void tty_take_back(struct chan *c)
 	uint16_t n;
 	ssize_t r;
 
-	for (int unread = 1; c->tty->slave >= 0 && ioctl(c->tty->slave, FIONREAD, &unread) == 0 && unread; ) {
+	while (unread_bytes(c->tty)) {
 		r = read(c->tty->slave, data, sizeof(data));
 		if (r < 0)
 			break;
@@ -252,7 +263,6 @@ int64_t tty_tick(struct chan *c, int64_t now)
 {
 	struct tty *t = c->tty;
 	uint32_t most = 0;
-	int unread = 0;
 
 	if (c->src.fd < 0 || c->sink.fd < 0)
 		return INT64_MAX;
@@ -265,7 +275,7 @@ int64_t tty_tick(struct chan *c, int64_t now)
 		return INT64_MAX;
 	if (now < t->next_look)
 		return t->next_look;
-	if (t->slave < 0 || ioctl(t->slave, FIONREAD, &unread) < 0 || !unread) {
+	if (!unread_bytes(t)) {
 		if (t->job >= 0 && !t->background && (fcntl(t->job, F_GETFL) & O_NONBLOCK))
 			most = 64; /* never seen waiting */
 		else

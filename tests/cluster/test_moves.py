@@ -1,0 +1,300 @@
+"""The main job: real processes moved by echo from the master to nodes and home again, seen from outside and inside."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.virtual import VirtualCluster, cluster, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+# Counts on stdout, a line a step, until a line comes on stdin; then says what it counted and ends with 7.
+COUNTER = """
+import os, select, sys
+n = 0
+while not select.select([0], [], [], 0.01)[0]:
+    n += 1
+    print(n, os.getpid(), flush=True)
+print("end", n, sys.stdin.readline().strip(), flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.fixture(scope="module")
+def it(session_folder):
+    # Not pytest's own folder, which ordinary users may not enter.
+    with cluster(session_folder / "moves", nodes=3) as made:
+        yield made
+
+
+def echo(it: VirtualCluster, text: object, path: str) -> subprocess.CompletedProcess[str]:
+    """`echo TEXT > PATH` by a shell."""
+    return subprocess.run(
+        ["bash", "-c", f"echo '{text}' > '{it.mount}/{path}'"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def move(it: VirtualCluster, pid: int, node: int) -> None:
+    done = echo(it, pid, f"nodes/{node}/migrate")
+    assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate")
+
+
+def place(it: VirtualCluster, pid: int) -> str:
+    return it.read(f"procs/{pid}/node").strip()
+
+
+def holds(pid: int, end: str) -> bool:
+    """Whether a process has a file open whose path ends like this."""
+    try:
+        return any(os.readlink(fd).endswith(end) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False  # it has just closed one
+
+
+@pytest.fixture
+def counter():
+    process = subprocess.Popen(
+        [sys.executable, "-c", COUNTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    out, err = process.communicate("enough\n", timeout=60)
+    assert err == ""
+    assert process.returncode == 7
+    return out.splitlines()
+
+
+def check_counting(lines: list[str], pid: int) -> None:
+    *steps, end = lines
+    numbers = [int(line.split()[0]) for line in steps]
+    assert numbers == list(range(2, len(steps) + 2)), "a line was lost or doubled"
+    assert {line.split()[1] for line in steps} == {str(pid)}
+    assert end == f"end {numbers[-1] if numbers else 1} enough"
+
+
+@pytest.mark.parametrize("route", [[1], [1, -1], [0, 2], [0, 1, 2, -1], [2, -1, 2, -1]], ids=str)
+def test_a_process_counts_on_wherever_it_goes(it, counter, route):
+    for node in route:
+        move(it, counter.pid, node)
+        assert place(it, counter.pid) == str(node)
+    check_counting(finish(counter), counter.pid)
+
+
+def test_ps_and_procs_show_it_all_the_time(it, counter):
+    move(it, counter.pid, 1)
+    shown = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,ppid=,args=", "-p", str(counter.pid)], capture_output=True, text=True
+    ).stdout
+    assert shown.split()[:2] == [str(counter.pid), str(os.getpid())]
+    assert "select.select" in shown
+    assert str(counter.pid) in os.listdir(it.mount / "procs")
+    assert str(counter.pid) in os.listdir(it.mount / "nodes/1/procs")
+    assert os.path.samefile(it.mount / f"nodes/1/procs/{counter.pid}", it.mount / f"procs/{counter.pid}")
+    assert it.read(f"procs/{counter.pid}/state") == "running\n"
+    assert b"select.select" in (it.mount / f"procs/{counter.pid}/cmdline").read_bytes()
+    assert [line.split()[0] for line in it.read(f"procs/{counter.pid}/history").splitlines()] == ["-1", "1"]
+    usage = dict(line.split() for line in it.read(f"procs/{counter.pid}/rusage").splitlines())
+    assert int(usage["rss_kb"]) > 1000 and float(usage["utime_s"]) >= 0
+    move(it, counter.pid, -1)
+    assert str(counter.pid) not in os.listdir(it.mount / "procs")
+    check_counting(finish(counter), counter.pid)
+
+
+def test_the_result_is_that_of_a_run_that_never_moved(it, tmp_path):
+    data = b"".join(hashlib.sha256(str(n).encode()).digest() for n in range(60_000))
+    source = tmp_path / "data"
+    source.write_bytes(data)
+    wanted = subprocess.run(["xz", "-6", "-c", source], capture_output=True, check=True).stdout
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen(["xz", "-6", "-c", source], stdout=out)
+    for node in (2, 0, -1, 1):
+        done = echo(it, process.pid, f"nodes/{node}/migrate")
+        if done.returncode:
+            break  # it was quicker than we
+    assert process.wait(60) == 0
+    assert (tmp_path / "out").read_bytes() == wanted
+
+
+def test_signals_reach_it_and_its_death_comes_back(it, counter):
+    move(it, counter.pid, 1)
+    counter.send_signal(signal.SIGTERM)
+    assert counter.wait(60) == -signal.SIGTERM
+
+
+def test_kill_9_of_the_ghost_kills_the_process(it, counter):
+    move(it, counter.pid, 1)
+    counter.kill()
+    assert counter.wait(60) == -signal.SIGKILL
+    wait_until(lambda: not (it.mount / f"procs/{counter.pid}").exists(), "the process should be gone")
+
+
+def test_stop_and_continue_are_seen_by_the_parent(it, counter):
+    move(it, counter.pid, 2)
+    counter.send_signal(signal.SIGTSTP)
+    assert os.WIFSTOPPED(os.waitpid(counter.pid, os.WUNTRACED)[1])
+    assert it.read(f"procs/{counter.pid}/state") == "stopped\n"
+    counter.send_signal(signal.SIGCONT)
+    assert os.WIFCONTINUED(os.waitpid(counter.pid, os.WCONTINUED)[1])
+    wait_until(lambda: it.read(f"procs/{counter.pid}/state") == "running\n", "it should run")
+    check_counting(finish(counter), counter.pid)
+
+
+def test_sigstop_of_the_ghost_stops_the_process(it, counter):
+    move(it, counter.pid, 2)
+    counter.send_signal(signal.SIGSTOP)
+    wait_until(lambda: it.read(f"procs/{counter.pid}/state") == "stopped\n", "it should stop")
+    counter.send_signal(signal.SIGCONT)
+    wait_until(lambda: it.read(f"procs/{counter.pid}/state") == "running\n", "it should run")
+    check_counting(finish(counter), counter.pid)
+
+
+def test_signal_file(it, counter):
+    move(it, counter.pid, 0)
+    assert echo(it, "banana", f"procs/{counter.pid}/signal").returncode != 0
+    it.write(f"procs/{counter.pid}/signal", "SIGINT")
+    counter.wait(60)
+    assert counter.returncode in (1, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+def test_a_shell_moves_itself(it, shell):
+    script = f"echo $$ > {it.mount}/nodes/1/migrate; hostname; cat {it.mount}/self/state; ls -d /bin | wc -l; exit 5"
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("n1\nup\n1\n", "", 5)
+
+
+def test_a_shell_goes_and_comes_home(it):
+    m = it.mount
+    script = "; ".join(f"echo $$ > {m}/nodes/{node}/migrate; hostname" for node in (2, -1, 0))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["n2", os.uname().nodename, "n0"], "")
+
+
+def test_a_shell_that_cannot_go_says_why_and_stays(it):
+    script = f"echo $$ > {it.mount}/nodes/77/migrate; hostname"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == os.uname().nodename
+    assert "No such file or directory" in done.stderr
+
+
+MISTAKES = [
+    ("banana", "Invalid argument"),
+    ("", "Invalid argument"),
+    ("12 34", "Invalid argument"),
+    ("99999999999999999999999", "Invalid argument"),
+    ("-5", "Invalid argument"),
+    ("4190000", "No such process"),
+    ("1\n2", "Invalid argument"),
+]
+
+
+@pytest.mark.parametrize(("text", "error"), MISTAKES, ids=[repr(text) for text, _ in MISTAKES])
+def test_mistakes_get_the_right_error(it, text, error):
+    done = echo(it, text, "nodes/1/migrate")
+    assert done.returncode != 0 and error in done.stderr
+
+
+def test_a_down_node_takes_nobody(it, counter):
+    it.write("nodes/2/state", "down")
+    try:
+        done = echo(it, counter.pid, "nodes/2/migrate")
+        assert done.returncode != 0 and "Host is down" in done.stderr
+    finally:
+        it.write("nodes/2/state", "up")
+    check_counting(finish(counter), counter.pid)
+
+
+def test_what_cannot_move_is_refused_in_words_and_never_notices(it):
+    script = (
+        "import socket, sys; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print('on', flush=True); "
+        "sys.stdin.readline(); print('off', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "on\n"
+        done = echo(it, process.pid, "nodes/1/migrate")
+        assert "Operation not supported" in done.stderr
+        assert "TCP" in it.read("nodes/1/migrate").splitlines()[-1]
+        assert "TCP" in it.read(f"procs/{process.pid}/cantmove")
+        assert process.communicate("\n", timeout=60)[0] == "off\n"
+
+
+def test_moving_to_where_it_is_is_success(it, counter):
+    move(it, counter.pid, -1)
+    move(it, counter.pid, 1)
+    before = it.read("nodes/1/migrate")
+    move(it, counter.pid, 1)
+    assert it.read("nodes/1/migrate") == before
+    check_counting(finish(counter), counter.pid)
+
+
+def test_wait_tells_the_end(it, counter):
+    move(it, counter.pid, 1)
+    with subprocess.Popen(
+        ["cat", it.mount / f"procs/{counter.pid}/wait"], stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        wait_until(lambda: holds(waiting.pid, "/wait"), "cat should have the file open")
+        check_counting(finish(counter), counter.pid)
+        assert waiting.communicate(timeout=60)[0] == "exit 7\n"
+
+
+def test_an_ordinary_user_moves_his_own_and_nobody_elses(it, counter):
+    it.write("nodes/1/mode", "111")
+    script = f"id -u; echo $$ > {it.mount}/nodes/1/migrate; hostname; id -u"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=60, user=1234, group=1234, extra_groups=[]
+    )
+    assert (done.stdout.split(), done.stderr) == (["1234", "n1", "1234"], "")
+    theirs = subprocess.run(
+        ["bash", "-c", f"echo {counter.pid} > {it.mount}/nodes/1/migrate"],
+        capture_output=True,
+        text=True,
+        user=1234,
+        group=1234,
+    )
+    assert theirs.returncode != 0 and "Permission denied" in theirs.stderr
+    it.write("nodes/1/mode", "0")
+    kept_out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, user=1234, group=1234)
+    it.write("nodes/1/mode", "111")
+    assert kept_out.stdout.split() == ["1234", os.uname().nodename, "1234"] and "Permission denied" in kept_out.stderr
+
+
+def test_a_lost_node_ends_its_processes_as_killed(it):
+    process = subprocess.Popen(["sleep", "600"])
+    move(it, process.pid, 2)
+    os.kill(it.slave(2), signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    it.wait_state(2, "up")
+
+
+def test_many_moves_leave_nothing_behind(it, counter):
+    def held() -> tuple[int, int]:
+        pids = [it.pid("master"), it.slave(0)]
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), len(it.processes())
+
+    for node in (0, -1, 0, -1):
+        move(it, counter.pid, node)
+    before = held()
+    for _ in range(20):
+        for node in (0, -1):
+            move(it, counter.pid, node)
+    wait_until(lambda: held()[0] <= before[0] and held()[1] <= before[1], f"held before: {before}, after: {held()}")
+    check_counting(finish(counter), counter.pid)
