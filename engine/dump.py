@@ -91,7 +91,8 @@ def build(inspection: Inspection) -> Image:
         timer_slack=asked.timer_slack, subreaper=asked.subreaper, thp_disabled=asked.thp_disabled,
         oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
         io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, frozen.pid),
-        descriptors=inspection.descriptors.table, total=sum(length for _, length in inspection.runs),
+        descriptors=inspection.descriptors.table, frozen_ns=round((time.monotonic() - frozen.settled) * 1e9),
+        total=sum(length for _, length in inspection.runs),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from engine.linux import process_vm, procfs, ptrace
 from engine.linux.libc import NR
 from engine.linux.procfs import Vma
 from engine.linux.ptrace import Registers
-from engine.restart import Sleep, look_at_sleep, resume_interrupted
+from engine.restart import Sleep, adjust, look_at_sleep
 from engine.runner import CODE_BYTES, KEPT_ACTION, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone, row
 
 STOP_TIMEOUT_S: Final = 10.0
@@ -35,6 +35,7 @@ class Thread:
     mask: int = 0
     stopped: bool = False  # our stop has been waited for
     zombie: bool = False
+    again: int = 0  # an interrupted call with a time in a register, which is made again
 
 
 class Frozen:
@@ -57,7 +58,7 @@ class Frozen:
         self.memory = -1
         self.injection: Injection | None = None
         self._kept: tuple[int, bytes] | None = None  # trap signal and the action we replaced
-        self.started = 0.0  # time.monotonic() of the freeze
+        self.settled = 0.0  # time.monotonic() when all stood
 
     @property
     def live(self) -> str:
@@ -75,6 +76,7 @@ class Frozen:
         self._collect(deadline)
         while self._seize_new():
             self._collect(deadline)
+        self.settled = time.monotonic()
         self.threads = [t for t in self.threads if not t.zombie]
         if not self.threads:
             raise ProcessGone(self.pid)
@@ -84,6 +86,14 @@ class Frozen:
             thread.mask = ptrace.get_mask(thread.tid)
         self.status = procfs.parse_status(procfs.read(f"{self.live}/status"))
         self.memory = os.open(f"{self.live}/mem", os.O_RDWR | os.O_CLOEXEC)
+        for thread in self.threads:
+            adjust(self, thread)
+
+    def status_of(self, thread: Thread) -> dict[str, str]:
+        """`/proc/PID/task/TID/status`: signal sets differ between threads."""
+        if thread is self.threads[0]:
+            return self.status
+        return procfs.parse_status(procfs.read(f"/proc/{self.pid}/task/{thread.tid}/status"))
 
     def _seize_new(self) -> bool:
         known = {t.tid for t in self.threads}
@@ -216,8 +226,6 @@ class Frozen:
         try:
             if failure:
                 self.threads[0].registers.rax = -failure & 0xFFFFFFFFFFFFFFFF
-            for thread in self.threads:
-                resume_interrupted(thread.registers, thread.sleep, self.started)
             if self.injection is not None:
                 injection = self.injection
                 injection.write_slot()
@@ -260,7 +268,6 @@ def freeze(pid: int, wait: bool = True) -> Frozen:
     """
     frozen = Frozen(pid)
     try:
-        frozen.started = time.monotonic()
         if not frozen._seize_new():
             raise ProcessLookupError(3, os.strerror(3), f"process {pid}")
         if wait:

@@ -118,7 +118,8 @@ class Image:
     oom_score_adj: int
     io_priority: int
     descriptors: list[dict[str, Any]]  # engine/descriptors' table
-    total: int = 0  # bytes of pages
+    frozen_ns: int  # how long it had been frozen when this was written
+    total: int  # bytes of pages
 
 
 T = TypeVar("T")

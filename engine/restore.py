@@ -40,7 +40,7 @@ class Builder:
         self.ghost_numbers = ghost or {}
         self._opened: list[int] = []
         self._high = 0
-        self._arrived = time.monotonic()
+        self._arrived = time.monotonic() - image.frozen_ns / 1e9
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
         self._made: list[Placed] = []
         self._bounds = [r.start for r in image.regions]

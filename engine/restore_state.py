@@ -33,8 +33,14 @@ def process_rows(calls: Calls, image: Image) -> None:
         calls.add("prctl", state.PR_SET_THP_DISABLE, image.thp_disabled, 0, 0, 0)
     calls.add("prctl", state.PR_SET_TIMERSLACK, image.timer_slack, must=False)
     for which, value in enumerate(image.itimers):
-        calls.add("setitimer", which, calls.data(value), 0, label="interval timer")
+        calls.add("setitimer", which, calls.data(_armed(value)), 0, label="interval timer")
     _timer_rows(calls, image)
+
+
+def _armed(value: bytes) -> bytes:
+    # One whose signal is pending stands at zero until the signal is taken; set like that, it would never go on.
+    interval, left = value[:16], value[16:]
+    return interval + interval if left == bytes(16) else value
 
 
 def _timer_rows(calls: Calls, image: Image) -> None:

@@ -36,6 +36,7 @@ class Stat:
     mm: tuple[int, ...]  # start_code end_code start_stack start_data end_data start_brk arg_start arg_end env_start env_end
     policy: int
     rt_priority: int
+    processor: int
 
 
 def parse_stat(raw: bytes) -> Stat:
@@ -50,7 +51,7 @@ def parse_stat(raw: bytes) -> Stat:
     mm = tuple(get(i) for i in (26, 27, 28, 45, 46, 47, 48, 49, 50, 51))
     return Stat(
         int(raw[: left - 1]), raw[left + 1 : right], rest[0].decode(), get(4), get(5), get(6), get(9), get(19), get(20), get(22), mm,
-        get(41), get(40),
+        get(41), get(40), get(39),
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ class PosixTimer:
 def parse_timers(raw: bytes) -> list[PosixTimer]:
     """`/proc/PID/timers`."""
     timers = []
-    for block in raw.decode().split("ID: ")[1:]:
+    for block in ("\n" + raw.decode()).split("\nID: ")[1:]:
         lines = block.splitlines()
         fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
         number, _, value = fields["signal"].partition("/")

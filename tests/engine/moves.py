@@ -143,12 +143,15 @@ class Mover:
 class Victim:
     """A victim program under test."""
 
-    def __init__(self, program: Path, directory: Path, *arguments: str, **options: Any) -> None:
+    def __init__(
+        self, program: Path, directory: Path, *arguments: str, command: list[str] | None = None, **options: Any
+    ) -> None:
         self.stop_file = directory / "stop"
         self.output = open(directory / "output", "w+b", buffering=0)
         self.process = subprocess.Popen(
-            [str(program), str(self.stop_file), *arguments], stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, **options
-        )
+            command or [str(program), str(self.stop_file), *arguments],
+            stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, **options,
+        )  # fmt: skip
         until(self.is_ready, f"{program.name} to get ready")
 
     def is_ready(self) -> bool:
