@@ -6,18 +6,16 @@ freeze -> settle -> (work on it) -> release. A dead tracer is harmless at any mo
 import contextlib
 import os
 import signal
-import struct
 import time
 from dataclasses import dataclass, field
 from typing import Final
 
 from engine import note
 from engine.linux import process_vm, procfs, ptrace
-from engine.linux.libc import NR
 from engine.linux.procfs import Vma
 from engine.linux.ptrace import Registers
 from engine.restart import Sleep, adjust, look_at_sleep
-from engine.runner import CODE_BYTES, KEPT_ACTION, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone, row
+from engine.runner import CODE_BYTES, SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone
 
 STOP_TIMEOUT_S: Final = 10.0
 # Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
@@ -57,7 +55,6 @@ class Frozen:
         self.vmas: list[Vma] = []
         self.memory = -1
         self.injection: Injection | None = None
-        self._kept: tuple[int, bytes] | None = None  # trap signal and the action we replaced
         self.settled = 0.0  # time.monotonic() when all stood
 
     @property
@@ -150,15 +147,14 @@ class Frozen:
             else:  # a signal on its way: let it have it, our stop comes right after
                 ptrace.ptrace(ptrace.CONT, thread.tid, 0, os.WSTOPSIG(status) if status >> 16 == 0 else 0)
 
-    def open_injection(self, trap: int = 0, existing: int = 0) -> Injection:
+    def open_injection(self, existing: int = 0) -> Injection:
         """Map the scratch and put the call runner into the process (once).
 
         Args:
-            trap: the signal to stop with; 0 chooses one.
             existing: address of a scratch mapping that the process has already.
 
         Raises:
-            OSError: no address space or no signal is left for it.
+            OSError: no address space is left for it.
         """
         if self.injection is None:
             if not self.vmas:
@@ -167,8 +163,8 @@ class Frozen:
             vdso = next((v.start for v in self.vmas if v.path == "[vdso]"), 0)
             if not vdso:
                 raise OSError(95, "it has no vDSO")
-            choice = trap or choose_trap(self.status)
-            injection = Injection(self.pid, thread.tid, self.memory, vdso, thread.registers, thread.mask, choice or TRAP_SIGNALS[1])
+            choice = choose_trap(self.status)
+            injection = Injection(self.pid, thread.tid, self.memory, vdso, thread.registers, thread.mask, choice)
             if existing:
                 injection.adopt(existing)
             else:
@@ -176,36 +172,12 @@ class Frozen:
                 self.write_note(hole)
                 injection.enter(hole)
             self.injection = injection
-            if not choice:
-                self._disarm(injection)
         return self.injection
 
     def write_note(self, base: int) -> None:
         """Have a scratch at `base` taken away should this worker be killed."""
         stat = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/stat"))
         note.write(self.pid, stat.starttime, base, SCRATCH_SIZE)
-
-    def _disarm(self, injection: Injection) -> None:
-        """It catches every signal that could be our trap: ignore one of them for the time being."""
-        if (int(self.status["SigPnd"], 16) | int(self.status["ShdPnd"], 16)) >> (injection.trap - 1) & 1:
-            raise OSError(95, "it handles SIGURG, SIGWINCH and SIGCHLD, and SIGWINCH is pending")
-        old = injection.base + KEPT_ACTION
-        ignore = struct.pack("<QQQQ", 1, 0, 0, 0)
-        process_vm.write(self.pid, old + 32, ignore)
-        # An abandoned process puts its own action back.
-        injection.call("rt_sigaction", injection.trap, 0, old, 8)
-        injection.set_heal([row(NR["rt_sigaction"], injection.trap, old, 0, 8)])
-        injection.call("rt_sigaction", injection.trap, old + 32, 0, 8)
-        self._kept = (injection.trap, process_vm.read(self.pid, old, 32))
-
-    def amend_actions(self, actions: dict[int, bytes]) -> None:
-        """Put the action that `open_injection` had to replace back into what was asked of the process."""
-        if self._kept:
-            actions[self._kept[0]] = self._kept[1]
-
-    def _rearm(self, injection: Injection) -> None:
-        if self._kept:
-            injection.call("rt_sigaction", self._kept[0], injection.base + KEPT_ACTION, 0, 8)
 
     def has_scratch(self, address: int, length: int) -> bool:
         """Whether a scratch of ours is mapped there."""
@@ -229,7 +201,6 @@ class Frozen:
             if self.injection is not None:
                 injection = self.injection
                 injection.write_slot()
-                self._rearm(injection)
                 injection.leave()
                 note.erase()
                 if injection.stopped_by:
@@ -294,7 +265,7 @@ def choose_trap(status: dict[str, str], taken: int = 0) -> int:
     """A signal that does nothing to this process: its default is to be ignored, nobody catches it and none is pending.
 
     Returns:
-        0 when there is none.
+        0 when there is none: the process is then stopped at each call.
     """
     unfit = int(status["SigCgt"], 16) | int(status["SigPnd"], 16) | int(status["ShdPnd"], 16) | taken
     for number in TRAP_SIGNALS:

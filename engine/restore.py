@@ -22,7 +22,7 @@ from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
 from engine.restore_state import credential_rows, process_rows, signal_rows
-from engine.runner import KEPT_ACTION, RESUME_DATA, TRAP_SIGNALS, Calls
+from engine.runner import RESUME_DATA, TRAP_SIGNALS, Calls
 from engine.target import Target
 
 _MAP_FIXED_NOREPLACE: Final = 0x100000
@@ -78,13 +78,10 @@ class Builder:
         target.injection.vdso = target.special["[vdso]"][0]
 
     def _choose_trap(self) -> int:
-        # It must not be pending (it would be taken for our stop), and better not have an action, which then has to wait.
-        pending = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]}
-        pending |= self.target.pending()
-        fit = [n for n in TRAP_SIGNALS if n not in pending]
-        if not fit:
-            raise OSError(95, "SIGURG, SIGWINCH and SIGCHLD are all pending")
-        return next((n for n in fit if n not in self.image.actions), fit[0])
+        # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
+        unfit = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]} | set(self.image.actions)
+        unfit |= self.target.pending()
+        return next((n for n in TRAP_SIGNALS if n not in unfit), 0)
 
     def _open(self, file: MappedFile) -> int:
         flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -203,7 +200,7 @@ class Builder:
                 calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
         self._place_descriptors(calls)
         process_rows(calls, image)
-        signal_rows(calls, image, target.injection.trap, everything=target.home)
+        signal_rows(calls, image, everything=target.home)
         self._limit_rows(calls)
         credential_rows(calls, image)
         self._queue(calls)
@@ -275,11 +272,6 @@ class Builder:
         target = self.target
         injection = target.injection
         target.before_resume(self._high)
-        deferred = self.image.actions.get(injection.trap)
-        if deferred is not None:
-            address = injection.base + KEPT_ACTION
-            process_vm.write(target.pid, address, deferred)
-            injection.call("rt_sigaction", injection.trap, address, 0, 8)
         rows = at_resume(self.image.descriptors)
         for r in rows:  # few: POSIX locks
             data = next((a for a in r.arguments if isinstance(a, bytes)), b"")

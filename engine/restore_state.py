@@ -56,16 +56,15 @@ def _timer_rows(calls: Calls, image: Image) -> None:
     calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0, must=False)
 
 
-def signal_rows(calls: Calls, image: Image, trap: int, everything: bool) -> None:
+def signal_rows(calls: Calls, image: Image, everything: bool) -> None:
     """Signal actions and the alternate stack.
 
     Args:
-        trap: its action is left for the very end, unless it is harmless.
         everything: set default actions too (the process was another program before).
     """
     numbers = ACTION_NUMBERS if everything else sorted(image.actions)
     for number in numbers:
-        if number not in _UNQUEUEABLE and number != trap:
+        if number not in _UNQUEUEABLE:
             action = image.actions.get(number, bytes(state.ACTION_SIZE))
             calls.add("rt_sigaction", number, calls.data(action), 0, 8, label=f"action of signal {number}")
     pointer, flags, size = struct.unpack("<QixxxxQ", image.threads[0].altstack)

@@ -27,7 +27,6 @@ CODE_BYTES: Final = CODE.read_bytes()
 SCRATCH_SIZE: Final = 0x40000
 _SLOT: Final = 0x1000
 _HEAL: Final = 0x1400  # heal table of the leader's slot
-KEPT_ACTION: Final = 0x1F00  # offset of two struct kernel_sigaction
 _TABLE: Final = 0x2000
 _DATA: Final = 0x10000
 RESUME_DATA: Final = _DATA  # offset; used once the tables are done with
@@ -203,19 +202,19 @@ class Injection:
         go = self._entry(self.base)
         go.rbx, go.r12, go.rbp = table, count, self.base + _SLOT
         ptrace.set_registers(self.tid, go)
-        ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (self.trap - 1)))
+        ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (self.trap - 1)) if self.trap else ALL_SIGNALS)
 
     def run_table(self, table: int, count: int) -> None:
         """Run rows that are in place already, to the stop after the last (or after a row that must not fail)."""
         self.start_table(table, count)
-        self._run(ptrace.CONT, self.trap)
+        self._to_trap()
 
     def run_to_exec(self) -> bool:
         """Continue a started table to the stop of PTRACE_EVENT_EXEC (True) or to its end (False)."""
         reached: list[bool] = []
         self.on_event = lambda: reached.append(True)
         try:
-            self._run(ptrace.CONT, self.trap, stop_at_event=True)
+            self._to_trap(stop_at_event=True)
         finally:
             self.on_event = None
         return bool(reached)
@@ -240,7 +239,22 @@ class Injection:
         go.rip, go.orig_rax = rip, ALL_SIGNALS
         return go
 
-    def _run(self, request: int, expected: int, stop_at_event: bool = False) -> None:
+    def _to_trap(self, stop_at_event: bool = False) -> None:
+        if self.trap:
+            self._run(ptrace.CONT, self.trap, stop_at_event)
+            return
+        # No signal is free for the trap: stop at each call instead. Signal 0 makes the trap's tgkill a call without effect.
+        while not self._run(ptrace.SYSCALL, _SYSGOOD, stop_at_event):
+            registers = ptrace.get_registers(self.tid)
+            last = registers.orig_rax == NR["tgkill"]
+            if last:
+                registers.orig_rax = ALL_SIGNALS
+                ptrace.set_registers(self.tid, registers)
+            if self._run(ptrace.SYSCALL, _SYSGOOD, stop_at_event) or last:
+                return
+
+    def _run(self, request: int, expected: int, stop_at_event: bool = False) -> bool:
+        """Continue to the expected stop; True when it is an event instead."""
         while True:
             ptrace.ptrace(request, self.tid)
             status = ptrace.wait(self.tid)
@@ -248,13 +262,13 @@ class Injection:
                 raise ProcessGone(self.pid)
             stop = status >> 8
             if stop == expected:
-                return
+                return False
             if stop & 0xFF == signal.SIGSTOP and stop >> 8 == 0:
                 self.stopped_by = signal.SIGSTOP  # not maskable; delivered after the release
             elif stop >> 8 and stop >> 8 != ptrace.EVENT_STOP and self.on_event is not None:
                 self.on_event()
                 if stop_at_event:
-                    return
+                    return True
             elif stop >> 8 != ptrace.EVENT_STOP:
                 raise OSError(5, f"process {self.pid} stopped unexpectedly (status {status:#x})")
 

@@ -98,7 +98,6 @@ def ask(frozen: Frozen) -> Asked:
 
     asked = Asked()
     asked.actions = {n: at(actions + i * ACTION_SIZE, ACTION_SIZE) for i, n in enumerate(wanted)}
-    frozen.amend_actions(asked.actions)
     asked.itimers = [at(timers + 32 * i, 32) for i in range(3)]
     asked.altstack = at(stack, 24)
     asked.clear_tid, death, subreaper = struct.unpack("<QQQ", at(words, 24))

@@ -18,6 +18,7 @@ from engine import note
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import become_ghost
 from engine.linux import packets, ptrace
+from engine.onexec import Armed, end
 from engine.restore import Builder
 from engine.stream import Aborted, Stream, accept, connect
 from engine.target import Target, place_child, seize_ghost
@@ -36,6 +37,7 @@ class Source:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._frozen: Frozen | None = None
+        self._armed: Armed | None = None
         self._settled = False
         self._inspection: dump.Inspection | None = None
 
@@ -51,6 +53,30 @@ class Source:
         writing = bool(request.get("writing"))
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
+        return {}
+
+    def arm(self, request: Reply, fds: list[int]) -> Reply:
+        """Seize a process that is to be stopped at its next exec."""
+        if self._frozen is not None or self._armed is not None:
+            raise OSError(16, f"{_ORDER}: a process is held already")
+        self._armed = Armed(int(request["pid"]))
+        return {}
+
+    def wait_exec(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for that exec; the process is frozen and settled then."""
+        if self._armed is None:
+            raise OSError(22, f"{_ORDER}: nothing is armed")
+        armed, self._armed = self._armed, None
+        self._frozen = armed.wait(self._control)
+        self._settled = True
+        return {}
+
+    def end(self, request: Reply, fds: list[int]) -> Reply:
+        """End the frozen process: `message` on its standard error, exit with `code`."""
+        frozen = self._held()
+        self._forget()
+        end(frozen, int(request["code"]), bytes(request["message"]))
+        note.erase()
         return {}
 
     def settle(self, request: Reply, fds: list[int]) -> Reply:
@@ -245,7 +271,11 @@ def serve(control: socket.socket) -> None:
     """Serve requests until the socket ends, then undo."""
     source, destination = Source(control), Destination(control)
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
+        "hello": lambda request, fds: {"pid": os.getpid()},
         "freeze": source.freeze,
+        "arm": source.arm,
+        "wait_exec": source.wait_exec,
+        "end": source.end,
         "settle": source.settle,
         "inspect": source.inspect,
         "send": source.send,

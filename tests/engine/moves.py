@@ -57,13 +57,6 @@ class Worker:
         self.start(op, fds, **arguments)
         return self.finish()
 
-    @property
-    def pid(self) -> int:
-        return self.peer()
-
-    def peer(self) -> int:
-        raise NotImplementedError
-
     def close(self) -> None:
         self.sock.close()
 

@@ -1,0 +1,152 @@
+"""A worker is killed at each phase: the source runs on unharmed, nothing half-built stays."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.zygote import Zygote
+from tests.engine.moves import Mover, Refused, Victim, Worker, until
+from tests.engine.test_home import ghost_program, go_away
+
+
+def children(pid: int) -> set[int]:
+    return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def new_worker(mover: Mover) -> tuple[Worker, int]:
+    """A worker and its pid."""
+    worker = mover.worker()
+    return worker, worker.ask("hello")["pid"]
+
+
+def kill_worker(zygote: Zygote, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: pid not in children(zygote.pid), "the worker's end")
+
+
+def status(pid: int, key: str) -> str:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return line.split(":", 1)[1].strip()
+    return ""
+
+
+def assert_unharmed(one: Victim, mappings: str) -> None:
+    """It runs, nobody traces it, its mappings are as they were; then it checks itself."""
+    until(lambda: status(one.pid, "TracerPid") == "0", "no tracer")
+    until(lambda: maps(one.pid) == mappings, "the mappings as they were")
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+
+
+def maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("phase", ["freeze", "inspect", "sending", "sent"])
+@pytest.mark.parametrize("name", ["memory", "signals"])
+def test_source_worker_dies(mover: Mover, victim: Callable[..., Victim], zygote: Zygote, phase: str, name: str) -> None:
+    one = victim(name, *(["all"] if name == "signals" else []))
+    mappings = maps(one.pid)
+    source, pid = new_worker(mover)
+    destination = mover.worker()
+    source.ask("freeze", pid=one.pid, writing=False)
+    if phase != "freeze":
+        seen = source.ask("inspect")
+    if phase in ("sending", "sent"):
+        ids = {key: seen["process"][key] for key in ("pid", "ppid", "pgid", "sid")}
+        ready = destination.ask("prepare", place={"init": mover.space.init}, address="127.0.0.1", **ids)
+        if phase == "sent":
+            destination.start("receive", [0], externals={e["key"]: 0 for e in seen["externals"]}, timeout_s=30)
+            source.ask("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
+            destination.finish()
+        else:  # nobody accepts: it waits for the answer, the runner in the process
+            source.start("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
+            until(lambda: maps(one.pid) != mappings, "the scratch")
+    kill_worker(zygote, pid)
+    destination.close()
+    assert_unharmed(one, mappings)
+    until(lambda: mover.space.hostpid(one.pid) is None, "the end of the half-built process")
+
+
+@pytest.mark.parametrize("phase", ["prepare", "receiving", "held"])
+def test_destination_worker_dies(mover: Mover, victim: Callable[..., Victim], zygote: Zygote, phase: str) -> None:
+    one = victim("memory")
+    mappings = maps(one.pid)
+    source = mover.worker()
+    destination, pid = new_worker(mover)
+    source.ask("freeze", pid=one.pid, writing=False)
+    seen = source.ask("inspect")
+    ids = {key: seen["process"][key] for key in ("pid", "ppid", "pgid", "sid")}
+    ready = destination.ask("prepare", place={"init": mover.space.init}, address="127.0.0.1", **ids)
+    if phase != "prepare":
+        destination.start("receive", [0], externals={e["key"]: 0 for e in seen["externals"]}, timeout_s=30)
+    if phase == "held":
+        source.ask("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
+        destination.finish()
+    kill_worker(zygote, pid)
+    until(lambda: mover.space.hostpid(one.pid) is None, "the end of the half-built process")
+    if phase != "held":
+        with pytest.raises(Refused):
+            source.ask("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
+    source.ask("release")
+    assert_unharmed(one, mappings)
+
+
+@pytest.mark.parametrize("phase", ["prepare", "held"])
+def test_home_worker_dies(mover: Mover, victim: Callable[..., Victim], programs: Path, zygote: Zygote, phase: str) -> None:
+    one = victim("memory")
+    program = ghost_program(programs)
+    control, hostpid = go_away(mover, one, program)
+    source = mover.worker()
+    destination, pid = new_worker(mover)
+    source.ask("freeze", pid=hostpid, writing=False)
+    seen = source.ask("inspect")
+    if phase == "prepare":
+        ids = {key: seen["process"][key] for key in ("pid", "ppid", "pgid", "sid")}
+        destination.ask("prepare", [program], place={"ghost": one.pid}, address="127.0.0.1", **ids)
+    else:
+        mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [], [program])
+    kill_worker(zygote, pid)
+    if phase == "held":
+        assert control.recv(64) == b"ghost"  # it runs anew
+    source.ask("release")
+    control.send(b"?")
+    assert control.recv(64)
+    assert mover.home(hostpid, one.pid, program) == one.pid
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
+    control.close()
+
+
+def test_many_moves_there_and_back_leave_no_growth(
+    mover: Mover, victim: Callable[..., Victim], programs: Path, zygote: Zygote
+) -> None:
+    one = victim("memory")
+    program = ghost_program(programs)
+
+    def there_and_back() -> None:
+        control, hostpid = go_away(mover, one, program)
+        mover.home(hostpid, one.pid, program)
+        control.close()
+
+    def size() -> tuple[int, int, int]:
+        return maps(one.pid).count("\n"), int(status(one.pid, "VmRSS").split()[0]), len(os.listdir(f"/proc/{one.pid}/fd"))
+
+    there_and_back()
+    mappings, resident, descriptors = size()
+    ours = len(os.listdir("/proc/self/fd"))
+    for _ in range(40):
+        there_and_back()
+    after = size()
+    assert after[0] == mappings and after[2] == descriptors
+    assert after[1] < resident + 512  # kB
+    assert len(os.listdir("/proc/self/fd")) == ours
+    until(lambda: len(mover.space.placeholders()) <= 3, "no more placeholders")
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
