@@ -54,7 +54,7 @@ class Ghosts:
     def __init__(self, table: ProcTable, nodes: NodeTable, nursery: trio.Nursery) -> None:
         self.table = table
         self.nodes = nodes
-        self._nursery = nursery
+        self.nursery = nursery
         self._away: dict[int, Away] = {}
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
         nodes.listen(self._node_changed)
@@ -76,8 +76,8 @@ class Ghosts:
         """Takes charge of a ghost that has just come to be (or anew, after a failed return)."""
         away = Away(proc, ghost, stdio)
         self._away[proc.pid] = away
-        self._nursery.start_soon(ghost.run, name=f"ghost {proc.pid}")
-        self._nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
+        self.nursery.start_soon(ghost.run, name=f"ghost {proc.pid}")
+        self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
         return away
 
     def retire(self, away: Away) -> None:
@@ -143,7 +143,7 @@ class Ghosts:
                     continue
                 if away.ghost.state() == "T":
                     away.asked_stop = True
-                    self._nursery.start_soon(self._pass_stop, away)
+                    self.nursery.start_soon(self._pass_stop, away)
 
     async def _pass_stop(self, away: Away) -> None:
         try:
@@ -160,7 +160,7 @@ class Ghosts:
     async def _take_reports(self) -> None:
         async for node, report in self._incoming:
             if report.kind == SIGNAL_REPORT:
-                self._nursery.start_soon(self._forward, report)
+                self.nursery.start_soon(self._forward, report)
             else:
                 await self._changed(node, report)
 
@@ -251,7 +251,7 @@ class Ghosts:
         if what == "fenced":
             for away in list(self._away.values()):
                 if away.proc.place == node.number:
-                    self._nursery.start_soon(self._lost, away, f"node {node.number} was lost: {node.reason}")
+                    self.nursery.start_soon(self._lost, away, f"node {node.number} was lost: {node.reason}")
 
     async def _lost(self, away: Away, reason: str) -> None:
         _log.info("process %d: %s", away.proc.pid, reason)

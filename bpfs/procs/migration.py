@@ -38,6 +38,9 @@ RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to c
 
 _log = log.get("procs")
 
+Release = Callable[[BpfsError], Awaitable[object]]
+"""Lets a stopped source go on (or end) because of this error."""
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -112,15 +115,36 @@ class Migration(ABC):
             await stack.enter_async_context(self.quiet())
             src = await stack.enter_async_context(self.source.engine())
             dst = await stack.enter_async_context(self.destination.engine())
-            try:
-                await self._make(src, dst, writer)
-            except BaseException as error:
-                code = error.code if isinstance(error, BpfsError) else errno.EINTR
-                with trio.CancelScope(shield=True):
-                    await self._undo(src, dst, code if writer is not None and writer.answered else 0)
-                raise
+
+            async def release(error: BpfsError) -> None:
+                await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
+
+            await self._move(src, dst, lambda: self._freeze(src, writer), release)
+
+    async def run_stopped(self, src: Engine, release: Release) -> None:
+        """Moves a process that `src` has stopped already; `release` undoes that where the move fails."""
+        self.figures.frozen = time.perf_counter()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.quiet())
+            dst = await stack.enter_async_context(self.destination.engine())
+            await self._move(src, dst, lambda: self._inspect(src), release)
+
+    async def _move(
+        self,
+        src: Engine,
+        dst: Engine,
+        stop: Callable[[], Awaitable[dict[str, Any]]],
+        release: Release,
+    ) -> None:
+        try:
+            await self._make(src, dst, stop)
+        except BaseException as error:
+            known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
             with trio.CancelScope(shield=True):
-                await self._commit(src, dst)
+                await self._undo(release(known), dst)
+            raise
+        with trio.CancelScope(shield=True):
+            await self._commit(src, dst, release)
 
     # -- what a route adds -------------------------------------------------------------------------------------
 
@@ -154,8 +178,8 @@ class Migration(ABC):
         self.proc.progress = f"{phase.value} for node {self.destination.number}"
         await faults.hold(phase.value)
 
-    async def _make(self, src: Engine, dst: Engine, writer: WriteRequest | None) -> None:
-        early, summary = await together(lambda: self._prepare(dst), lambda: self._freeze(src, writer))
+    async def _make(self, src: Engine, dst: Engine, stop: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        early, summary = await together(lambda: self._prepare(dst), stop)
         await self._enter(Phase.ATTACH)
         landing = await self.attach(dst, early, summary)
         await self._enter(Phase.TRANSFER)
@@ -181,6 +205,9 @@ class Migration(ABC):
         if writer is not None:
             await writer.answer()
             await src.call("settle")
+        return await self._inspect(src)
+
+    async def _inspect(self, src: Engine) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)
         summary = await src.call("inspect")
         refuse(summary["refusals"])
@@ -190,12 +217,12 @@ class Migration(ABC):
         if self.proc.doom is not None:
             raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
 
-    async def _commit(self, src: Engine, dst: Engine) -> None:
+    async def _commit(self, src: Engine, dst: Engine, release: Release) -> None:
         await self._enter(Phase.DEPART)
         try:
             await self.depart(src)
-        except BpfsError:
-            await self._undo(src, dst, 0)
+        except BpfsError as error:
+            await self._undo(release(error), dst)
             raise
         self.gone = True
         await self._enter(Phase.RESUME)
@@ -204,9 +231,9 @@ class Migration(ABC):
         self.figures.running = time.perf_counter()
         await self.arrived()
 
-    async def _undo(self, src: Engine, dst: Engine, code: int) -> None:
+    async def _undo(self, release: Awaitable[object], dst: Engine) -> None:
         # The source first: it is somebody's program that stands still.
-        await self._try_to("release", src.call("release", errno=code))
+        await self._try_to("release", release)
         await self._try_to("discard", dst.call("discard"))
         await self.stay()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -15,6 +16,7 @@ from bpfs.nodes.states import NodeState
 from bpfs.procs import usage
 from bpfs.procs.exits import exit_of
 from bpfs.procs.migration import Migration
+from bpfs.procs.onexec import OnExec
 from bpfs.procs.places import MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
 from bpfs.procs.routes import Surroundings, route
@@ -34,13 +36,17 @@ class Procs:
         self.table: ProcTable = around.ghosts.table
         self._around = around
         self._master = MasterPlace(workers)
+        self._onexec = OnExec(self, around)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
 
     # -- moving ------------------------------------------------------------------------------------------------
 
     async def migrate(self, verb: MoveVerb, node: int, request: WriteRequest) -> None:
         """Carries out a write to nodes/`node`/migrate. Raises BpfsError as `move`."""
-        await self.move(verb.pid, node, request)
+        if verb.onexec:
+            await self._onexec.arm(verb.pid, node, request)
+        else:
+            await self.move(verb.pid, node, request)
 
     async def move(self, pid: int, node: int, request: WriteRequest) -> None:
         """Moves a process; returns when it runs there.
@@ -49,26 +55,35 @@ class Procs:
             BpfsError: ESRCH no such process; ENOENT no such node; EHOSTDOWN it is down; EACCES the caller may not;
                 EBUSY it is moving already; EOPNOTSUPP it cannot be moved; ETIMEDOUT.
         """
+        proc = await self.admit(pid, node, request.caller)
+        if proc.place == node:
+            return
+        migration = route(proc, self.place(proc.place), self.place(node), self._around)
+        writer = request if writes_itself(request.caller, proc) else None
+        await self.carry_out(migration, lambda: migration.run(writer))
+
+    async def admit(self, pid: int, node: int, caller: Caller) -> Process:
+        """The process, when the caller may move it to that node now. Raises BpfsError as `move`."""
         proc = self.table.find(pid)
-        may_control(request.caller, proc)
+        may_control(caller, proc)
         target = self.nodes.get(node)
-        if proc.state is ProcState.MIGRATING and request.caller.pid == pid:
+        if proc.state is ProcState.MIGRATING and caller.pid == pid:
             await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
             raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
-        if proc.place == node:
-            return
-        admits(target, request.caller, proc)
-        await self._run(route(proc, self.place(proc.place), self.place(node), self._around), request)
+        if proc.place != node:
+            admits(target, caller, proc)
+        return proc
 
-    async def _run(self, migration: Migration, request: WriteRequest) -> None:
+    async def carry_out(self, migration: Migration, run: Callable[[], Awaitable[None]]) -> None:
+        """Runs a migration, and keeps table, log and events right whatever comes of it. Raises BpfsError."""
         proc, node = migration.proc, migration.destination.number
         before = proc.state
         proc.state, proc.settled = ProcState.MIGRATING, trio.Event()
         self.table.add(proc)
         outcome, reason = "ok", ""
         try:
-            await migration.run(request if writes_itself(request.caller, proc) else None)
+            await run()
             proc.arrived(node, migration.figures.freeze_ms, migration.figures.bytes)
         except BpfsError as error:
             outcome, reason = errno.errorcode.get(error.code, str(error.code)), error.sentence

@@ -30,6 +30,7 @@
 #define K_ICANON 2u
 #define K_EXTPROC 0200000u
 #define VEOF_INDEX 4
+#define VMIN_INDEX 6
 
 #define RECORD_MS 5      /* a record waits until the job has read the one before */
 #define WANT_MIN_MS 1    /* first look for a waiting reader, then doubled */
@@ -200,6 +201,14 @@ static int unread_bytes(const struct tty *t)
 	return ioctl(t->slave, FIONREAD, &unread) == 0 ? unread : 0;
 }
 
+/* A reader may wait for more than is there: VMIN of noncanonical mode. */
+static bool all_read(const struct tty *t)
+{
+	int least = t->termios.lflag & K_ICANON ? 1 : t->termios.cc[VMIN_INDEX];
+
+	return unread_bytes(t) < (least > 1 ? least : 1);
+}
+
 /* Each record is one read(2) of the real terminal, and becomes one here: a line stays a line. */
 void tty_flush(struct chan *c)
 {
@@ -209,7 +218,7 @@ void tty_flush(struct chan *c)
 		memcpy(&n, buf_head(&c->out), sizeof(n));
 		if (c->out.len < sizeof(n) + n)
 			return;
-		if (unread_bytes(c->tty))
+		if (!all_read(c->tty))
 			return;
 		ssize_t r = 0;
 		if (n)
@@ -275,7 +284,7 @@ int64_t tty_tick(struct chan *c, int64_t now)
 		return INT64_MAX;
 	if (now < t->next_look)
 		return t->next_look;
-	if (!unread_bytes(t)) {
+	if (all_read(t)) {
 		if (t->job >= 0 && !t->background && (fcntl(t->job, F_GETFL) & O_NONBLOCK))
 			most = 64; /* never seen waiting */
 		else
