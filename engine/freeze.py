@@ -46,8 +46,9 @@ class Frozen:
         group_stopped: it is stopped by job control.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, sleeps: bool = True) -> None:
         self.pid = pid
+        self._sleeps = sleeps
         self.threads: list[Thread] = []
         self.group_stopped = False
         self.leader_exited = False
@@ -83,7 +84,7 @@ class Frozen:
             thread.mask = ptrace.get_mask(thread.tid)
         self.status = procfs.parse_status(procfs.read(f"{self.live}/status"))
         self.memory = os.open(f"{self.live}/mem", os.O_RDWR | os.O_CLOEXEC)
-        for thread in self.threads:
+        for thread in self.threads if self._sleeps else ():
             adjust(self, thread)
 
     def status_of(self, thread: Thread) -> dict[str, str]:
@@ -106,7 +107,7 @@ class Frozen:
         thread = Thread(tid)
         try:
             state = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/task/{tid}/stat")).state
-            thread.sleep = look_at_sleep(self.pid, tid) if state == "S" else None
+            thread.sleep = look_at_sleep(self.pid, tid) if state == "S" and self._sleeps else None
             ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
             self.threads.append(thread)
             # One that job control has stopped reports its stop to the new tracer by itself.
@@ -226,18 +227,19 @@ class Frozen:
             self.memory = -1
 
 
-def freeze(pid: int, wait: bool = True) -> Frozen:
+def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
     """Seize and stop a process.
 
     Args:
         wait: False returns before the stops (the process waits in a system call that the caller has to answer first).
+        sleeps: False for a program that does not mind an EINTR.
 
     Raises:
         ProcessLookupError: there is none.
         PermissionError: it is traced already, or the caller may not.
         TimeoutError: it does not stop.
     """
-    frozen = Frozen(pid)
+    frozen = Frozen(pid, sleeps)
     try:
         if not frozen._seize_new():
             raise ProcessLookupError(3, os.strerror(3), f"process {pid}")

@@ -144,8 +144,8 @@ def decode(body: bytes) -> Image:
     try:
         plain = msgpack.unpackb(body, strict_map_key=False)
         for name, kind in _NESTED.items():
-            plain[name] = [_typed(kind, dict(zip((f.name for f in fields(kind)), item, strict=True))) for item in plain[name]]
-        image = _typed(Image, plain)
+            plain[name] = [_typed(kind, item) for item in plain[name]]
+        image = _typed(Image, [plain[name] for name in Image.__slots__])
         _check(image)
         return image
     except ImageError:
@@ -154,18 +154,21 @@ def decode(body: bytes) -> Image:
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
-_BASIC: Final = {"int": int, "bytes": bytes, "bool": bool, "str": str}
+_BASIC: Final = {"int": int, "bytes": bytes, "bool": bool}
+_FIELDS: Final[dict[type, list[tuple[str, type | None]]]] = {
+    kind: [(f.name, _BASIC.get(getattr(f.type, "__name__", ""))) for f in fields(kind)]
+    for kind in (Image, ThreadState, MappedFile, Region)
+}
 
 
-def _typed(kind: type[T], values: dict[str, Any]) -> T:
-    for item in fields(kind):  # type: ignore[arg-type]
-        value = values[item.name]
-        expected = _BASIC.get(str(item.type) if isinstance(item.type, str) else getattr(item.type, "__name__", ""))
-        if expected is not None and type(value) is not expected:
-            raise ImageError(f"{item.name} is a {type(value).__name__}")
-    if len(values) != len(fields(kind)):  # type: ignore[arg-type]
-        raise ImageError("unknown fields")
-    return kind(**values)
+def _typed(kind: type[T], values: list[Any]) -> T:
+    expected = _FIELDS[kind]
+    if len(values) != len(expected):
+        raise ImageError("fields are missing, or unknown")
+    for (name, basic), value in zip(expected, values, strict=True):
+        if basic is not None and type(value) is not basic:
+            raise ImageError(f"{name} is a {type(value).__name__}")
+    return kind(*values)
 
 
 def _check(image: Image) -> None:

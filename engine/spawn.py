@@ -66,7 +66,7 @@ def _freeze_patiently(pid: int) -> Frozen:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            return freeze(pid)
+            return freeze(pid, sleeps=False)  # nodeinit asks again
         except PermissionError:
             if time.monotonic() > deadline:
                 raise
