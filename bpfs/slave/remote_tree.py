@@ -23,6 +23,9 @@ from bpfs.wire.messages import FsReply, FsRequest
 TIMEOUT = 10.0
 """Seconds that the master may take for what does not wait for anything: names, attributes, contents."""
 
+CHUNK = 1 << 18
+"""Bytes asked for at once; a longer read comes out short, as reads may."""
+
 
 class RemoteTree:
     """The master's tree, as seen over a link."""
@@ -119,6 +122,7 @@ class RemoteHandle:
         self._number = number
         self._blocking = blocking
         self._writes = 0
+        self._end: int | None = None  # of the content, once a read has reached it
 
     @property
     def blocking(self) -> bool:
@@ -133,8 +137,18 @@ class RemoteHandle:
 
     async def read(self, offset: int, size: int) -> bytes:
         """See `Handle`."""
-        message = _request("read", handle=self._number, offset=offset, size=size)
-        return (await self._tree.request(message, None if self._blocking else TIMEOUT)).data
+        if self._blocking:
+            return (await self._read(offset, size, None)).data
+        # The master keeps the content that the first read found until the beginning is read again, so its end is known.
+        if self._end is not None and offset >= self._end > 0:
+            return b""
+        size = min(size, CHUNK)
+        data = (await self._read(offset, size, TIMEOUT)).data
+        self._end = offset + len(data) if len(data) < size else None
+        return data
+
+    async def _read(self, offset: int, size: int, timeout: float | None) -> FsReply:
+        return await self._tree.request(_request("read", handle=self._number, offset=offset, size=size), timeout)
 
     async def write(self, offset: int, data: bytes, caller: Caller) -> int:
         """See `Handle`."""

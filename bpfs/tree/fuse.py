@@ -11,6 +11,7 @@ import functools
 import itertools
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from errno import EINTR, EIO, ENOENT, ENOSYS, EPERM, ESTALE
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 _FOREVER = 365 * 86400
 """Seconds; the kernel turns timeouts into jiffies, so infinity has no meaning there."""
 
+_SAME_CALL_S = 0.005
+"""Seconds within which a thread's request for what it has just looked up belongs to the same system call."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,6 +44,7 @@ def _to_errno(
     """The edge: what an operation raises becomes an errno for the caller."""
 
     async def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.busy += 1
         try:
             return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -49,6 +54,8 @@ def _to_errno(
         except Exception:
             log.exception("%s failed in an unforeseen way", operation.__name__)
             raise pyfuse3.FUSEError(EIO) from None
+        finally:
+            self.busy -= 1
 
     functools.update_wrapper(guarded, operation)
     return guarded
@@ -83,6 +90,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.inodes = InodeTable()
         self.watch = Watch()
+        self.busy = 0  # requests under way, without those that wait for something to happen
         self.vanished = 0  # requests that were gone when they were read
         self._tree = tree
         self._notifier = notifier
@@ -93,6 +101,9 @@ class Operations(pyfuse3.Operations):
         self._directories: dict[int, _OpenDirectory] = {}
         self._changes = 0
         self._sent_back: set[int] = set()
+        # What a thread was told by its last lookup. The kernel asks for attributes that are not to be kept a second
+        # time, to check permission within the same system call; that needs no second answer of the tree.
+        self._looked_up: dict[int, tuple[int, Attributes | None, float]] = {}
         tree.listen(self._hear)
 
     # -- changes of the tree -------------------------------------------------------------------------------------------
@@ -137,7 +148,12 @@ class Operations(pyfuse3.Operations):
         if text in (".", ".."):
             raise pyfuse3.FUSEError(ENOENT)
         attributes = await self._tree.getattr((*parent.path, text), self._caller(ctx))
-        return _entry(self.inodes.look_up(parent, text, attributes).number, attributes)
+        number = self.inodes.look_up(parent, text, attributes).number
+        if not attributes.lasting:
+            if len(self._looked_up) > 1000:
+                self._looked_up.clear()
+            self._looked_up[ctx.pid] = (number, attributes, time.monotonic() + _SAME_CALL_S)
+        return _entry(number, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """See pyfuse3."""
@@ -147,7 +163,10 @@ class Operations(pyfuse3.Operations):
     @_to_errno
     async def getattr(self, inode: int, ctx: Any) -> Any:
         """See pyfuse3."""
-        return _entry(inode, await self._tree.getattr(self._inode(inode).path, self._caller(ctx)))
+        number, attributes, until = self._looked_up.pop(ctx.pid, (0, None, 0.0))
+        if attributes is None or number != inode or time.monotonic() > until:
+            attributes = await self._tree.getattr(self._inode(inode).path, self._caller(ctx))
+        return _entry(inode, attributes)
 
     @_to_errno
     async def setattr(self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
@@ -261,9 +280,11 @@ class Operations(pyfuse3.Operations):
 
             if tid:
                 self.watch.add(key, tid, interrupt)
+            self.busy -= 1
             try:
                 result.append(await wait())
             finally:
+                self.busy += 1
                 self.watch.remove(key)
         if not result:
             raise BpfsError(EINTR, "interrupted")

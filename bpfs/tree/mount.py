@@ -7,7 +7,7 @@ daemon until the next request comes. So the descriptor is made non-blocking, and
 second look right before the read makes that rare, for each time costs a buffer that pyfuse3 does not free.
 
 The same look is what makes the tree quick: who reads a file sends the next request within microseconds of the last
-answer, so looking out for it a moment is cheaper than going to sleep (a read of a status file: 110 us instead of 315 us
+answer, so looking out for it a moment is cheaper than going to sleep (a read of a status file: 85 us instead of 315 us
 on the machine where it was measured).
 """
 
@@ -179,7 +179,7 @@ def _mend_session_loop(descriptor: int, operations: Operations) -> None:
 
     async def wait_fuse_readable() -> bool:
         nonlocal served
-        if served < _IN_A_ROW and _ready_soon(poll):
+        if served < _IN_A_ROW and not operations.busy and _ready_soon(poll):
             served += 1
             return True
         served = 0
@@ -197,6 +197,8 @@ def _ready_soon(poll: select.poll) -> bool:
     while not poll.poll(0):
         if time.perf_counter() > end:
             return False
+        # The caller may be waiting for this very processor.
+        os.sched_yield()
     return True
 
 
