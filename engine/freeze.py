@@ -133,7 +133,9 @@ class Frozen:
             if status is None:
                 now = time.monotonic()
                 if now > deadline:
-                    raise TimeoutError(110, f"thread {thread.tid} does not stop: it is in an uninterruptible system call")
+                    raise TimeoutError(
+                        110, f"thread {thread.tid} does not stop: it is in an uninterruptible system call"
+                    )
                 if now < spin:
                     os.sched_yield()
                 else:
@@ -183,7 +185,9 @@ class Frozen:
     def has_scratch(self, address: int, length: int) -> bool:
         """Whether a scratch of ours is mapped there."""
         self.vmas = procfs.parse_maps(procfs.read(f"{self.live}/maps"))
-        found = [v for v in self.vmas if v.start == address and v.end == address + length and v.prot == 7 and not v.path]
+        found = [
+            v for v in self.vmas if v.start == address and v.end == address + length and v.prot == 7 and not v.path
+        ]
         return bool(found) and process_vm.read(self.pid, address, len(CODE_BYTES)) == CODE_BYTES
 
     def drop_scratch(self, address: int) -> None:

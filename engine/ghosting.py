@@ -72,7 +72,9 @@ def _prepare(frozen: Frozen, cloexec: list[int]) -> None:
         calls.add("setitimer", which, calls.data(bytes(32)), 0)
     # What the image carries must not reach the ghost as well, which would forward it. Later arrivals stay.
     zero = calls.data(bytes(16))
-    for info in ptrace.queued_signals(frozen.threads[0].tid, shared=False) + ptrace.queued_signals(frozen.threads[0].tid, shared=True):
+    for info in ptrace.queued_signals(frozen.threads[0].tid, shared=False) + ptrace.queued_signals(
+        frozen.threads[0].tid, shared=True
+    ):
         calls.add("rt_sigtimedwait", calls.data(struct.pack("<Q", 1 << (info[0] - 1))), 0, zero, 8, must=False)
     calls.run()
 
@@ -104,3 +106,16 @@ def _let_go(frozen: Frozen) -> None:
         raise ProcessGone(frozen.pid) from error
     finally:
         frozen.close()
+
+
+def grant_exe_right(program: str) -> None:
+    """Give a ghost program the one right that it needs to get `/proc/PID/exe` back at home when it runs as an ordinary user.
+
+    CAP_CHECKPOINT_RESTORE as a file capability; it goes again with the home-coming. Without it (or on a nosuid mount) everything
+    else works, but exe shows the ghost.
+
+    Raises:
+        OSError: the file system has no capabilities, or the caller may not.
+    """
+    # struct vfs_cap_data, revision 2 with the effective bit (<linux/capability.h>); capability 40 is bit 8 of the second word.
+    os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 0, 0, 1 << 8, 0))

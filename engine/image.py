@@ -150,7 +150,15 @@ def decode(body: bytes) -> Image:
         return image
     except ImageError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException, struct.error, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        msgpack.UnpackException,
+        struct.error,
+        AttributeError,
+    ) as error:
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 

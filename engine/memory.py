@@ -88,7 +88,11 @@ class Survey:
         if "dp" in vma.flags:
             flags = flags & ~MAP_PRIVATE | MAP_DROPPABLE
         name = vma.path[6:-1].encode() if vma.path.startswith("[anon:") else b""
-        advice = [value for flag, value in _ADVICE.items() if flag in vma.flags and not (flag in ("wf", "dd") and "dp" in vma.flags)]
+        advice = [
+            value
+            for flag, value in _ADVICE.items()
+            if flag in vma.flags and not (flag in ("wf", "dd") and "dp" in vma.flags)
+        ]
         lock = (2 if "lf" in vma.flags else 1) if "lo" in vma.flags else 0
         offset = vma.offset if file >= 0 else 0
         region = Region(vma.start, vma.end, vma.prot, flags, file, offset, advice, lock, name, "sl" in vma.flags)
@@ -159,9 +163,7 @@ def _uses_keys(raw: bytes) -> bool:
     return any(line.split()[1] != b"0" for line in raw.splitlines() if line.startswith(b"ProtectionKey:"))
 
 
-def _clip(
-    runs: list[tuple[int, int]], spans: list[tuple[int, int]], leave_out: set[int]
-) -> Iterator[tuple[int, int]]:
+def _clip(runs: list[tuple[int, int]], spans: list[tuple[int, int]], leave_out: set[int]) -> Iterator[tuple[int, int]]:
     """Runs cut at the bounds of mappings: two neighbours may differ in protection, and vvar and scratch are not ours to carry."""
     at = 0
     for address, length in runs:
@@ -232,7 +234,11 @@ def _read_by_force(memory: int, group: list[tuple[int, int]], view: memoryview) 
 
 
 def receive_pages(
-    pid: int, memory: int, runs: list[tuple[int, int]], writable: Callable[[int], bool], receive: Callable[[memoryview], None]
+    pid: int,
+    memory: int,
+    runs: list[tuple[int, int]],
+    writable: Callable[[int], bool],
+    receive: Callable[[memoryview], None],
 ) -> None:
     """Fill pages of a process being built from a stream.
 
@@ -252,7 +258,9 @@ def receive_pages(
                     first = at
                 direct.append((address, length))
             else:
-                if direct and process_vm.transfer(pid, _buffer_address + first, direct, inward=False) != sum(n for _, n in direct):
+                if direct and process_vm.transfer(pid, _buffer_address + first, direct, inward=False) != sum(
+                    n for _, n in direct
+                ):
                     raise OSError(14, "memory of the new process could not be filled")
                 direct = []
                 if length:

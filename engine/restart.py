@@ -37,7 +37,17 @@ _ERESTARTNOHAND: Final = -514
 # semop, msgsnd, msgrcv, io_getevents, semtimedop, accept4, recvmmsg, io_pgetevents.
 _AGAIN: Final = frozenset({0, 43, 45, 47, 65, 69, 70, 208, 220, 288, 299, 333})
 _TIMED: Final = frozenset(
-    {_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP, _EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2, _SIGTIMEDWAIT, NR["restart_syscall"]}
+    {
+        _POLL,
+        _NANOSLEEP,
+        _FUTEX,
+        _CLOCK_NANOSLEEP,
+        _EPOLL_WAIT,
+        _EPOLL_PWAIT,
+        _EPOLL_PWAIT2,
+        _SIGTIMEDWAIT,
+        NR["restart_syscall"],
+    }
 )
 # Of futex operations with a time only FUTEX_WAIT, 0, counts from now (futex(2)).
 _FUTEX_COMMAND: Final = 0x7F

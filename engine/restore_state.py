@@ -87,12 +87,19 @@ def credential_rows(calls: Calls, image: Image) -> None:
     calls.add("setfsuid", c["uids"][3])
     header = calls.data(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
     if c["ambient"]:
-        calls.add("capset", header, calls.data(_sets(c["effective"] | 1 << 8, c["permitted"] | 1 << 8, c["inheritable"])), must=False)
+        calls.add(
+            "capset",
+            header,
+            calls.data(_sets(c["effective"] | 1 << 8, c["permitted"] | 1 << 8, c["inheritable"])),
+            must=False,
+        )
         for bit in range(_CAP_LAST):
             if c["ambient"] >> bit & 1:
                 calls.add(prctl, state.PR_CAP_AMBIENT, state.PR_CAP_AMBIENT_RAISE, bit, 0, 0, must=False)
     calls.add(prctl, state.PR_SET_SECUREBITS, c["securebits"], must=False)
-    calls.add("capset", header, calls.data(_sets(c["effective"], c["permitted"], c["inheritable"])), label="capabilities")
+    calls.add(
+        "capset", header, calls.data(_sets(c["effective"], c["permitted"], c["inheritable"])), label="capabilities"
+    )
     if c["no_new_privs"]:
         calls.add(prctl, state.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     calls.add(prctl, state.PR_SET_DUMPABLE, image.dumpable & 1, must=False)

@@ -22,7 +22,7 @@ from engine.linux import process_vm, ptrace, scm
 from engine.linux.libc import NR, error_text, is_error, signed
 from engine.linux.ptrace import Registers
 
-CODE: Final = (Path(__file__).parent / "bin" / "runner.bin")
+CODE: Final = Path(__file__).parent / "bin" / "runner.bin"
 CODE_BYTES: Final = CODE.read_bytes()
 SCRATCH_SIZE: Final = 0x40000
 _SLOT: Final = 0x1000
@@ -71,7 +71,7 @@ VDSO_IMAGE: Final = _vdso_image()
 _GATE_ROOM: Final = 256
 # The vDSO is a page-padded ELF image; its tail is zeros (the two supported kernels have 1.4 KB and more).
 GATE_OFFSET: Final = (len(VDSO_IMAGE.rstrip(b"\0")) + 64 + 15) & ~15
-if GATE_OFFSET + _GATE_ROOM > len(VDSO_IMAGE):
+if len(VDSO_IMAGE) < GATE_OFFSET + _GATE_ROOM:
     raise OSError(38, "the vDSO of this kernel has no free tail for the gate")
 
 
@@ -94,7 +94,15 @@ def restarted(registers: Registers) -> Registers:
 
 def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
     # syscall; rt_sigprocmask(SIG_SETMASK, mask); every register a call clobbers or we set; jmp. Moves leave the flags alone.
-    head = b"\x0f\x05" + b"\xbf\x02\0\0\0" + b"\x48\xbe%b" + b"\xba\0\0\0\0" + b"\x41\xba\x08\0\0\0" + b"\xb8\x0e\0\0\0" + b"\x0f\x05"
+    head = (
+        b"\x0f\x05"
+        + b"\xbf\x02\0\0\0"
+        + b"\x48\xbe%b"
+        + b"\xba\0\0\0\0"
+        + b"\x41\xba\x08\0\0\0"
+        + b"\xb8\x0e\0\0\0"
+        + b"\x0f\x05"
+    )
     back = restarted(registers)
     moves = b"".join(
         opcode + struct.pack("<Q", value)
@@ -176,7 +184,9 @@ class Injection:
         """Map the scratch at `base` (a hole) and put the runner there. Raises OSError."""
         if self.base:
             return
-        self.call("mmap", base, SCRATCH_SIZE, _PROT_RWX, _MAP_FIXED_NOREPLACE, -1 & ALL_SIGNALS, 0, subject="scratch memory")
+        self.call(
+            "mmap", base, SCRATCH_SIZE, _PROT_RWX, _MAP_FIXED_NOREPLACE, -1 & ALL_SIGNALS, 0, subject="scratch memory"
+        )
         self.adopt(base)
 
     def adopt(self, base: int) -> None:
@@ -271,7 +281,6 @@ class Injection:
                     return True
             elif stop >> 8 != ptrace.EVENT_STOP:
                 raise OSError(5, f"process {self.pid} stopped unexpectedly (status {status:#x})")
-
 
 
 class Calls:

@@ -74,7 +74,9 @@ def _freeze_patiently(pid: int) -> Frozen:
 
 
 def _open(frozen: Frozen) -> Injection:
-    scratch = [v for v in frozen.vmas if v.start == NODEINIT_SCRATCH and v.end - v.start == SCRATCH_SIZE and v.prot == 7]
+    scratch = [
+        v for v in frozen.vmas if v.start == NODEINIT_SCRATCH and v.end - v.start == SCRATCH_SIZE and v.prot == 7
+    ]
     return frozen.open_injection(existing=NODEINIT_SCRATCH if scratch else 0)
 
 

@@ -102,9 +102,20 @@ def ask(frozen: Frozen) -> Asked:
     asked.altstack = at(stack, 24)
     asked.clear_tid, death, subreaper = struct.unpack("<QQQ", at(words, 24))
     asked.death_signal, asked.subreaper = death & 0xFF, subreaper & 1
-    asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (results[i] for i in numbers)
+    asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (
+        results[i] for i in numbers
+    )
     asked.timers = [
-        [t.identifier, t.notify, t.signal, t.value, t.tid, t.clock, at(settings + 32 * i, 32), max(results[overruns[i]], 0)]
+        [
+            t.identifier,
+            t.notify,
+            t.signal,
+            t.value,
+            t.tid,
+            t.clock,
+            at(settings + 32 * i, 32),
+            max(results[overruns[i]], 0),
+        ]
         for i, t in enumerate(posix)
     ]
     return asked
@@ -170,7 +181,13 @@ def credentials(status: dict[str, str], securebits: int) -> dict[str, Any]:
     }
 
 
-_SETS: Final = {"inheritable": "CapInh", "permitted": "CapPrm", "effective": "CapEff", "bounding": "CapBnd", "ambient": "CapAmb"}
+_SETS: Final = {
+    "inheritable": "CapInh",
+    "permitted": "CapPrm",
+    "effective": "CapEff",
+    "bounding": "CapBnd",
+    "ambient": "CapAmb",
+}
 
 
 def limits(pid: int) -> list[list[int]]:

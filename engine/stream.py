@@ -90,7 +90,9 @@ def wait_for(sock: socket.socket, event: int, control: socket.socket | None, tim
 
 def connect(host: str, port: int, control: socket.socket | None) -> socket.socket:
     """Connect within CONNECT_TIMEOUT_S. Raises Aborted, OSError."""
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )[0]
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)

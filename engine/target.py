@@ -17,7 +17,7 @@ from engine.linux.libc import NR
 from engine.linux.procfs import Vma
 from engine.memory import SPECIAL
 from engine.placeholders import placing
-from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, ProcessGone, row
+from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
 from engine.spawn import Child, spawn_child
 
 _AF_UNIX: Final = 1
@@ -246,7 +246,9 @@ class Home(Target):
         argv, envp = self._vectors(strings)
         rows = [row(NR["rt_sigprocmask"], 0, strings, 0, 8, must=False), *first]
         rows += [
-            row(NR["execveat"], fd, strings + 8, argv, envp, _AT_EMPTY_PATH, must=False) for fd in (program, self.exe_fd) if fd >= 0
+            row(NR["execveat"], fd, strings + 8, argv, envp, _AT_EMPTY_PATH, must=False)
+            for fd in (program, self.exe_fd)
+            if fd >= 0
         ]
         self.injection.set_heal([*rows, row(NR["exit_group"], 1)])
 
@@ -261,7 +263,9 @@ class Home(Target):
         try:
             if not self.burnt:
                 self.close_extra()
-                self.sock = None if self.sock is None else self.sock.close()
+                if self.sock is not None:
+                    self.sock.close()
+                    self.sock = None
                 os.close(self.pidfd)
                 self.pidfd = -1
                 self.frozen.release()
@@ -285,7 +289,9 @@ class Home(Target):
         calls.run()
 
 
-def exec_block(base: int, arguments: list[bytes], environment: list[bytes], room: int = _HEAL_ROOM) -> tuple[bytes, int, int]:
+def exec_block(
+    base: int, arguments: list[bytes], environment: list[bytes], room: int = _HEAL_ROOM
+) -> tuple[bytes, int, int]:
     """Memory for execve at `base`: (bytes, address of argv, address of envp). Arguments that do not fit are dropped from the end."""
     while len(arguments) > 1 and sum(len(a) + 9 for a in arguments + environment) + 16 > room:
         arguments = arguments[:-1]

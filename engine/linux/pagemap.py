@@ -18,7 +18,7 @@ _REGIONS: Final = 1024
 class _Argument(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in "size flags start end walk_end vec vec_len max_pages inverted mask anyof return_mask".split()
+        for name in ["size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages", "inverted", "mask", "anyof", "return_mask"]
     ]
 
 

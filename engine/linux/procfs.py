@@ -33,7 +33,9 @@ class Stat:
     nice: int
     threads: int
     starttime: int
-    mm: tuple[int, ...]  # start_code end_code start_stack start_data end_data start_brk arg_start arg_end env_start env_end
+    mm: tuple[
+        int, ...
+    ]  # start_code end_code start_stack start_data end_data start_brk arg_start arg_end env_start env_end
     policy: int
     rt_priority: int
     processor: int
@@ -95,7 +97,15 @@ def _parse_line(line: str) -> Vma:
     if "\\" in path:
         path = path.replace("\\012", "\n")
     return Vma(
-        int(first, 16), int(last, 16), prot, perms[3] == "s", int(offset, 16), int(major, 16), int(minor, 16), int(inode), path
+        int(first, 16),
+        int(last, 16),
+        prot,
+        perms[3] == "s",
+        int(offset, 16),
+        int(major, 16),
+        int(minor, 16),
+        int(inode),
+        path,
     )
 
 

@@ -97,7 +97,9 @@ def test_destination_worker_dies(mover: Mover, victim: Callable[..., Victim], zy
 
 
 @pytest.mark.parametrize("phase", ["prepare", "held"])
-def test_home_worker_dies(mover: Mover, victim: Callable[..., Victim], programs: Path, zygote: Zygote, phase: str) -> None:
+def test_home_worker_dies(
+    mover: Mover, victim: Callable[..., Victim], programs: Path, zygote: Zygote, phase: str
+) -> None:
     one = victim("memory")
     program = ghost_program(programs)
     control, hostpid = go_away(mover, one, program)
@@ -135,7 +137,11 @@ def test_many_moves_there_and_back_leave_no_growth(
         control.close()
 
     def size() -> tuple[int, int, int]:
-        return maps(one.pid).count("\n"), int(status(one.pid, "VmRSS").split()[0]), len(os.listdir(f"/proc/{one.pid}/fd"))
+        return (
+            maps(one.pid).count("\n"),
+            int(status(one.pid, "VmRSS").split()[0]),
+            len(os.listdir(f"/proc/{one.pid}/fd")),
+        )
 
     there_and_back()
     mappings, resident, descriptors = size()

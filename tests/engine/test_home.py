@@ -1,6 +1,7 @@
 """Away and home again: a ghost takes the process's place and becomes the process again."""
 
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.ghosting import grant_exe_right
 from tests.engine.moves import Mover, Victim, socket_pair, until
 
 
@@ -49,6 +51,26 @@ def test_there_and_back(mover: Mover, victim: Callable[..., Victim], programs: P
         assert control.recv(64) == b""  # closed at the commit
         control.close()
         assert os.readlink(f"/proc/{one.pid}/exe") == exe
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_rights_come_home(
+    mover: Mover, victim: Callable[..., Victim], programs: Path, tmp_path: Path, who: str
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o777)
+    # With "no new privileges", as the victim sets it otherwise, the ghost would be granted nothing.
+    one = victim("state", who, "grants")
+    copy = shutil.copy(programs / "ghost", tmp_path / "ghost-with-rights")
+    grant_exe_right(copy)
+    program = os.open(copy, os.O_PATH | os.O_CLOEXEC)
+    for _ in range(2):
+        control, hostpid = go_away(mover, one, program)
+        mover.home(hostpid, one.pid, program)
+        control.close()
     one.stop()
     assert one.process.wait() == 0, one.text()
     os.close(program)
