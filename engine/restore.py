@@ -35,7 +35,9 @@ _TOP: Final = 0x7FFFFFFFF000
 class Builder:
     """One rebuilding, step by step: `begin`, `pages`, `complete`, then `resume` or the target's `discard`."""
 
-    def __init__(self, target: Target, image: Image, externals: dict[int, int], ghost: dict[int, int] | None = None) -> None:
+    def __init__(
+        self, target: Target, image: Image, externals: dict[int, int], ghost: dict[int, int] | None = None
+    ) -> None:
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}
         self._opened: list[int] = []
@@ -79,7 +81,9 @@ class Builder:
 
     def _choose_trap(self) -> int:
         # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
-        unfit = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]} | set(self.image.actions)
+        unfit = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]} | set(
+            self.image.actions
+        )
         unfit |= self.target.pending()
         return next((n for n in TRAP_SIGNALS if n not in unfit), 0)
 
@@ -116,7 +120,12 @@ class Builder:
         who = Credentials(c["uids"][3], c["gids"][3], tuple(c["groups"]), c["effective"])
         target = self.target
         self._made = rebuild(
-            self.image.descriptors, self.externals, target.pid, who, target.pid, ghost=self.ghost_numbers if target.home else None
+            self.image.descriptors,
+            self.externals,
+            target.pid,
+            who,
+            target.pid,
+            ghost=self.ghost_numbers if target.home else None,
         )
         return self._made
 
@@ -154,7 +163,9 @@ class Builder:
             size = r.end - r.start
             fd = numbers[r.file] if r.file >= 0 else -1
             what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else "memory"
-            calls.add("mmap", r.start, size, r.prot, r.flags | _MAP_FIXED_NOREPLACE, fd, r.offset, label=f"mapping {what}")
+            calls.add(
+                "mmap", r.start, size, r.prot, r.flags | _MAP_FIXED_NOREPLACE, fd, r.offset, label=f"mapping {what}"
+            )
             for advice in r.advice:
                 calls.add("madvise", r.start, size, advice, must=False)
             if r.name:
@@ -168,9 +179,18 @@ class Builder:
         addresses = struct.pack("<11Q", sc, ec, sd, ed, sb, brk, stack, args, arge, envs, enve)
         whole = addresses + struct.pack("<QII", auxv, len(image.auxv), numbers[image.exe])
         partial = addresses + struct.pack("<QII", auxv, len(image.auxv), 0xFFFFFFFF)
-        calls.add("prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(partial), len(partial), 0, label="memory map")
         calls.add(
-            "prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(whole), len(whole), 0, must=not self.target.home, label="exe"
+            "prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(partial), len(partial), 0, label="memory map"
+        )
+        calls.add(
+            "prctl",
+            state.PR_SET_MM,
+            state.PR_SET_MM_MAP,
+            calls.data(whole),
+            len(whole),
+            0,
+            must=not self.target.home,
+            label="exe",
         )
         calls.add("fchdir", numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
 
@@ -289,6 +309,14 @@ class Builder:
         ptrace.detach(target.pid)
         target.close()
         return target.pid
+
+    def take_standard_files(self) -> dict[int, int]:
+        """Our descriptors of the regular files that are the process's 0, 1 and 2, by number; the caller's from now on.
+
+        They tell, after its end, how far it has read and written: whoever shares these files at home goes on there.
+        """
+        plain = {n for e in self.image.descriptors if e["kind"] == "file" and "pos" in e for n, _ in e["fds"] if n < 3}
+        return {placed.target_fd: os.dup(placed.local_fd) for placed in self._made if placed.target_fd in plain}
 
     def close(self) -> None:
         """Close the files the worker opened."""

@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from engine import dump
+import msgpack
+
+from engine import dump, note
 from engine import image as img
-from engine import note
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import become_ghost
 from engine.linux import packets, ptrace
@@ -27,6 +28,7 @@ TOKEN_SIZE: Final = 32
 _HELD_TIMEOUT_S: Final = 60.0
 _RECEIVE_TIMEOUT_S: Final = 60.0
 _ORDER: Final = "out of order"
+FDS: Final = "_fds"  # in an operation's result: descriptors to go with the reply
 
 Reply = dict[str, Any]
 
@@ -99,7 +101,12 @@ class Source:
         if self._inspection is None:
             raise OSError(22, f"{_ORDER}: inspect first")
         if self._inspection.refusals:
-            return {"ok": False, "errno": 95, "text": self._inspection.refusals[0], "refusals": self._inspection.refusals}
+            return {
+                "ok": False,
+                "errno": 95,
+                "text": self._inspection.refusals[0],
+                "refusals": self._inspection.refusals,
+            }
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
         try:
             stream.send(request["token"])
@@ -108,7 +115,7 @@ class Source:
         finally:
             stream.close()
         if kind == img.ERROR:
-            answer = img.msgpack.unpackb(body)
+            answer = msgpack.unpackb(body)
             raise OSError(int(answer["errno"]), str(answer["text"]))
         return {"bytes": total, "ms": ms}
 
@@ -178,8 +185,8 @@ class Destination:
         listener = socket.create_server((request["address"], 0), family=family, backlog=8)
         try:
             if "init" in place:
-                ids = [int(request[key]) for key in ("pid", "ppid", "pgid", "sid")]
-                self._target = place_child(int(place["init"]), *ids, uid=int(request.get("uid", 0)))
+                pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
+                self._target = place_child(int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)))
             else:
                 if not fds:
                     raise OSError(22, "a home-coming needs the ghost program")
@@ -209,7 +216,7 @@ class Destination:
             if isinstance(error, OSError) and not isinstance(error, Aborted):
                 with contextlib.suppress(OSError):
                     answer = {"errno": error.errno or 5, "text": sentence(error)}
-                    stream.send(img.frame(img.ERROR, img.msgpack.packb(answer)))
+                    stream.send(img.frame(img.ERROR, msgpack.packb(answer)))
             self.undo()
             raise
         finally:
@@ -231,13 +238,15 @@ class Destination:
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
-        """The source is gone: let it run."""
-        if self._builder is None:
+        """The source is gone: let it run. Descriptors of its standard files (not at home) come with the reply."""
+        builder, target = self._builder, self._target
+        if builder is None or target is None:
             raise OSError(22, f"{_ORDER}: nothing is built")
-        hostpid = self._builder.resume()
-        self._builder.close()
+        files = {} if target.home else builder.take_standard_files()
+        hostpid = builder.resume()
+        builder.close()
         self._builder = self._target = None
-        return {"hostpid": hostpid}
+        return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
 
     def discard(self, request: Reply, fds: list[int]) -> Reply:
         """Undo."""
@@ -295,7 +304,10 @@ def serve(control: socket.socket) -> None:
             finally:
                 for fd in fds:
                     os.close(fd)
-            packets.send(control, reply)
+            passed = reply.pop(FDS, [])
+            packets.send(control, reply, passed)
+            for fd in passed:
+                os.close(fd)
     except OSError:
         pass  # the daemon is gone
     finally:
