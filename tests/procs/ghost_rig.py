@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import termios
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -20,7 +22,9 @@ from bpfs.procs import ghost as ghosts
 from bpfs.procs.ghost import Event, Ghost, Gone, Signal
 from bpfs.slave.relay import Ends, Relay, make_ends
 
-DEADLINE = 60.0  # seconds; a machine under load is slow, never wrong
+PYTHON = [sys.executable, "-I", "-S", "-c"]
+VICTIMS = Path(__file__).resolve().parent.parent / "victims"
+DEADLINE = 6.0  # seconds; a machine under load is slow, never wrong
 
 
 async def eventually(check: Callable[[], Any], what: str) -> Any:
@@ -47,6 +51,45 @@ def external(fd: int, kind: str, access: int, fds: Sequence[int] = ()) -> dict[s
 PIPES = [external(0, "pipe", os.O_RDONLY), external(1, "pipe", os.O_WRONLY), external(2, "pipe", os.O_WRONLY)]
 IN_OUT = PIPES[:2]
 OUT = [PIPES[1]]
+
+
+class TerminalJob:
+    """A job below victims/placeholder.py."""
+
+    def __init__(self, reports: int, leader: subprocess.Popen[bytes]) -> None:
+        self.pid = 0
+        self.returncode: int | None = None
+        self.leader = leader
+        self._reports = reports
+        self._text = b""
+        os.set_blocking(reports, False)
+
+    def look(self) -> tuple[int, int] | None:
+        """The next change: si_code and si_status."""
+        try:
+            self._text += os.read(self._reports, 4096)
+        except BlockingIOError:
+            pass
+        line, found, rest = self._text.partition(b"\n")
+        if not found:
+            return None
+        self._text = rest
+        words = [int(word) for word in line.split()]
+        if not self.pid:
+            self.pid = words[0]
+            return self.look()
+        code, status = words
+        if code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+            self.returncode = status if code == os.CLD_EXITED else -status
+            os.close(self._reports)
+        return code, status
+
+    def send_signal(self, signo: int) -> None:
+        """To the job itself."""
+        try:
+            os.kill(self.pid, signo)
+        except ProcessLookupError:
+            pass  # ended; the report is on its way
 
 
 class Rig:
@@ -119,43 +162,41 @@ class Rig:
         ends.close_job()
         return process
 
-    def terminal_job(self, ends: Ends, args: Sequence[str], controlling: bool = True) -> subprocess.Popen[bytes]:
-        """A job on a terminal, in a session of its own like one below a placeholder."""
+    async def terminal_job(self, ends: Ends, args: Sequence[str], controlling: bool = True) -> TerminalJob:
+        """A job on a terminal, with a session leader above it as on a node."""
         fd = ends.job[0]
-
-        def adopt() -> None:
-            if controlling:
-                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        process = self.popen(args, stdin=fd, stdout=fd, stderr=fd, start_new_session=True, preexec_fn=adopt)
+        read, write = os.pipe()
+        command = [*PYTHON[:-1], str(VICTIMS / "placeholder.py"), str(write), str(int(controlling)), *args]
+        leader = self.popen(
+            command, stdin=fd, stdout=ends.job.get(1, fd), stderr=fd, start_new_session=True, pass_fds=[write]
+        )
+        os.close(write)
         ends.close_job()
-        return process
+        job = TerminalJob(read, leader)
+        await eventually(lambda: job.look() is not None or job.pid, "the job starts")
+        return job
 
-    async def play_master(self, ghost: Ghost, job: subprocess.Popen[bytes]) -> None:
+    async def play_master(self, ghost: Ghost, job: TerminalJob) -> None:
         """What bpmaster does all day: carries signals to the job, and its stops, continues and end back."""
         seen = 0
-        while True:
-            events = self.log[id(ghost)]
+        events = self.log[id(ghost)]
+        while job.returncode is None:
             for event in events[seen:]:
                 seen += 1
                 if isinstance(event, Gone):
-                    job.kill()
-                    await ended(job)
-                    return
+                    job.send_signal(signal.SIGKILL)
                 if isinstance(event, Signal):
                     job.send_signal(event.signo)
-            report = look(job.pid)
-            if report is None:
+            change = job.look()
+            if change is None:
                 await trio.sleep(0.002)
-            elif report.si_code == os.CLD_STOPPED:
-                await ghost.stop(report.si_status)
-            elif report.si_code == os.CLD_CONTINUED:
+            elif change[0] == os.CLD_STOPPED:
+                await ghost.stop(change[1])
+            elif change[0] == os.CLD_CONTINUED:
                 if ghost.state() == "T":
                     await ghost.cont()
-            else:
-                job.returncode = -report.si_status if report.si_code != os.CLD_EXITED else report.si_status
-                await end_like(ghost, job.returncode)
-                return
+            elif not ghost.gone:
+                await end_like(ghost, job.returncode or 0)
 
     async def aclose(self) -> None:
         """Kills what is left, and reaps it."""
@@ -167,11 +208,6 @@ class Rig:
                 if pipe is not None:
                     pipe.close()
             await ended(process)
-
-
-def look(pid: int) -> os.waitid_result | None:
-    """What a child did, if anything; an end is consumed."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
 
 
 async def end_like(ghost: Ghost, returncode: int) -> None:
@@ -276,6 +312,3 @@ class Terminal:
 def readable(fd: int) -> bool:
     """Whether a read would not block."""
     return bool(select.select([fd], [], [], 0)[0])
-
-
-PYTHON = [sys.executable, "-I", "-S", "-c"]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import pytest
 import trio
@@ -22,6 +21,7 @@ from tests.procs.ghost_rig import (
     DEADLINE,
     IN_OUT,
     PIPES,
+    VICTIMS,
     Rig,
     ended,
     eventually,
@@ -34,7 +34,6 @@ from tests.procs.ghost_rig import (
     write_all,
 )
 
-WANDERER = Path(__file__).resolve().parent.parent / "victims" / "wanderer.py"
 MEGABYTE = 1 << 20
 
 
@@ -45,7 +44,7 @@ class Wanderer:
         self.control, theirs = socket.socketpair()
         self.control.settimeout(DEADLINE)
         with theirs:
-            args = [sys.executable, "-I", "-S", str(WANDERER), str(theirs.fileno())]
+            args = [sys.executable, "-I", "-S", str(VICTIMS / "wanderer.py"), str(theirs.fileno())]
             self.process = rig.job(ends, args, pass_fds=[theirs.fileno()])
 
     async def freeze(self) -> None:
