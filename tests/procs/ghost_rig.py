@@ -24,7 +24,7 @@ from bpfs.slave.relay import Ends, Relay, make_ends
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 VICTIMS = Path(__file__).resolve().parent.parent / "victims"
-DEADLINE = 6.0  # seconds; a machine under load is slow, never wrong
+DEADLINE = 60.0  # seconds; a machine under load is slow, never wrong
 
 
 async def eventually(check: Callable[[], Any], what: str) -> Any:
@@ -145,6 +145,14 @@ class Rig:
     def events(self, ghost: Ghost, kind: type[Event] | None = None) -> list[Event]:
         """What the ghost has told so far."""
         return [event for event in self.log[id(ghost)] if kind is None or isinstance(event, kind)]
+
+    def told(self, ghost: Ghost, event: Event) -> bool:
+        """Whether it has told this."""
+        return event in self.log[id(ghost)]
+
+    def more_than(self, ghost: Ghost, kind: type[Event], number: int) -> bool:
+        """Whether it has told more than that many of a kind."""
+        return len(self.events(ghost, kind)) > number
 
     async def join(self, ghost: Ghost, relay: Relay, externals: Sequence[dict[str, Any]], stream: int = 1) -> Ends:
         """Joins a ghost to a relay; the returned ends are for the job."""

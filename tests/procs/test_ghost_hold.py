@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
@@ -78,6 +79,10 @@ async def count_and_hash(fd: int, found: list[int], digest: hashlib._Hash, total
         await trio.sleep(0.002)
 
 
+def reached(found: list[int], goal: int) -> bool:
+    return found[0] >= goal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["pipes", "socket"])
 @pytest.mark.parametrize("change", ["resume", "switch"])
@@ -112,7 +117,7 @@ async def test_a_stream_survives_moves_with_bytes_in_flight(shape: str, change: 
             nursery.start_soon(count_and_hash, out, found, digest, len(data))
             for move in range(1, 9):
                 goal = len(data) * move // 10
-                await eventually(lambda goal=goal: found[0] >= goal, f"{goal} bytes are through")
+                await eventually(partial(reached, found, goal), f"{goal} bytes are through")
                 await job.freeze()
                 await ghost.hold()
                 if change == "resume":

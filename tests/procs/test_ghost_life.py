@@ -6,7 +6,9 @@ import os
 import resource
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from bpfs.procs.ghost import Continued, Gone, Signal, Stopped, StreamLost
 from bpfs.slave.relay import open_relay
 from tests.procs.ghost_rig import OUT, ended, eventually, open_rig, read_all
 
-NULL = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+NULL: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
 
 
 @pytest.mark.parametrize("code", [0, 7, 255])
@@ -56,7 +58,7 @@ async def test_signals_are_forwarded_with_their_origin() -> None:
         for signo in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP, signal.SIGCHLD, signal.SIGSEGV, signal.SIGWINCH):
             os.kill(process.pid, signo)
             wanted = Signal(signo, 0, os.getpid(), os.getuid(), 0)
-            await eventually(lambda wanted=wanted: wanted in rig.events(ghost), f"{wanted} is forwarded")
+            await eventually(partial(rig.told, ghost, wanted), f"{wanted} is forwarded")
         assert ghost.state() == "S"
 
 
@@ -76,7 +78,7 @@ async def test_stop_and_continue() -> None:
             assert Stopped(signo) in rig.events(ghost)
             # The master's own continue does not come back as a signal: the next one that comes is the user's.
             os.kill(process.pid, signal.SIGUSR1)
-            await eventually(lambda n=before: len(rig.events(ghost, Signal)) > n, "the next signal")
+            await eventually(partial(rig.more_than, ghost, Signal, before), "the next signal")
             assert [event.signo for event in rig.events(ghost, Signal)[before:]] == [signal.SIGUSR1]  # type: ignore[union-attr]
 
 

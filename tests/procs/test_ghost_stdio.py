@@ -193,7 +193,7 @@ async def test_a_socket_carries_both_ways_and_its_half_close() -> None:
             await write_all(ours.fileno(), b"over there\n" * 50000, close=False)
             ours.shutdown(socket.SHUT_WR)
             # The first part is in the buffers; the reader starts only now.
-            parts = []
+            parts: list[bytes] = []
             while not (parts and b"".join(parts[-2:]).endswith(b"end\n")):
                 await eventually(lambda: readable(ours.fileno()), "the socket carries it")
                 parts.append(ours.recv(MEGABYTE))

@@ -241,7 +241,6 @@ async def test_a_reader_that_waits_for_several_keys() -> None:
         await at.terminal.see("begun")
         for key in "abcd":
             at.terminal.type(key)
-            await at.terminal.see(key)
         await at.terminal.see("four b'abcd'")
         await at.terminal.see(PROMPT)
 

@@ -27,6 +27,7 @@ for fd in (0, 1, 2):
 os.write(int(report), b"%d\n" % pid)
 while True:
     result = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WCONTINUED)
+    assert result is not None
     os.write(int(report), b"%d %d\n" % (result.si_code, result.si_status))
     if result.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
         break

@@ -9,18 +9,20 @@ import os
 import select
 import socket
 import sys
+from typing import Any
 
 control = socket.socket(fileno=int(sys.argv[1]))
 pending = b""
 ended = False
 while pending or not ended:
-    wanted = [control] if pending else [control, 0]
-    ready, writable, _ = select.select(wanted, [1] if pending else [], [])
+    wanted: list[Any] = [control] if pending else [control, 0]
+    outputs: list[Any] = [1] if pending else []
+    ready, writable, _ = select.select(wanted, outputs, [])
     if control in ready:
         if not control.recv(1):
             sys.exit(9)
         control.sendall(b"F")
-        _, fds, _, _ = socket.recv_fds(control, 1, 2)
+        fds = socket.recv_fds(control, 1, 2)[1]
         for number, fd in enumerate(fds):
             os.dup2(fd, number)
             os.close(fd)
