@@ -79,13 +79,16 @@ class World:
     """What exists in a job namespace, read from its own /proc as far as it is asked for."""
 
     def __init__(self, init: int) -> None:
+        self._init = init
         self._proc = os.open(f"/proc/{init}/root/proc", os.O_PATH | os.O_CLOEXEC)
+        self._namespace = nsfs.open_pid_namespace(init)
         self._exe: tuple[int, int] | None = None
         self._made: dict[int, Ids] = {}
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Give the descriptors back."""
         os.close(self._proc)
+        os.close(self._namespace)
 
     def get(self, pid: int) -> Ids | None:
         """The process, or None when no living process has this pid."""
@@ -117,10 +120,18 @@ class World:
     def _is_clone(self, pid: int) -> bool:
         try:
             own = self._exe = self._exe or self._exe_of(INIT)
-            # A process in the making runs this program, too, but has a tracer.
-            return self._exe_of(pid) == own and b"\nTracerPid:\t0\n" in self._text(f"{pid}/status")
+            return self._exe_of(pid) == own and not self._is_traced(pid)
         except OSError:
             return False  # ended meanwhile
+
+    def _is_traced(self, pid: int) -> bool:
+        # A process in the making runs nodeinit's program, too, but has a tracer. The namespace's own /proc does not
+        # show it: the tracer has no pid there, so TracerPid reads 0. The caller's does.
+        outer = outer_pid(self._init, self._namespace, pid)
+        if outer is None:
+            return True
+        with open(f"/proc/{outer}/status", "rb", buffering=0) as file:
+            return b"\nTracerPid:\t0\n" not in file.read()
 
     def _exe_of(self, pid: int) -> tuple[int, int]:
         status = os.stat(f"{pid}/exe", dir_fd=self._proc)
