@@ -17,7 +17,7 @@ from engine.linux.libc import NR, syscall
 from engine.memory import Survey, pack_runs, send_pages
 from engine.obstacles import obstacles
 from engine.runner import VDSO_IMAGE
-from engine.state import Asked, ask, credentials, limits, thread_state
+from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
 
 VDSO_DIGEST = hashlib.blake2b(VDSO_IMAGE, digest_size=16).digest()
 _IOPRIO_WHO_PROCESS = 1
@@ -80,11 +80,17 @@ def build(inspection: Inspection) -> Image:
     exe = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/exe")), os.stat(f"{frozen.live}/exe"))
     cwd = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/cwd")), os.stat(f"{frozen.live}/cwd"))
     inner = [int(x) for x in (status[key].split()[-1] for key in ("NSpid", "NSpgid", "NSsid"))]
-    leader = thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid)
+    threads = [thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid)]
+    for thread in frozen.threads[1:]:
+        altstack, clear_tid = ask_thread(frozen, thread)
+        threads.append(thread_state(frozen, thread, procfs.inner_pid(frozen.status_of(thread)), altstack, clear_tid))
+    numbers = {thread.tid: one.tid for thread, one in zip(frozen.threads, threads, strict=True)}
+    for timer in asked.timers:
+        timer[4] = numbers.get(timer[4], 0)
     return Image(
         pid=inner[0], ppid=stat.ppid, pgid=inner[1], sid=inner[2], stopped=frozen.group_stopped, comm=stat.comm, vdso=VDSO_DIGEST,
         special=survey.special, files=survey.files, exe=exe, cwd=cwd, regions=survey.regions, runs=pack_runs(inspection.runs),
-        mm=[*stat.mm, asked.brk], auxv=procfs.read(f"{frozen.live}/auxv"), threads=[leader],
+        mm=[*stat.mm, asked.brk], auxv=procfs.read(f"{frozen.live}/auxv"), threads=threads,
         shared_pending=ptrace.queued_signals(frozen.threads[0].tid, shared=True), actions=asked.actions, itimers=asked.itimers,
         timers=asked.timers, credentials=credentials(status, asked.securebits), limits=limits(frozen.pid),
         umask=int(status["Umask"], 8), personality=asked.personality, dumpable=asked.dumpable, death_signal=asked.death_signal,

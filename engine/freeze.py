@@ -33,6 +33,7 @@ class Thread:
     mask: int = 0
     stopped: bool = False  # our stop has been waited for
     zombie: bool = False
+    status: dict[str, str] = field(default_factory=dict)  # of the others than the first, once asked for
     again: int = 0  # an interrupted call with a time in a register, which is made again
 
 
@@ -91,7 +92,10 @@ class Frozen:
         """`/proc/PID/task/TID/status`: signal sets differ between threads."""
         if thread is self.threads[0]:
             return self.status
-        return procfs.parse_status(procfs.read(f"/proc/{self.pid}/task/{thread.tid}/status"))
+        if thread.status:
+            return thread.status
+        thread.status = procfs.parse_status(procfs.read(f"/proc/{self.pid}/task/{thread.tid}/status"))
+        return thread.status
 
     def _seize_new(self) -> bool:
         known = {t.tid for t in self.threads}

@@ -89,6 +89,7 @@ def _exec(frozen: Frozen, exe: int, environment: list[bytes]) -> None:
     calls = Calls(injection)
     calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
     calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label="running the ghost")
+    injection.others = [thread.tid for thread in frozen.threads[1:]]
     done: list[bool] = []
     try:
         calls.run_until_exec(lambda: done.append(True))

@@ -6,8 +6,6 @@ from engine.freeze import Frozen
 from engine.linux import procfs
 from engine.linux.procfs import Stat
 
-PF_VFORK_WAIT = 0  # the kernel shows no flag for it: a parent in vfork sleeps uninterruptibly and never gets here
-
 
 def obstacles(frozen: Frozen, stat: Stat) -> list[str]:
     """Sentences, empty when nothing is in the way (memory and descriptors are judged elsewhere)."""
@@ -17,8 +15,10 @@ def obstacles(frozen: Frozen, stat: Stat) -> list[str]:
     if children:
         listing = ", ".join(str(pid) for pid in children[:8]) + (" and more" if len(children) > 8 else "")
         found.append(f"it has living children ({listing})")
-    if len(frozen.threads) > 1 or frozen.leader_exited:
-        found.append(f"it has {len(frozen.threads)} threads")
+    if frozen.leader_exited:
+        found.append("its main thread has ended before the others")
+    if any(_rights(frozen.status_of(thread)) != _rights(status) for thread in frozen.threads[1:]):
+        found.append("its threads have different rights")
     if status.get("Seccomp", "0") != "0":
         found.append("it runs under seccomp")
     if status.get("x86_Thread_features", ""):
@@ -30,6 +30,13 @@ def obstacles(frozen: Frozen, stat: Stat) -> list[str]:
     if status.get("Kthread", "0") == "1" or stat.mm[0] == 0 == stat.mm[2]:
         found.append("it is a kernel thread")
     return found
+
+
+_RIGHTS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
+
+
+def _rights(status: dict[str, str]) -> list[str]:
+    return [status.get(key, "") for key in _RIGHTS]
 
 
 def living_children(frozen: Frozen) -> list[int]:

@@ -21,7 +21,8 @@ from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
-from engine.restore_state import credential_rows, process_rows, signal_rows
+from engine.restore_state import credential_rows, process_rows, signal_rows, timer_rows
+from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, TRAP_SIGNALS, Calls
 from engine.target import Target
 
@@ -41,6 +42,7 @@ class Builder:
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}
         self._opened: list[int] = []
+        self._threads = Threads(target, image)
         self._high = 0
         self._arrived = time.monotonic() - image.frozen_ns / 1e9
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
@@ -81,9 +83,8 @@ class Builder:
 
     def _choose_trap(self) -> int:
         # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
-        unfit = {info[0] for info in [*self.image.shared_pending, *self.image.threads[0].pending]} | set(
-            self.image.actions
-        )
+        queued = [info for thread in self.image.threads for info in thread.pending] + self.image.shared_pending
+        unfit = {info[0] for info in queued} | set(self.image.actions)
         unfit |= self.target.pending()
         return next((n for n in TRAP_SIGNALS if n not in unfit), 0)
 
@@ -222,9 +223,15 @@ class Builder:
         process_rows(calls, image)
         signal_rows(calls, image, everything=target.home)
         self._limit_rows(calls)
+        if len(image.threads) > 1:
+            calls.run()
+            self._threads.create()
+            calls = Calls(target.injection)
+        timer_rows(calls, image)
         credential_rows(calls, image)
         self._queue(calls)
         calls.run()
+        self._threads.complete()
         injection = target.injection
         registers = Registers.from_buffer_copy(leader.registers)
         ptrace.set_xstate(target.pid, leader.xstate)
@@ -298,14 +305,17 @@ class Builder:
             process_vm.write(target.pid, injection.base + RESUME_DATA, data or b"\0")
             arguments = [injection.base + RESUME_DATA if isinstance(a, bytes) else a for a in r.arguments]
             injection.call_raw(r.number, *arguments)
+        elapsed, scratch = time.monotonic() - self._arrived, injection.base + RESUME_DATA
+        self._threads.finish(elapsed, scratch)
         leader = self.image.threads[0]
         if leader.prime:
-            prime(injection, leader.prime, time.monotonic() - self._arrived, injection.base + RESUME_DATA)
+            prime(injection, leader.prime, elapsed, scratch)
         injection.leave()
         note.erase()
         injection.finish()
         if self.image.stopped or injection.stopped_by:
             os.kill(target.pid, 19)
+        self._threads.detach()
         ptrace.detach(target.pid)
         target.close()
         return target.pid

@@ -4,7 +4,7 @@ import struct
 from typing import Any, Final
 
 from engine import state
-from engine.image import Image
+from engine.image import Image, ThreadState
 from engine.runner import ALL_SIGNALS, Calls
 
 _CLOCK_EVENT: Final = 64  # bytes of struct sigevent
@@ -17,16 +17,11 @@ ACTION_NUMBERS: Final = [n for n in range(1, state.SIGNALS + 1) if n not in _UNQ
 
 
 def process_rows(calls: Calls, image: Image) -> None:
-    """Name, umask, robust list, clear_child_tid, rseq, timers and the smaller settings."""
+    """The leader's own, umask, interval timers and the smaller settings."""
     leader = image.threads[0]
-    calls.add("prctl", state.PR_SET_NAME, calls.data(leader.comm + b"\0"))
+    thread_rows(calls, leader)
     calls.add("umask", image.umask)
     calls.add("set_tid_address", leader.clear_tid)
-    if leader.robust[0]:
-        calls.add("set_robust_list", leader.robust[0], leader.robust[1], label="robust list")
-    pointer, size, signature, _ = leader.rseq
-    if pointer:
-        calls.add("rseq", pointer, size, 0, signature, label="rseq")
     if image.subreaper:
         calls.add("prctl", state.PR_SET_CHILD_SUBREAPER, 1)
     if image.thp_disabled:
@@ -34,7 +29,19 @@ def process_rows(calls: Calls, image: Image) -> None:
     calls.add("prctl", state.PR_SET_TIMERSLACK, image.timer_slack, must=False)
     for which, value in enumerate(image.itimers):
         calls.add("setitimer", which, calls.data(_armed(value)), 0, label="interval timer")
-    _timer_rows(calls, image)
+
+
+def thread_rows(calls: Calls, one: ThreadState) -> None:
+    """A thread's name, robust list, rseq and alternate stack."""
+    calls.add("prctl", state.PR_SET_NAME, calls.data(one.comm + b"\0"))
+    if one.robust[0]:
+        calls.add("set_robust_list", one.robust[0], one.robust[1], label="robust list")
+    pointer, size, signature, _ = one.rseq
+    if pointer:
+        calls.add("rseq", pointer, size, 0, signature, label="rseq")
+    pointer, flags, size = struct.unpack("<QixxxxQ", one.altstack)
+    stack = struct.pack("<QiiQ", pointer, flags & ~_SS_ONSTACK, 0, size)
+    calls.add("sigaltstack", calls.data(stack), 0, label="alternate stack")
 
 
 def _armed(value: bytes) -> bytes:
@@ -43,7 +50,8 @@ def _armed(value: bytes) -> bytes:
     return interval + interval if left == bytes(16) else value
 
 
-def _timer_rows(calls: Calls, image: Image) -> None:
+def timer_rows(calls: Calls, image: Image) -> None:
+    """POSIX timers; the threads that they signal must be there."""
     if not image.timers:
         return
     # Linux 6.15: ids are the caller's choice. Before, the kernel counts up from 0, which fits programs that never deleted one.
@@ -57,7 +65,7 @@ def _timer_rows(calls: Calls, image: Image) -> None:
 
 
 def signal_rows(calls: Calls, image: Image, everything: bool) -> None:
-    """Signal actions and the alternate stack.
+    """Signal actions.
 
     Args:
         everything: set default actions too (the process was another program before).
@@ -67,13 +75,14 @@ def signal_rows(calls: Calls, image: Image, everything: bool) -> None:
         if number not in _UNQUEUEABLE:
             action = image.actions.get(number, bytes(state.ACTION_SIZE))
             calls.add("rt_sigaction", number, calls.data(action), 0, 8, label=f"action of signal {number}")
-    pointer, flags, size = struct.unpack("<QixxxxQ", image.threads[0].altstack)
-    stack = struct.pack("<QiiQ", pointer, flags & ~_SS_ONSTACK, 0, size)
-    calls.add("sigaltstack", calls.data(stack), 0, label="alternate stack")
 
 
-def credential_rows(calls: Calls, image: Image) -> None:
-    """Ids, groups, capabilities: only ever downwards. Then what a change of ids resets: dumpable, death signal."""
+def credential_rows(calls: Calls, image: Image, leader: bool = True) -> None:
+    """Ids, groups, capabilities: only ever downwards. Then what a change of ids resets: dumpable, death signal.
+
+    Args:
+        leader: False for the other threads, whose death signal is not known.
+    """
     c: dict[str, Any] = image.credentials
     prctl = "prctl"
     for bit in range(_CAP_LAST):
@@ -103,7 +112,8 @@ def credential_rows(calls: Calls, image: Image) -> None:
     if c["no_new_privs"]:
         calls.add(prctl, state.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     calls.add(prctl, state.PR_SET_DUMPABLE, image.dumpable & 1, must=False)
-    calls.add(prctl, state.PR_SET_PDEATHSIG, image.death_signal)
+    if leader:
+        calls.add(prctl, state.PR_SET_PDEATHSIG, image.death_signal)
     calls.add("personality", image.personality & ALL_SIGNALS)
 
 

@@ -14,6 +14,7 @@ import ctypes
 import os
 import signal
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,8 @@ CODE: Final = Path(__file__).parent / "bin" / "runner.bin"
 CODE_BYTES: Final = CODE.read_bytes()
 SCRATCH_SIZE: Final = 0x40000
 _SLOT: Final = 0x1000
+_SECOND_SLOT: Final = 0x1800  # of whichever other thread makes calls at the moment
+_PARKED: Final = 16  # offset of csrc/runner.S: the thread ends there, should the tracer die
 _HEAL: Final = 0x1400  # heal table of the leader's slot
 _TABLE: Final = 0x2000
 _DATA: Final = 0x10000
@@ -148,7 +151,9 @@ class Injection:
         self.pid, self.tid, self.memory, self.vdso = pid, tid, memory, vdso
         self.registers, self.mask, self.trap = registers, mask, trap
         self.base = 0
+        self._slot = _SLOT
         self.stopped_by = 0
+        self.others: list[int] = []  # threads that an exec is going to kill and that we have to reap for it
         self.on_event: Callable[[], object] | None = None  # called at a fork or clone event
         self._heal: list[bytes] = []
 
@@ -195,6 +200,23 @@ class Injection:
         process_vm.write(self.pid, base, CODE_BYTES)
         self.write_slot()
 
+    def for_thread(self, tid: int, registers: Registers, mask: int, trap: int = 0) -> "Injection":
+        """The way into another thread of the process, for use while this one stands still.
+
+        One at a time: before the next, that thread has to be given registers that need no slot (`finish`, `park`).
+
+        Args:
+            trap: as `choose_trap`; 0 is always right, and slow.
+        """
+        other = Injection(self.pid, tid, self.memory, self.vdso, registers, mask, trap)
+        other.base, other._slot = self.base, _SECOND_SLOT
+        other.write_slot()
+        return other
+
+    def park(self) -> None:
+        """Leave the thread where it ends by itself, should the tracer die before `finish`."""
+        ptrace.set_registers(self.tid, self._entry(self.base + _PARKED))
+
     def set_heal(self, rows: list[bytes]) -> None:
         """Calls that an abandoned process makes before it goes on (it may exec or exit instead)."""
         self._heal = rows
@@ -203,14 +225,15 @@ class Injection:
     def write_slot(self) -> None:
         """Write the state to go back to; call it after a change of registers, mask or trap."""
         if self.base:
-            slot = self.base + _SLOT
+            slot = self.base + self._slot
             data = _slot(self.registers, self.mask, self.trap, slot, self.base + _HEAL, len(self._heal))
-            process_vm.write(self.pid, slot, data.ljust(_HEAL - _SLOT, b"\0") + b"".join(self._heal))
+            heal = data.ljust(_HEAL - _SLOT, b"\0") + b"".join(self._heal) if self._slot == _SLOT else data
+            process_vm.write(self.pid, slot, heal)
 
     def start_table(self, table: int, count: int) -> None:
         """Point the thread at a table and let it run (no wait)."""
         go = self._entry(self.base)
-        go.rbx, go.r12, go.rbp = table, count, self.base + _SLOT
+        go.rbx, go.r12, go.rbp = table, count, self.base + self._slot
         ptrace.set_registers(self.tid, go)
         ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (self.trap - 1)) if self.trap else ALL_SIGNALS)
 
@@ -244,6 +267,17 @@ class Injection:
         ptrace.set_mask(self.tid, self.mask)
         ptrace.set_registers(self.tid, self.registers)
 
+    def _wait_reaping(self) -> int:
+        while True:
+            status = ptrace.wait_nohang(self.tid)
+            if status is not None:
+                return status
+            for tid in list(self.others):
+                ended = ptrace.wait_nohang(tid)
+                if ended is not None and not os.WIFSTOPPED(ended):
+                    self.others.remove(tid)
+            time.sleep(0.0001)
+
     def _entry(self, rip: int) -> Registers:
         go = self.registers.copy()
         go.rip, go.orig_rax = rip, ALL_SIGNALS
@@ -267,7 +301,7 @@ class Injection:
         """Continue to the expected stop; True when it is an event instead."""
         while True:
             ptrace.ptrace(request, self.tid)
-            status = ptrace.wait(self.tid)
+            status = self._wait_reaping() if self.others else ptrace.wait(self.tid)
             if not os.WIFSTOPPED(status):
                 raise ProcessGone(self.pid)
             stop = status >> 8

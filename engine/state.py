@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from engine import image as img
 from engine.freeze import Frozen, Thread
-from engine.linux import procfs, ptrace
+from engine.linux import process_vm, procfs, ptrace
 from engine.linux.libc import NR, syscall
 from engine.restart import prime_of
 from engine.runner import Calls
@@ -128,6 +128,31 @@ def _posix_timers(frozen: Frozen) -> list[procfs.PosixTimer]:
         return []
 
 
+def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int]:
+    """(stack_t, clear_child_tid) of a thread that is not the leader. Raises OSError."""
+    injection = frozen.open_injection().for_thread(thread.tid, thread.registers, thread.mask)
+    calls = Calls(injection)
+    answer = calls.data(bytes(32))
+    calls.add("sigaltstack", 0, answer)
+    calls.add("prctl", PR_GET_TID_ADDRESS, answer + 24, must=False)
+    calls.run()
+    raw = calls.read(answer, 32)
+    injection.finish()
+    return raw[:24], int.from_bytes(raw[24:], "little")
+
+
+def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int, int, int]) -> None:
+    """A critical section that the freeze interrupted is aborted, as the kernel would (rseq(2)): the new CPU has another id."""
+    if not rseq[0]:
+        return
+    pointer = int.from_bytes(process_vm.read(frozen.pid, rseq[0] + 8, 8), "little")
+    if pointer:
+        # struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip
+        _, _, start, length, abort = struct.unpack("<IIQQQ", process_vm.read(frozen.pid, pointer, 32))
+        if start <= registers.rip < start + length:
+            registers.rip = abort
+
+
 def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int) -> img.ThreadState:
     """What the image carries of one thread.
 
@@ -140,6 +165,8 @@ def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, cl
         comm = file.read().removesuffix(b"\n")
     registers = thread.registers.copy()
     prime = prime_of(frozen, thread, registers)
+    rseq = ptrace.rseq_configuration(tid)
+    leave_rseq(frozen, registers, rseq)
     return img.ThreadState(
         tid=inner,
         registers=bytes(registers),
@@ -148,7 +175,7 @@ def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, cl
         altstack=altstack,
         robust=_robust_list(tid),
         clear_tid=clear_tid,
-        rseq=list(ptrace.rseq_configuration(tid)),
+        rseq=list(rseq),
         comm=comm,
         pending=ptrace.queued_signals(tid, shared=False),
         policy=_scheduling(tid),

@@ -19,6 +19,7 @@ from engine.memory import SPECIAL
 from engine.placeholders import placing
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
 from engine.spawn import Child, spawn_child
+from engine.terminals import Terminal
 
 _AF_UNIX: Final = 1
 _SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
@@ -52,6 +53,7 @@ class Target:
         self.sock: socket.socket | None = None
         self.inner_sock = -1
         self.own_fds: list[int] = []
+        self.threads: list[int] = []  # host tids beside the leader
         self.pidfd = process_vm.pidfd_open(pid)
 
     def open_socket(self, calls: Calls) -> int:
@@ -156,26 +158,38 @@ class Fresh(Target):
 
     def discard(self) -> None:
         """Kill it and wait for its end as its tracer; its parent reaps it."""
-        _kill(self.pid, self.pidfd)
+        _kill([*self.threads, self.pid], self.pidfd)
         self.close()
 
 
-def _kill(pid: int, pidfd: int) -> None:
+def _kill(tids: list[int], pidfd: int) -> None:
+    # The leader comes last: its end is reported when the others have been reaped.
     with contextlib.suppress(OSError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    with contextlib.suppress(OSError):
-        while os.WIFSTOPPED(ptrace.wait(pid)):
-            pass
+    for tid in tids:
+        with contextlib.suppress(OSError):
+            while os.WIFSTOPPED(ptrace.wait(tid)):
+                pass
 
 
-def place_child(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -> Fresh:
+def place_child(
+    init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0, terminal: str = "", front: bool = True
+) -> Fresh:
     """Make the stopped child under its placeholders, empty, with a socket into it.
+
+    Args:
+        init: host pid of nodeinit.
+        pid, ppid, pgid, sid: as the process has them where it comes from (cluster pids).
+        uid: its real uid.
+        terminal: path of the pseudo-terminal that stands for its controlling terminal; empty: it gets none.
+        front: it is in its terminal's foreground at home.
 
     Raises:
         FileExistsError: the pid is in use there.
         OSError: the namespace is gone.
     """
-    with placing(init, pid, ppid, pgid, sid, uid) as place:
+    tty = Terminal(init, (pid, pgid, sid), terminal, front)
+    with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
         target = Fresh(spawn_child(place.maker, pid, place.sibling))
         try:
             calls = Calls(target.injection)
@@ -184,6 +198,7 @@ def place_child(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 
             if place.pgid is not None:
                 calls.add("setpgid", 0, place.pgid, label=f"process group {place.pgid}")
             calls.add("close_range", 0, 0xFFFFFFFF, 0)
+            tty.add_rows(calls)
             pair = target.open_socket(calls)
             target.unmap_all(calls)
             calls.run()
@@ -270,6 +285,8 @@ class Home(Target):
                 self.pidfd = -1
                 self.frozen.release()
                 return
+            for tid in self.threads:  # parked: it ends
+                ptrace.detach(tid)
             # Detached in the runner's stop, it heals: the very way it goes when this worker dies.
             calls = Calls(self.injection)
             calls.add("getpid")
@@ -278,7 +295,7 @@ class Home(Target):
             note.erase()
         except OSError:
             # Dead already, or in no state to go on: its end is better than a process that is neither.
-            _kill(self.pid, self.pidfd)
+            _kill([*self.threads, self.pid], self.pidfd)
         self.close()
 
     def close_extra(self) -> None:

@@ -38,6 +38,12 @@
 entry:
     lea r13, [rip + trap]
     jmp rows
+    .org 16
+child:                      /* at a fixed offset: a thread that waits for its registers is parked here */
+    mov eax, 60
+    mov edi, 1
+    syscall
+    hlt
 trap:
     mov eax, 39             /* getpid: pids differ between namespaces, so ask */
     syscall
@@ -66,7 +72,7 @@ rows:
     mov [rbx + 56], rax
     test rax, rax
     jnz 1f
-    cmp dword ptr [rbx], 435 /* clone3: the child ends, unless a tracer has other plans for it */
+    cmp dword ptr [rbx], 435 /* clone3: the child ends, unless its tracer has other plans */
     je child
 1:  cmp rax, -4095
     jb 2f
@@ -77,11 +83,6 @@ rows:
     jmp rows
 done:
     jmp r13
-child:
-    mov eax, 231
-    mov edi, 1
-    syscall
-    hlt
 restore:
     lea rsp, [rbp + SLOT_FLAGS]
     popfq
