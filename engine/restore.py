@@ -13,6 +13,7 @@ from typing import Any, Final
 from engine import image as img
 from engine import note, state
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
+from engine.descriptors.paths import is_fuse
 from engine.dump import VDSO_DIGEST
 from engine.image import Image, ImageError, MappedFile
 from engine.linux import process_vm, procfs, ptrace
@@ -31,6 +32,8 @@ _MREMAP_MOVE_FIXED: Final = 3
 _PROT_WRITE: Final = 2
 _F_DUPFD_CLOEXEC: Final = 1030
 _TOP: Final = 0x7FFFFFFFF000
+
+_FILES_FOLLOWED: Final = 32  # descriptors that a daemon keeps of one process
 
 
 class Builder:
@@ -320,13 +323,20 @@ class Builder:
         target.close()
         return target.pid
 
-    def take_standard_files(self) -> dict[int, int]:
-        """Our descriptors of the regular files that are the process's 0, 1 and 2, by number; the caller's from now on.
+    def take_files(self) -> dict[int, int]:
+        """Our descriptors of the process's regular files, by its own number; the caller's from now on.
 
-        They tell, after its end, how far it has read and written: whoever shares these files at home goes on there.
+        They tell, after its end, how far it has read and written: whoever shares these files at home goes on there. A file
+        with a lock is left out, since our descriptor would keep the lock; so is what a FUSE server (our daemon) serves.
         """
-        plain = {n for e in self.image.descriptors if e["kind"] == "file" and "pos" in e for n, _ in e["fds"] if n < 3}
-        return {placed.target_fd: os.dup(placed.local_fd) for placed in self._made if placed.target_fd in plain}
+        plain = [e for e in self.image.descriptors if e["kind"] == "file" and "pos" in e and not e.get("locks")]
+        numbers = {entry["fds"][0][0] for entry in plain}
+        made = [placed for placed in self._made if placed.target_fd in numbers][:_FILES_FOLLOWED]
+        return {
+            placed.target_fd: os.dup(placed.local_fd)
+            for placed in made
+            if not is_fuse(b"/proc/self/fd/%d" % placed.local_fd)
+        }
 
     def close(self) -> None:
         """Close the files the worker opened."""

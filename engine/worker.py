@@ -186,7 +186,10 @@ class Destination:
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
-                self._target = place_child(int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)))
+                terminal, front = str(request.get("terminal", "")), bool(request.get("front", True))
+                self._target = place_child(
+                    int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front
+                )
             else:
                 if not fds:
                     raise OSError(22, "a home-coming needs the ghost program")
@@ -238,11 +241,11 @@ class Destination:
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
-        """The source is gone: let it run. Descriptors of its standard files (not at home) come with the reply."""
+        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply."""
         builder, target = self._builder, self._target
         if builder is None or target is None:
             raise OSError(22, f"{_ORDER}: nothing is built")
-        files = {} if target.home else builder.take_standard_files()
+        files = {} if target.home else builder.take_files()
         hostpid = builder.resume()
         builder.close()
         self._builder = self._target = None

@@ -18,7 +18,7 @@ from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.process import ExitStatus, Process, ProcState
-from bpfs.procs.stdio import Stdio
+from bpfs.procs.stdio import Stdio, carry_offsets
 from bpfs.procs.table import ProcTable
 from bpfs.tree.base import Caller
 from bpfs.wire import messages
@@ -198,10 +198,16 @@ class Ghosts:
         self.table.end(proc, status)
         away = self._away.get(proc.pid)
         if away is not None and away.proc is proc:
+            await self._carry_offsets(away)
             if status.signal is None:
                 await tell(away.ghost.exit(status.code or 0))
             else:
                 await tell(away.ghost.killed(status.signal, status.core))
+
+    async def _carry_offsets(self, away: Away) -> None:
+        session = self.nodes.get(away.proc.place).session
+        if session is not None:
+            await tell(carry_offsets(session.link, away.stdio, away.proc.pid))
 
     async def _forward(self, report: messages.JobReport) -> None:
         # A job signalled a placeholder on its node: the signal is meant for the process that is elsewhere.

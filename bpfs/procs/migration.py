@@ -165,8 +165,8 @@ class Migration(ABC):
         """Ends the source. Returns only when it is known to be gone; raises only when it is known to live."""
 
     @abstractmethod
-    async def arrived(self) -> None:
-        """The copy runs: stdio flows to and from its new place."""
+    async def arrived(self, reply: dict[str, Any]) -> None:
+        """The copy runs, as the engine replied: stdio flows to and from its new place."""
 
     @abstractmethod
     async def stay(self) -> None:
@@ -229,7 +229,7 @@ class Migration(ABC):
         reply = await dst.call("resume")
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = time.perf_counter()
-        await self.arrived()
+        await self.arrived(reply)
 
     async def _undo(self, release: Awaitable[object], dst: Engine) -> None:
         # The source first: it is somebody's program that stands still.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from bpfs.wire import messages
 from bpfs.wire.link import Link
 
 CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
+HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
 BULK_TIMEOUT = 3600.0  # seconds: sending and receiving take as long as the image is large
 
 
@@ -83,7 +85,9 @@ class _LocalEngine:
         self._session = session
 
     async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
-        reply, _ = await self._session.call(op, fds, **args)
+        reply, received = await self._session.call(op, fds, **args)
+        for fd in received:
+            os.close(fd)
         return reply
 
 
@@ -152,6 +156,8 @@ class _RemoteEngine:
         timeout = BULK_TIMEOUT if op in ("send", "receive") else CALL_TIMEOUT
         answer = await self.request(messages.EngineCall(self._session, body, tuple(fds)), timeout)
         assert isinstance(answer, messages.EngineReply)
-        return unpack_reply(answer.body)
+        reply = unpack_reply(answer.body)
+        reply[HANDLES] = list(answer.fds)
+        return reply
 
 

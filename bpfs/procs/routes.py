@@ -19,9 +19,10 @@ from bpfs.errors import BpfsError
 from bpfs.procs.ghost import EXECUTABLE, Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Landing, Migration
-from bpfs.procs.places import Engine, NodePlace, Place
+from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process
-from bpfs.procs.stdio import Attached, Stdio, attach, detach
+from bpfs.procs.stdio import Attached, Stdio, attach, detach, drop_files
+from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.wire.mux import ghost_table
 from bpfs.wire.streams import StreamBook
 
@@ -67,8 +68,8 @@ class Leave(Migration):
         self._attached: Attached | None = None
         self._comm = b""
 
-    async def prepare(self, dst: Engine) -> Landing:
-        return await prepare_on_node(self, dst)
+    async def prepare(self, dst: Engine) -> Landing | None:
+        return await prepare_early(self, dst)
 
     async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
         self._comm = os.fsencode(summary["process"]["comm"])
@@ -76,9 +77,7 @@ class Leave(Migration):
         channels = list(self._stdio.channels.values())
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-        assert landing is not None
-        landing.fds, landing.externals = self._attached.fds, self._attached.places
-        return landing
+        return await land(self, dst, landing, self._attached)
 
     async def depart(self, src: Engine) -> None:
         assert self._attached is not None
@@ -99,8 +98,8 @@ class Leave(Migration):
         await tell(away.ghost.name(self._comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
 
-    async def arrived(self) -> None:
-        return
+    async def arrived(self, reply: dict[str, Any]) -> None:
+        self._stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
 
     async def stay(self) -> None:
         if self._attached is not None:
@@ -124,8 +123,8 @@ class Hop(Migration):
     def quiet(self) -> trio.Lock:
         return self._away.quiet
 
-    async def prepare(self, dst: Engine) -> Landing:
-        return await prepare_on_node(self, dst)
+    async def prepare(self, dst: Engine) -> Landing | None:
+        return await prepare_early(self, dst)
 
     async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
         channels = self._away.stdio.regroup(summary["externals"])
@@ -133,16 +132,16 @@ class Hop(Migration):
         await self._away.ghost.hold()
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-        assert landing is not None
-        landing.fds, landing.externals = self._attached.fds, self._attached.places
-        return landing
+        return await land(self, dst, landing, self._attached)
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
 
-    async def arrived(self) -> None:
+    async def arrived(self, reply: dict[str, Any]) -> None:
         assert self._attached is not None
         stdio, attached = self._away.stdio, self._attached
+        await drop_files(self.source, stdio)
+        stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
@@ -189,7 +188,8 @@ class Return(Migration):
         await vanish(self, src)
         self._around.ghosts.retire(self._away)
 
-    async def arrived(self) -> None:
+    async def arrived(self, reply: dict[str, Any]) -> None:
+        await drop_files(self.source, self._away.stdio)
         await detach(self.source, self._away.stdio.stream)
 
     async def stay(self) -> None:
@@ -198,14 +198,29 @@ class Return(Migration):
             await tell(self._away.ghost.resume())
 
 
-async def prepare_on_node(migration: Migration, dst: Engine) -> Landing:
+async def prepare_early(migration: Migration, dst: Engine) -> Landing | None:
+    """Has a node make the empty process now, unless that must wait for the terminal that it is to be born with."""
+    if on_terminal(migration.proc.pid):
+        return None
+    return await prepare_on_node(migration, dst)
+
+
+async def land(migration: Migration, dst: Engine, landing: Landing | None, attached: Attached) -> Landing:
+    """Completes a landing with the new ends of stdio."""
+    if landing is None:
+        landing = await prepare_on_node(migration, dst, attached.terminal)
+    landing.fds, landing.externals = attached.fds, attached.places
+    return landing
+
+
+async def prepare_on_node(migration: Migration, dst: Engine, terminal: str = "") -> Landing:
     """Has a node make the empty process, under placeholders for its parent, group and session."""
     proc, place = migration.proc, migration.destination
     identity = proc.identity
     address = place.address(migration.source)
     reply = await dst.call(
         "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
-        place=place.target(proc.pid), address=address,
+        place=place.target(proc.pid), address=address, terminal=terminal, front=in_foreground(proc.pid),
     )  # fmt: skip
     return Landing(address, reply["port"], reply["token"])
 

@@ -12,14 +12,18 @@ import itertools
 import os
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, LinkClosed
+from bpfs.fdinfo import inode_and_offset
 from bpfs.procs.places import CALL_TIMEOUT, NodePlace
 from bpfs.wire import messages
+from bpfs.wire.link import Link
 from bpfs.wire.mux import Channel, channels_of
 from bpfs.wire.streams import StreamBook
+from engine.linux import process_vm
 
 CONNECT_TIMEOUT = 10.0  # seconds for the node's stream to come in
 _streams = itertools.count(1)
@@ -35,11 +39,13 @@ class Stdio:
         channels: by number, with the ghost's own descriptors (those the process had when it left).
         stream: number of the stream to the node where the process is.
         ends: (st_dev, st_ino) of an end on that node -> the channel's number.
+        files: the process's number of a regular file as it left -> the slave's handle of the same open file.
     """
 
     channels: dict[int, Channel] = field(default_factory=dict)
     stream: int = 0
     ends: dict[tuple[int, int], int] = field(default_factory=dict)
+    files: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, externals: Iterable[External]) -> Stdio:
@@ -82,13 +88,17 @@ def _original(channel: Channel, external: External) -> int:
 
 @dataclass(slots=True)
 class Attached:
-    """New ends on a node: handles of the slave's descriptors, and which external takes which."""
+    """New ends on a node: handles of the slave's descriptors, and which external takes which.
+
+    `terminal` is the path of the pseudo-terminal there; empty where the process has no terminal.
+    """
 
     number: int
     connection: socket.socket
     fds: list[int]
     places: dict[int, int]  # key of an external -> index into fds
     ends: dict[tuple[int, int], int]
+    terminal: str
 
 
 async def attach(place: NodePlace, streams: StreamBook, channels: list[Channel], uid: int, gid: int) -> Attached:
@@ -109,7 +119,8 @@ async def attach(place: NodePlace, streams: StreamBook, channels: list[Channel],
             raise
     assert isinstance(reply, messages.RelayAttached)
     ends = {(dev, ino): chan for dev, ino, chan in reply.ends}
-    return Attached(number, connection, list(reply.fds), {key: index for index, key in enumerate(reply.keys)}, ends)
+    places = {key: index for index, key in enumerate(reply.keys)}
+    return Attached(number, connection, list(reply.fds), places, ends, reply.terminal)
 
 
 async def detach(place: NodePlace, stream: int) -> None:
@@ -118,3 +129,46 @@ async def detach(place: NodePlace, stream: int) -> None:
         await place.link.request(messages.RelayDetach(stream), CALL_TIMEOUT)
     except BpfsError:
         return
+
+
+async def drop_files(place: NodePlace, stdio: Stdio) -> None:
+    """Gives back the slave's descriptors of files: the process has gone on."""
+    handles, stdio.files = tuple(stdio.files.values()), {}
+    if handles:
+        with suppress(LinkClosed):
+            await place.link.notify(messages.FdClose(handles))
+
+
+async def carry_offsets(link: Link, stdio: Stdio, pid: int) -> None:
+    """After a job's end: sets the offsets of its files at home, in the ghost, to where the job left them.
+
+    Shells share these files with the jobs they start: what comes next in a script goes on there.
+
+    Raises:
+        BpfsError: the node is gone.
+    """
+    files, stdio.files = stdio.files, {}
+    if not files:
+        return
+    reply = await link.request(messages.FdWhere(tuple(files.values())), CALL_TIMEOUT)
+    assert isinstance(reply, messages.FdIsWhere)
+    for number, offset, inode in zip(files, reply.offsets, reply.inodes, strict=True):
+        if offset >= 0:
+            _seek_in(pid, number, offset, inode)
+
+
+def _seek_in(pid: int, number: int, offset: int, inode: int) -> None:
+    try:
+        process = os.pidfd_open(pid)
+        try:
+            fd = process_vm.pidfd_getfd(process, number)
+        finally:
+            os.close(process)
+    except OSError:
+        return  # the ghost has just been killed: nobody's offset is left to set
+    try:
+        # Never fstat: the file may be one of our own tree.
+        if inode_and_offset(fd)[0] == inode:
+            os.lseek(fd, offset, os.SEEK_SET)
+    finally:
+        os.close(fd)

@@ -13,7 +13,8 @@ from errno import EBADF, EEXIST, ENOENT
 
 from bpfs.engines import WorkerChannel, Workers
 from bpfs.errors import BpfsError
-from bpfs.wire.messages import EngineCall, EngineClose, EngineOpen, EngineReply, FdClose
+from bpfs.fdinfo import inode_and_offset
+from bpfs.wire.messages import EngineCall, EngineClose, EngineOpen, EngineReply, FdClose, FdIsWhere, FdWhere
 
 
 class HeldFds:
@@ -46,6 +47,21 @@ class HeldFds:
             fd = self._fds.pop(handle, -1)
             if fd >= 0:
                 os.close(fd)
+
+    def where(self, message: FdWhere) -> FdIsWhere:
+        """Handler: offsets of files that a job had; the descriptors are closed."""
+        offsets, inodes = [], []
+        for handle in message.fds:
+            fd = self.take(handle)
+            try:
+                # Never fstat: the file may be one of our own tree.
+                inode, offset = inode_and_offset(fd)
+            except OSError:
+                inode, offset = 0, -1
+            os.close(fd)
+            inodes.append(inode)
+            offsets.append(offset)
+        return FdIsWhere(tuple(offsets), tuple(inodes))
 
     def __len__(self) -> int:
         return len(self._fds)

@@ -14,7 +14,6 @@ from errno import EINVAL
 from typing import Any
 
 import trio
-from engine.zygote import Zygote
 
 from bpfs import daemon, kernel, log
 from bpfs.engines import Workers
@@ -39,6 +38,7 @@ from bpfs.wire.messages import (
     EngineOpen,
     Fault,
     FdClose,
+    FdWhere,
     Fence,
     HeartbeatSeen,
     HostPidOf,
@@ -53,6 +53,7 @@ from bpfs.wire.messages import (
     Signal,
     Welcome,
 )
+from engine.zygote import Zygote
 
 _log = log.get("slave")
 
@@ -80,6 +81,7 @@ class Slave:
             EngineCall: self.engines.call,
             EngineClose: self.engines.close,
             FdClose: self.held.close,
+            FdWhere: self.held.where,
             Fence: self._fence,
             SetClock: self._set_clock,
         }

@@ -100,6 +100,7 @@ async def mount(
             notifier.start()
             nursery.start_soon(operations.watch.run, name="signals of waiting callers")
             nursery.start_soon(_serve, nursery, name="fuse")
+            nursery.start_soon(_end_flushes, mountpoint, name="first flush")
             try:
                 yield FuseMount(mountpoint, operations, notifier)
             finally:
@@ -118,6 +119,24 @@ _IN_A_ROW = 32
 """Requests served without a chance for other tasks: some 2 ms at most, far below what a heartbeat would notice."""
 
 _mounted = False
+
+
+async def _end_flushes(mountpoint: str) -> None:
+    """Has the kernel learn that close(2) needs no FLUSH, which it asks for until it has once been told ENOSYS.
+
+    Until then a daemon that closed a descriptor of a job that happens to be a file of this very tree would wait for
+    itself. So one file is opened and closed right away, in a thread that may wait.
+    """
+
+    def open_and_close() -> None:
+        try:
+            with os.scandir(mountpoint) as entries:
+                name = next(entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+            os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK))
+        except (OSError, StopIteration):
+            pass  # no file, no flush; or the link is down, and then the first closer of a file will do
+
+    await trio.to_thread.run_sync(open_and_close, abandon_on_cancel=True)
 
 
 async def _serve(nursery: trio.Nursery) -> None:

@@ -229,6 +229,21 @@ class FdClose(Message):
     fds: tuple[int, ...]
 
 
+@_message(26)
+class FdWhere(Message):
+    """master -> slave, request (reply FdIsWhere): how far held descriptors of files have got, and close them."""
+
+    fds: tuple[int, ...]
+
+
+@_message(27)
+class FdIsWhere(Message):
+    """slave -> master: for each its offset in bytes and the file's st_ino; -1 and 0 where it has none."""
+
+    offsets: tuple[int, ...]
+    inodes: tuple[int, ...]
+
+
 # -- jobs: 30-39 -----------------------------------------------------------------------------------
 
 

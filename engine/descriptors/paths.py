@@ -81,7 +81,7 @@ def _check_name(source: Source, probe: Probe) -> None:
                 return
         except OSError:
             continue
-    if not _is_fuse(source.path(probe)):  # a FUSE server may renumber its files at will
+    if not is_fuse(source.path(probe)):  # a FUSE server may renumber its files at will
         raise Refusal(f"is a file that its path does not lead to any more ({os.fsdecode(probe.link)})")
 
 
@@ -90,7 +90,8 @@ def _roots(pid: int) -> Iterator[bytes]:
     yield b""  # a process in a chroot: the kernel shows us paths from its namespace's root
 
 
-def _is_fuse(path: bytes) -> bool:
+def is_fuse(path: bytes) -> bool:
+    """Whether a path is on a FUSE file system; its server is asked, so never call it where it cannot answer."""
     buffer = ctypes.create_string_buffer(256)
     return LIBC.statfs(path, buffer) == 0 and int.from_bytes(buffer.raw[:8], "little") == _FUSE_MAGIC
 

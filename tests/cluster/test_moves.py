@@ -298,3 +298,23 @@ def test_many_moves_leave_nothing_behind(it, counter):
             move(it, counter.pid, node)
     wait_until(lambda: held()[0] <= before[0] and held()[1] <= before[1], f"held before: {before}, after: {held()}")
     check_counting(finish(counter), counter.pid)
+
+
+@pytest.mark.parametrize("how", ["a > out", ">> out"])
+def test_a_shared_output_file_goes_on_where_the_job_stopped(it, tmp_path, how):
+    # The shell at home and its job on the node share one open file, and so one offset.
+    script = (
+        f"(echo one; bash -c 'echo $$ > {it.mount}/nodes/1/migrate; echo two; hostname'; echo three)"
+        f" {how.split()[-2]} {tmp_path}/out; cat {tmp_path}/out"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["one", "two", "n1", "three"], "")
+
+
+def test_a_shared_input_file_is_read_on_where_the_job_stopped(it, tmp_path):
+    (tmp_path / "in").write_text("one\ntwo\nthree\nfour\n")
+    script = (
+        f"(read a; bash -c 'echo $$ > {it.mount}/nodes/2/migrate; read b; echo $b'; read c; echo $a $c) < {tmp_path}/in"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["two", "one", "three"], "")
