@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,26 @@ class RunDir:
         """The pid of the master that runs here, 0 where none does."""
         master = self.recorded().get("master")
         return master.pid if master is not None and master.alive else 0
+
+    def ask(self, line: str, timeout: float = 5.0) -> str:
+        """Ask the master by its control socket (bpfs.master.control).
+
+        Raises:
+            OSError: nobody serves it, or not in time.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(timeout)
+            # The path may be longer than the 107 bytes of an address: go by the directory's descriptor.
+            folder = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                sock.connect(f"/proc/self/fd/{folder}/{self.control.name}")
+            finally:
+                os.close(folder)
+            sock.sendall(line.encode() + b"\n")
+            parts = []
+            while data := sock.recv(65536):
+                parts.append(data)
+        return b"".join(parts).decode()
 
     def leave(self) -> None:
         """A master that was started by hand has ended: nothing of it is needed any more.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from errno import EPERM
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
+from bpfs.cli.virtualdown import node_states, take_down
 from bpfs.config import DEFAULT_LEASE
 from bpfs.errors import BpfsError
 from bpfs.rundir import RunDir, chosen_mount
@@ -84,8 +85,6 @@ def _up(args: argparse.Namespace, mount: str) -> int:
 
 
 def _status(_args: argparse.Namespace, mount: str) -> int:
-    from bpfs.cli.virtual import node_states
-
     rundir = RunDir(mount)
     if not rundir.path.is_dir():
         print(f"{PROG}: there is no cluster at {mount}", file=sys.stderr)
@@ -100,8 +99,6 @@ def _status(_args: argparse.Namespace, mount: str) -> int:
 
 
 def _down(_args: argparse.Namespace, mount: str) -> int:
-    from bpfs.cli.virtual import take_down
-
     take_down(mount)
     return 0
 

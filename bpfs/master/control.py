@@ -67,23 +67,3 @@ async def _answer(cluster: Cluster, stream: trio.SocketStream) -> None:
                 line = await stream.receive_some(256)
                 if line.strip() == b"status":
                     await stream.send_all(status_text(cluster).encode())
-
-
-def ask(path: Path, line: str, timeout: float = 5.0) -> str:
-    """The client's side, synchronous.
-
-    Raises:
-        OSError: nobody serves it, or not in time.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(timeout)
-        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-        try:
-            sock.connect(f"/proc/self/fd/{folder}/{path.name}")
-        finally:
-            os.close(folder)
-        sock.sendall(line.encode() + b"\n")
-        parts = []
-        while data := sock.recv(65536):
-            parts.append(data)
-    return b"".join(parts).decode()
