@@ -17,7 +17,7 @@ import enum
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ class Command(enum.IntFlag):
     SETPGID = 2 << 24
     SIBLING = 4 << 24
     KILL_ALL = 8 << 24
+    TERMINAL = 16 << 24  # the number is that of the terminal in /dev/pts
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,15 @@ class Place:
 
 
 @contextmanager
-def placing(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -> Iterator[Place]:
+def placing(
+    init: int,
+    pid: int,
+    ppid: int,
+    pgid: int,
+    sid: int,
+    uid: int = 0,
+    on_session: Callable[[World, Birth, list[Step]], None] | None = None,
+) -> Iterator[Place]:
     """Make the missing placeholders, and hold the namespace's lock while the process itself is born under them.
 
     Leave the context when the process exists and has called setsid or setpgid as told; until then no other worker
@@ -271,6 +280,7 @@ def placing(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -
         init: pid of nodeinit as the caller sees it.
         pid, ppid, pgid, sid: as the process has them where it comes from (cluster pids).
         uid: its real uid, which may signal the placeholders.
+        on_session: called when the session has its leader, before the placeholders of the steps given to it are made.
 
     Raises:
         FileExistsError: the pid is in use on this node.
@@ -283,6 +293,12 @@ def placing(init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0) -
         fcntl.flock(namespace, fcntl.LOCK_EX)
         world = World(init)
         steps, birth = plan(world, pid, ppid, pgid, sid)
+        leading = [step for step in steps if step.command & Command.SETSID]
+        if leading:
+            _carry_out(init, namespace, leading, uid)
+        steps = steps[len(leading) :]
+        if on_session:
+            on_session(world, birth, steps)
         if steps:
             _carry_out(init, namespace, steps, uid)
         maker = outer_pid(init, namespace, birth.maker)

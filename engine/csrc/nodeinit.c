@@ -14,6 +14,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later */
 #include "nodeinit.h"
 
+#include <asm/ioctls.h>
 #include <asm/unistd.h>
 #include <linux/fcntl.h>
 #include <linux/mman.h>
@@ -185,8 +186,11 @@ static void report_children(void)
 	}
 }
 
+/* What the kernel sends (a key typed, a terminal hung up, an orphaned group) it sends to the process on its own machine, too. */
 static void report_signal(const siginfo_t *info)
 {
+	if (info->si_code == SI_KERNEL)
+		return;
 	struct report report = {
 		.kind = REPORT_SIGNAL,
 		.pid = own_pid(),
@@ -213,11 +217,56 @@ static long clone_placeholder(int pid, uint64_t command)
 	return pid ? call(__NR_clone3, &args, sizeof args) : 0;
 }
 
+/* ---- the session's terminal ---------------------------------------------------------------- */
+
+/* TIOCNOTTY sends SIGHUP to the foreground group: a group that nobody is in any more is put there before. */
+static void let_go_of_terminal(void)
+{
+	long tty = call(__NR_open, "/dev/tty", O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0);
+	if (tty < 0)
+		return; /* there is none */
+	long child = call(__NR_clone, 0, 0, 0, 0, 0);
+	while (child == 0)
+		call(__NR_pause, 0);
+	int group = (int)child;
+	if (child > 0) {
+		call(__NR_setpgid, child, child);
+		call(__NR_ioctl, tty, TIOCSPGRP, &group);
+		call(__NR_kill, child, SIGKILL);
+		while (call(__NR_wait4, child, 0, __WALL, 0) == -EINTR)
+			;
+		call(__NR_ioctl, tty, TIOCNOTTY, 0);
+	}
+	call(__NR_close, tty);
+}
+
+static void take_terminal(int number)
+{
+	char path[24] = "/dev/pts/";
+	char digits[12];
+	int count = 0, at = 9;
+	do
+		digits[count++] = (char)('0' + number % 10);
+	while (number /= 10);
+	while (count)
+		path[at++] = digits[--count];
+	long tty = call(__NR_open, path, O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0);
+	if (tty < 0)
+		return;
+	call(__NR_ioctl, tty, TIOCSCTTY, 0);
+	call(__NR_close, tty);
+}
+
 static void obey(uint64_t command, uint32_t uid)
 {
 	int pid = (int)(command & COMMAND_PID_MASK);
 	if (command & COMMAND_KILL_ALL) {
 		call(__NR_kill, -1, SIGKILL);
+		return;
+	}
+	if (command & COMMAND_TERMINAL) {
+		let_go_of_terminal();
+		take_terminal(pid);
 		return;
 	}
 	long made = clone_placeholder(pid, command);

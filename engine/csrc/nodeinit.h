@@ -29,12 +29,13 @@ struct report {
 };
 
 /* A command is the signal SIGRTMAX sent with a value from an ancestor pid namespace:
- * the upper half is the cookie of BPFS_COOKIE, the lower a pid (24 bits) and these. */
+ * the upper half is the cookie of BPFS_COOKIE, the lower a number (24 bits, a pid if nothing else is said) and these. */
 enum command {
 	COMMAND_SETSID = 1 << 24,   /* the new process leads a session */
 	COMMAND_SETPGID = 2 << 24,  /* the new process leads a process group */
 	COMMAND_SIBLING = 4 << 24,  /* its parent is the parent of the process that makes it */
 	COMMAND_KILL_ALL = 8 << 24, /* pid 1: kill everything else in the namespace */
+	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */
 

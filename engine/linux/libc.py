@@ -10,7 +10,7 @@ _syscall.restype = ctypes.c_long
 
 # <asm/unistd_64.h>
 NR = {
-    "write": 1, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "mremap": 25,
+    "write": 1, "open": 2, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "mremap": 25,
     "madvise": 28, "dup2": 33, "getitimer": 36, "setitimer": 38, "getpid": 39, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47,
     "socketpair": 53, "execve": 59, "exit": 60, "fcntl": 72, "chdir": 80, "fchdir": 81, "umask": 95, "setuid": 105, "setpgid": 109,
     "setsid": 112, "setgroups": 116, "setresuid": 117, "setresgid": 119, "capset": 126, "rt_sigtimedwait": 128,
