@@ -161,8 +161,10 @@ def _find(nodes: NodeTable, name: str) -> Node | None:
 
 
 def _status(nodes: NodeTable) -> str:
+    # A thousand nodes have few owners.
+    user, group = cache(user_name), cache(group_name)
     return lines(
-        f"{node.number} {node.state.value} {permissions(node.mode)} {user_name(node.uid)} {group_name(node.gid)}"
+        f"{node.number} {node.state.value} {permissions(node.mode)} {user(node.uid)} {group(node.gid)}"
         f" {node.address or '-'}"
         for node in nodes
     )
