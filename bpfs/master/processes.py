@@ -20,7 +20,7 @@ from bpfs.wire import messages
 async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     """The cluster's processes for as long as the context lasts; every ghost ends with it."""
     table = ProcTable(cluster.events.post)
-    ghosts = Ghosts(table, cluster.nodes, cluster.nursery)
+    ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
     around = Surroundings(ghosts, cluster.streams, cluster.config.mount, cluster.config.lease)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)

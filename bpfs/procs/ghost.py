@@ -53,6 +53,11 @@ class Continued:
 
 
 @dataclass(frozen=True, slots=True)
+class Reborn:
+    """The ghost program was started anew in the same process, after a return home that failed. It has no stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamLost:
     """The stream to the node broke (errno, or 0 at its plain end); the ghost waits for word."""
 
@@ -64,7 +69,7 @@ class Gone:
     """The control socket ended: the ghost is dead, has ended as told, or has become the process again."""
 
 
-Event = Signal | Stopped | Continued | StreamLost | Gone
+Event = Signal | Stopped | Continued | Reborn | StreamLost | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,8 @@ class Ghost:
         a = packet.a
         match packet.type:
             case Ctl.READY:
+                if self._ready.is_set():
+                    await self._send_event.send(Reborn())
                 self._ready.set()
             case Ctl.SIGNAL:
                 await self._send_event.send(Signal(a, packet.b, packet.c, packet.d, packet.value))

@@ -18,10 +18,12 @@ from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.process import ExitStatus, Process, ProcState
-from bpfs.procs.stdio import Stdio, carry_offsets
+from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
 from bpfs.procs.table import ProcTable
 from bpfs.tree.base import Caller
 from bpfs.wire import messages
+from bpfs.wire.mux import ghost_table
+from bpfs.wire.streams import StreamBook
 
 POLL = 0.25  # seconds between looks whether a ghost was stopped by SIGSTOP, which no program can catch
 NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
@@ -51,9 +53,10 @@ class Away:
 class Ghosts:
     """All ghosts of a master."""
 
-    def __init__(self, table: ProcTable, nodes: NodeTable, nursery: trio.Nursery) -> None:
+    def __init__(self, table: ProcTable, nodes: NodeTable, streams: StreamBook, nursery: trio.Nursery) -> None:
         self.table = table
         self.nodes = nodes
+        self._streams = streams
         self.nursery = nursery
         self._away: dict[int, Away] = {}
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
@@ -104,6 +107,8 @@ class Ghosts:
                 await self._send(away, signo, event.code, event.pid, event.uid, event.value)
             case control.Gone():
                 await self._gone(away)
+            case control.Reborn():
+                await self._reconnect(away)
             case control.StreamLost(errno=code):
                 _log.info("process %d: its stream ended (%s)", away.proc.pid, os.strerror(code) if code else "closed")
             case control.Stopped() | control.Continued():
@@ -123,6 +128,16 @@ class Ghosts:
         await self._send(away, signal.SIGKILL)
         if proc.state is not ProcState.MIGRATING:
             self.table.end(proc, killed)
+
+    async def _reconnect(self, away: Away) -> None:
+        # A return home failed when the ghost's memory had been given up already: it is a new ghost now.
+        async with away.quiet:
+            if away.proc.place == MASTER or away.retired:
+                return
+            session = self.nodes.get(away.proc.place).live_session()
+            connection = await reconnect(session.link, self._streams, away.stdio.stream)
+            await away.ghost.name(away.stdio.comm)
+            await away.ghost.stream(connection, ghost_table(away.stdio.channels.values()))
 
     async def _send(
         self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0

@@ -66,14 +66,13 @@ class Leave(Migration):
         self._around = around
         self._stdio = Stdio()
         self._attached: Attached | None = None
-        self._comm = b""
 
     async def prepare(self, dst: Engine) -> Landing | None:
         return await prepare_early(self, dst)
 
     async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
-        self._comm = os.fsencode(summary["process"]["comm"])
         self._stdio = Stdio.of(summary["externals"])
+        self._stdio.comm = os.fsencode(summary["process"]["comm"])
         channels = list(self._stdio.channels.values())
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
@@ -95,7 +94,7 @@ class Leave(Migration):
         proc.place = self.destination.number
         self._stdio.stream, self._stdio.ends = attached.number, attached.ends
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
-        await tell(away.ghost.name(self._comm))
+        await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
 
     async def arrived(self, reply: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ class Stdio:
     """What a ghost relays.
 
     Attributes:
+        comm: the process's name, which its ghost shows.
         channels: by number, with the ghost's own descriptors (those the process had when it left).
         stream: number of the stream to the node where the process is.
         ends: (st_dev, st_ino) of an end on that node -> the channel's number.
@@ -43,6 +44,7 @@ class Stdio:
     """
 
     channels: dict[int, Channel] = field(default_factory=dict)
+    comm: bytes = b""
     stream: int = 0
     ends: dict[tuple[int, int], int] = field(default_factory=dict)
     files: dict[int, int] = field(default_factory=dict)
@@ -121,6 +123,17 @@ async def attach(place: NodePlace, streams: StreamBook, channels: list[Channel],
     ends = {(dev, ino): chan for dev, ino, chan in reply.ends}
     places = {key: index for index, key in enumerate(reply.keys)}
     return Attached(number, connection, list(reply.fds), places, ends, reply.terminal)
+
+
+async def reconnect(link: Link, streams: StreamBook, stream: int) -> socket.socket:
+    """Has a node make a new connection for a stream that is held there.
+
+    Raises:
+        BpfsError: the node's errno; ETIMEDOUT.
+    """
+    with streams.expect() as expected:
+        await link.request(messages.RelayAttach(stream, expected.token, [], -1, -1), CALL_TIMEOUT)
+        return await expected.wait_connected(CONNECT_TIMEOUT)
 
 
 async def detach(place: NodePlace, stream: int) -> None:

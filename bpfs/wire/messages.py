@@ -385,7 +385,8 @@ class RelayAttach(Message):
 
     stream: int
     token: bytes
-    channels: Plain  # a list a channel: number, kind, access, externals (engine/descriptors/external.py)
+    channels: Plain  # a list a channel: number, kind, access, externals (engine/descriptors/external.py);
+    # empty for a stream that is there already and wants but a new connection
     uid: int  # whose the ends are, so that /dev/stdin and its like open for him
     gid: int
 

@@ -332,6 +332,15 @@ static bool open_chan(struct chan *c, const int *fds, int n)
 	return true;
 }
 
+/* A new connection for a stream whose ghost had to start anew while all was held. */
+static bool reattach(struct stream *s, int fd)
+{
+	stream_lose(s, 0);
+	stream_init(s, fd);
+	resume(s);
+	return true;
+}
+
 static bool attach(const struct ctl *m, size_t len, const int *fds, int nfds)
 {
 	const uint8_t *text = (const uint8_t *)m->text;
@@ -340,6 +349,9 @@ static bool attach(const struct ctl *m, size_t len, const int *fds, int nfds)
 
 	if (nfds < 1 || len % sizeof(r) || count > MAX_CHANS)
 		return false;
+	for (struct stream *s = streams; s; s = s->next)
+		if (s->id == m->a && !s->dead)
+			return nfds == 1 && reattach(s, fds[0]);
 	struct stream *s = calloc(1, sizeof(*s));
 	s->chans = calloc(count ? count : 1, sizeof(*s->chans));
 	s->id = m->a;

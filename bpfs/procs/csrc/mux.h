@@ -48,7 +48,8 @@ enum ctl_type {
 	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file */
 	C_PUMPED = 38,      /* a: errno or 0 */
 	/* slave -> iorelay */
-	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table */
+	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.
+	                * Of a stream that is there already: only a new TCP socket for it */
 	C_DETACH = 65, /* a: stream id: close everything of it */
 	/* iorelay -> slave */
 	C_ENDED = 96, /* a: stream id: the ghost said goodbye, all is closed */
