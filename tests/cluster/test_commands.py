@@ -149,6 +149,12 @@ def test_bpsh_on_all_nodes(it: VirtualCluster) -> None:
     assert command(it, "bpsh", "all", "sh", "-c", "exit $BPROC_RANK").returncode == 3
 
 
+def test_bpsh_many_times_on_one_node_at_once(it: VirtualCluster) -> None:
+    # They share a parent, a group and a session; some end while others arrive.
+    for _ in range(10):
+        assert shown(it, "bpsh", "-s", "1,1,1,1,1,1", "uname", "-n") == "n1\n" * 6
+
+
 def test_bpsh_reaches_standard_input(it: VirtualCluster) -> None:
     text = "".join(f"line {number}\n" for number in range(100_000))
     for spec, copies in (("1", 1), ("0-3", 4)):
