@@ -10,6 +10,7 @@ from typing import Any
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
+from engine.descriptors.model import Entry
 from engine.freeze import Frozen
 from engine.image import Image
 from engine.linux import procfs, ptrace
@@ -71,11 +72,23 @@ def inspect(frozen: Frozen) -> Inspection:
     return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
 
 
+def _doubtful(table: list[Entry]) -> list[int]:
+    # TIOCGPTPEER keeps O_CLOEXEC among the flags of the open file, as no open(2) does: for /proc/PID/fdinfo each
+    # duplicate of such a terminal is close-on-exec. Terminal emulators use it.
+    return [number for entry in table if entry["kind"] == "external" for number, cloexec in entry["fds"] if cloexec]
+
+
+def _correct(table: list[Entry], cloexec: dict[int, bool]) -> None:
+    for entry in table:
+        entry["fds"] = [[number, cloexec.get(number, said)] for number, said in entry["fds"]]
+
+
 def build(inspection: Inspection) -> Image:
     """The image but its pages; injects one batch of calls. Raises OSError."""
     frozen, survey, stat = inspection.frozen, inspection.survey, inspection.stat
     frozen.vmas = frozen.vmas or procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
-    asked: Asked = ask(frozen)
+    asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
+    _correct(inspection.descriptors.table, asked.cloexec)
     status = frozen.status
     exe = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/exe")), os.stat(f"{frozen.live}/exe"))
     cwd = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/cwd")), os.stat(f"{frozen.live}/cwd"))

@@ -36,6 +36,8 @@ PR_CAP_AMBIENT_RAISE: Final = 2
 PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 PR_SET_VMA: Final = 0x53564D41
 
+_F_GETFD: Final = 1
+
 ACTION_SIZE: Final = 32  # struct kernel_sigaction: handler, flags, restorer, mask
 SIGNALS: Final = 64
 LIMITS: Final = 16  # RLIMIT_CPU … RLIMIT_RTTIME
@@ -57,7 +59,14 @@ class Asked:
     altstack: bytes
     clear_tid: int
     timers: list[list[Any]]
+    cloexec: dict[int, bool]
 
+
+def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
+    """Run the batch.
+
+    Args:
+        doubtful: descriptors of which /proc may be wrong about close-on-exec.
 
 def ask(frozen: Frozen) -> Asked:
     """Run the batch. Raises OSError."""
@@ -91,6 +100,7 @@ def ask(frozen: Frozen) -> Asked:
         calls.add("timer_gettime", timer.identifier, settings + 32 * i)
         overruns.append(calls.add("timer_getoverrun", timer.identifier))
     results = calls.run()
+    descriptors = [calls.add("fcntl", fd, _F_GETFD, label=f"descriptor {fd}") for fd in doubtful]
     raw = calls.read(actions, settings + 32 * len(posix) - actions)
 
     def at(address: int, length: int) -> bytes:
@@ -106,6 +116,7 @@ def ask(frozen: Frozen) -> Asked:
         results[i] for i in numbers
     )
     asked.timers = [
+    asked.cloexec = {fd: bool(results[i]) for fd, i in zip(doubtful, descriptors, strict=True)}
         [
             t.identifier,
             t.notify,

@@ -187,7 +187,10 @@ def _make_terminal(ends: Ends, channel: Channel) -> None:
     os.close(slave)
     for external in channel.externals:
         flags = int(external["access"]) | (int(external.get("flags", 0)) & (os.O_NONBLOCK | os.O_APPEND))
-        ends.job[external["key"]] = fcntl.ioctl(master, _TIOCGPTPEER, flags | os.O_NOCTTY | os.O_CLOEXEC)
+        # Not O_CLOEXEC: TIOCGPTPEER keeps it in the open file's own flags, and /proc shows it of each duplicate then.
+        fd = fcntl.ioctl(master, _TIOCGPTPEER, flags | os.O_NOCTTY)
+        os.set_inheritable(fd, False)
+        ends.job[external["key"]] = fd
     fds.append(os.dup(ends.job[first["key"]]))
 
 
