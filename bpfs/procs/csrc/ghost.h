@@ -15,6 +15,7 @@ struct kernel_termios {
 #define TCSETS 0x5402
 #define K_OPOST 1u
 #define K_ONLCR 4u
+#define K_ODD (8u | 16u | 32u) /* OCRNL, ONOCR, ONLRET: rare, and not to be undone byte by byte */
 #define K_ICANON 2u
 #define K_ECHO 8u
 #define K_TOSTOP 0400u
@@ -52,6 +53,7 @@ void tty_want(struct chan *c, uint32_t most);
 void tty_set(struct chan *c, const struct kernel_termios *t);
 void tty_settle(struct chan *c);
 bool tty_write_barred(struct chan *c);
+ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n);
 void tty_give_back(struct chan *c);
 void tty_discard(struct chan *c);
 void ttys_refresh(bool force);

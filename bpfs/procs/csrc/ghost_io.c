@@ -228,8 +228,10 @@ ssize_t side_write(struct chan *c, const void *data, size_t n)
 	}
 	if (c->kind == K_SOCKET)
 		return send(c->sink.fd, data, n, MSG_DONTWAIT | MSG_NOSIGNAL);
-	if (c->kind == K_FILE || c->kind == K_TTY || c->may_splice)
-		return write(c->sink.fd, data, c->kind == K_TTY && n > ATOMIC ? ATOMIC : n);
+	if (c->tty)
+		return tty_write(c, data, n);
+	if (c->kind == K_FILE || c->may_splice)
+		return write(c->sink.fd, data, n);
 	r = syscall(SYS_pwritev2, c->sink.fd, &v, 1, -1L, -1L, NOWAIT);
 	if (r < 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
 		r = write(c->sink.fd, data, n < ATOMIC ? n : ATOMIC);

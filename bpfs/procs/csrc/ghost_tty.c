@@ -182,6 +182,71 @@ bool tty_write_barred(struct chan *c)
 	return true;
 }
 
+/* How much of the output can be left to the terminal's own ONLCR: it has been through that of the pseudo-terminal, which made each
+ * \n a \r\n, so one \r before each \n is left out. Ends before a bare \n, which the terminal would spoil.
+ * Returns bytes taken; *out of them are to be written. With a limit: only so far as `limit` bytes come out. */
+static size_t plain_part(const uint8_t *data, size_t n, uint8_t *text, size_t *out, size_t limit)
+{
+	bool cr = false;
+	size_t i = 0;
+
+	for (*out = 0; i < n && *out < limit; i++) {
+		if (data[i] == '\n' && !cr)
+			break;
+		cr = data[i] == '\r';
+		if (!(cr && i + 1 < n && data[i + 1] == '\n'))
+			text[(*out)++] = data[i];
+	}
+	return i;
+}
+
+/* Up to the next \r\n, where the terminal may do it by itself again. */
+static size_t exact_part(const uint8_t *data, size_t n)
+{
+	for (size_t i = 1; i < n; i++)
+		if (data[i] == '\n' && data[i - 1] == '\r')
+			return i > 1 ? i - 1 : n;
+	return n;
+}
+
+/* Output that has been processed on the node must not be processed again. Only in the foreground are the terminal's settings ours to
+ * change for the moment of a write; in the background the shell may be changing them right now. */
+static ssize_t write_exactly(struct chan *c, const struct kernel_termios *real, const uint8_t *data, size_t n)
+{
+	struct kernel_termios off = *real;
+
+	if (!c->tty->foreground)
+		return write(c->sink.fd, data, n);
+	off.oflag &= ~K_OPOST;
+	ioctl(c->sink.fd, TCSETS, &off);
+	ssize_t r = write(c->sink.fd, data, n);
+	int err = errno;
+	ioctl(c->sink.fd, TCSETS, real);
+	errno = err;
+	return r;
+}
+
+ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n)
+{
+	struct kernel_termios real;
+	uint8_t text[TTY_MAX];
+	size_t out;
+	ssize_t r;
+
+	if (n > sizeof(text))
+		n = sizeof(text);
+	if (ioctl(c->sink.fd, TCGETS, &real) < 0 || !(real.oflag & K_OPOST) || !(real.oflag & (K_ONLCR | K_ODD))) {
+		r = write(c->sink.fd, data, n);
+	} else if ((real.oflag & K_ODD) || !plain_part(data, n, text, &out, sizeof(text))) {
+		r = write_exactly(c, &real, data, real.oflag & K_ODD ? n : exact_part(data, n));
+	} else {
+		r = write(c->sink.fd, text, out);
+		if (r > 0)
+			r = plain_part(data, n, text, &out, r);
+	}
+	return r;
+}
+
 /* ---- input ---- */
 
 static bool hung_up(struct chan *c)

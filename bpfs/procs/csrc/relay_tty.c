@@ -1,8 +1,8 @@
 /* relay_tty.c - the node's end of a terminal: a pseudo-terminal that passes bytes on untouched.
  *
  * EXTPROC (the kernel's hook for telnet's line mode) switches echo, line editing and signals off in the pseudo-terminal while its
- * flags read as the job set them; packet mode tells of each tcsetattr. Output processing has no such switch: with ONLCR
- * each \n comes as \r\n, exactly one \r of which is taken away again, since the real terminal will put it there.
+ * flags read as the job set them; packet mode tells of each tcsetattr. Output processing has no such switch: what comes out is
+ * processed already, which the ghost takes into account.
  */
 #define _GNU_SOURCE
 #include "relay.h"
@@ -25,8 +25,6 @@
 #ifndef TIOCPKT_IOCTL
 #define TIOCPKT_IOCTL 64
 #endif
-#define K_OPOST 1u
-#define K_ONLCR 4u
 #define K_ICANON 2u
 #define K_EXTPROC 0200000u
 #define VEOF_INDEX 4
@@ -42,7 +40,6 @@ struct tty {
 	int job;            /* duplicate of the job's: tells when it set O_NONBLOCK; -1 */
 	uint64_t device;
 	struct kernel_termios termios; /* as last told to the ghost or by it */
-	bool held_cr;       /* the last byte was a \r that may belong to a \n to come */
 	bool pending, background;
 	int hint, delay;
 	int64_t next_look;
@@ -110,47 +107,10 @@ static void check_termios(struct chan *c)
 	frame_put(c->stream, F_TERMIOS, c->id, &t, sizeof(t));
 }
 
-/* Undoes ONLCR in place; returns the new length. */
-static size_t strip_cr(struct tty *t, uint8_t *data, size_t n)
+static void put_output(struct chan *c, const uint8_t *data, size_t n)
 {
-	size_t out = 0;
-
-	if ((t->termios.oflag & (K_OPOST | K_ONLCR)) != (K_OPOST | K_ONLCR))
-		return n;
-	for (size_t i = 0; i < n; i++)
-		if (!(data[i] == '\r' && i + 1 < n && data[i + 1] == '\n'))
-			data[out++] = data[i];
-	return out;
-}
-
-static void put_output(struct chan *c, uint8_t *data, size_t n)
-{
-	struct tty *t = c->tty;
-
-	/* data[-1] is free: room for a \r held back last time */
-	if (t->held_cr) {
-		*--data = '\r';
-		n++;
-		t->held_cr = false;
-	}
-	if (data[n - 1] == '\r') {
-		t->held_cr = true;
-		n--;
-	}
-	n = strip_cr(t, data, n);
-	if (!n)
-		return;
 	frame_put(c->stream, F_DATA, c->id, data, n);
 	c->credit -= n < c->credit ? n : c->credit;
-}
-
-static void put_held_cr(struct chan *c)
-{
-	if (!c->tty->held_cr)
-		return;
-	c->tty->held_cr = false;
-	frame_put(c->stream, F_DATA, c->id, "\r", 1);
-	c->credit -= c->credit > 0;
 }
 
 bool tty_pump(struct chan *c)
@@ -173,10 +133,8 @@ bool tty_pump(struct chan *c)
 		} else if (r < 0 && errno == EINTR) {
 			continue;
 		} else if (r < 0 && errno == EAGAIN) {
-			put_held_cr(c);
 			c->src.ready = c->draining = false;
 		} else { /* EIO: no slave is open any more */
-			put_held_cr(c);
 			c->src_end = c->eof_sent = true;
 			frame_put_u32(c->stream, F_EOF, c->id, 0);
 			chan_sink_gone(c);
