@@ -93,6 +93,8 @@ def _terms(spec: str, read: Callable[[str], str], *, in_file: str = "") -> Itera
     for term in filter(None, _SEPARATORS.split(spec)):
         if not term.startswith("@"):
             yield term
+        elif term == "@":
+            raise NodespecError(EINVAL, "'@' names no file")
         elif in_file:
             raise NodespecError(EINVAL, f"{in_file}: a file of nodes cannot name another file")
         else:

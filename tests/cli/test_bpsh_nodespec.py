@@ -70,6 +70,8 @@ def by_python(folder: Path, spec: str) -> list[int] | str:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @example("0-2,self,master,all!up,@nodes,notodd")
 @example("@missing,99")
+@example("@")
+@example("@.")
 @example("99,@missing")
 def test_both_agree(folder: Path, spec: str) -> None:
     assert by_bpsh(folder, spec) == by_python(folder, spec)

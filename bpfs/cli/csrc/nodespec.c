@@ -264,6 +264,8 @@ static int expand_terms(struct context *context, char *text, const char *file)
 		if (*term != '@') {
 			if (expand_term(context, term) < 0)
 				return -1;
+		} else if (!term[1]) {
+			return fail(context, "'@' names no file");
 		} else if (file) {
 			return fail(context, "%s: a file of nodes cannot name another file", file);
 		} else {
