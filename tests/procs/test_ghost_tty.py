@@ -36,8 +36,9 @@ class Desk:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         slave = self.terminal.slave
-        env = {**os.environ, "BPFS_CONTROL": str(self.number), "PS1": PROMPT, "TERM": "dumb", "HISTFILE": "",
-               "INPUTRC": "/dev/null"}  # fmt: skip
+        # No lease: what bash started is no child of ours, and ends with us.
+        env = {**os.environ, "BPFS_CONTROL": str(self.number), "BPFS_LEASE": "0", "PS1": PROMPT, "TERM": "dumb"}
+        env |= {"HISTFILE": "", "INPUTRC": "/dev/null"}
         self.bash = rig.popen(
             ["bash", "--norc", "--noprofile", "--noediting", "-i"],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=adopt, env=env,

@@ -1,9 +1,9 @@
 /* ghost - stands on the master in the place of a process that runs on a node.
  *
- * It is exec'd inside the very process that left: same pid, parent, group, session and terminal, all descriptors open, all
- * signals blocked. It forwards signals, relays the job's terminals, pipes and sockets over the stream, stops and continues with
- * the real process, and ends with its very status. Environment: BPFS_CONTROL (number of the SEQPACKET socket to bpmaster),
- * BPFS_LEASE (seconds to go on without it).
+ * It is exec'd inside the very process that left: same pid, parent, group, session and terminal, all descriptors
+ * open, all signals blocked. It forwards signals, relays the job's terminals, pipes and sockets over the stream,
+ * stops and continues with the real process, and ends with its very status. Environment: BPFS_CONTROL (number of the
+ * SEQPACKET socket to bpmaster), BPFS_LEASE (seconds to go on without it).
  */
 #define _GNU_SOURCE
 #include "ghost.h"
@@ -22,27 +22,13 @@
 #include <unistd.h>
 
 #define FOREGROUND_TICK_MS 250 /* a background job that is put in front without SIGCONT learns it by this */
-#define BARRIER_MS 300         /* most a stop or continue waits for output to come through */
-#define READER_MS 100          /* at the end: without progress so long, a slow reader is left to a child */
-#define NETWORK_MS 2000        /* at the end: most without any progress */
 
-static struct port control, signals;
+struct port control, signals;
 static int64_t lease_ends = -1; /* set once the master is gone */
 static int lease_seconds;
 static pid_t master_pid;
 static bool announced_cont; /* C_CONT came: the next SIGCONT of the master's is not the user's */
-static bool pumping;        /* this is a child that only pumps; the ghost has ended */
-
-/* One thing at a time waits until all output the job made so far has been written. */
-static struct {
-	enum { B_NONE, B_STOP, B_CONT, B_END } what;
-	bool killed, core;
-	int number; /* signal, exit code */
-	uint32_t token;
-	bool drained;
-	int64_t deadline;
-	struct signalfd_siginfo info;
-} barrier;
+bool pumping;        /* this is a child that only pumps; the ghost has ended */
 
 static bool hold_asked, hold_home;
 static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
@@ -55,139 +41,9 @@ void tell(uint32_t type, int a, int b, int c, int d, uint64_t value)
 		send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
 }
 
-static void forward(const struct signalfd_siginfo *i)
+void forward(const struct signalfd_siginfo *i)
 {
 	tell(C_SIGNAL, i->ssi_signo, i->ssi_code, i->ssi_pid, i->ssi_uid, i->ssi_ptr);
-}
-
-/* ---- the end ---- */
-
-static void die(int signo)
-{
-	struct rlimit none = { 0, 0 };
-	sigset_t set;
-
-	if (!barrier.core)
-		setrlimit(RLIMIT_CORE, &none);
-	else
-		core_prepare();
-	signal(signo, SIG_DFL);
-	sigemptyset(&set);
-	sigaddset(&set, signo);
-	raise(signo);
-	sigprocmask(SIG_UNBLOCK, &set, NULL);
-	_exit(128 + signo); /* its default is not to end: no such status exists */
-}
-
-/* The ghost ends now; what is still owed to readers, or comes from children of the job, a child pumps on. */
-static void become_pump(void)
-{
-	sigset_t set;
-
-	pumping = true;
-	prctl(PR_SET_NAME, "bpfs-pump");
-	close(control.fd);
-	close(signals.fd);
-	control.fd = signals.fd = -1;
-	sigfillset(&set);
-	sigdelset(&set, SIGTERM);
-	sigprocmask(SIG_SETMASK, &set, NULL);
-	the_stream.tcp.listed = false; /* the old epoll set is shared with the dead */
-	for (int i = 0; i < the_stream.nchans; i++)
-		the_chans[i].src.listed = the_chans[i].sink.listed = false;
-	loop_init();
-	stream_mark(&the_stream);
-}
-
-static void end_now(void)
-{
-	if ((!all_written() || any_alive()) && fork() == 0) {
-		become_pump();
-		return;
-	}
-	if (all_written() && !any_alive()) {
-		frame_put(&the_stream, F_BYE, 0, NULL, 0);
-		stream_service(&the_stream);
-	}
-	if (barrier.killed)
-		die(barrier.number);
-	_exit(barrier.number);
-}
-
-static void pump_check(void)
-{
-	if (!all_written() || any_alive())
-		return;
-	frame_put(&the_stream, F_BYE, 0, NULL, 0);
-	stream_service(&the_stream);
-	_exit(0);
-}
-
-/* ---- stop and continue ---- */
-
-static bool cont_pending(void)
-{
-	sigset_t set;
-
-	return sigpending(&set) == 0 && sigismember(&set, SIGCONT);
-}
-
-static void stop_now(int signo)
-{
-	sigset_t set;
-
-	tell(C_STOPPED, signo, 0, 0, 0, 0);
-	sigemptyset(&set);
-	sigaddset(&set, signo);
-	signal(signo, SIG_DFL);
-	raise(signo);
-	sigprocmask(SIG_UNBLOCK, &set, NULL); /* stops here */
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	tell(C_CONTINUED, 0, 0, 0, 0, 0);
-	ttys_refresh(true);
-}
-
-static void barrier_start(int what, int number)
-{
-	if (barrier.what == B_CONT)
-		forward(&barrier.info);
-	barrier.what = what;
-	barrier.number = number;
-	barrier.token++;
-	barrier.drained = !the_stream.open || the_stream.held;
-	barrier.deadline = now_ms() + (what != B_END ? BARRIER_MS : all_written() ? NETWORK_MS : READER_MS);
-	if (!barrier.drained) {
-		uint32_t data[2] = { barrier.token, what == B_END };
-		frame_put(&the_stream, F_DRAIN, 0, data, sizeof(data));
-	}
-}
-
-static void barrier_check(void)
-{
-	bool written = all_written();
-
-	if (barrier.what == B_NONE)
-		return;
-	if (!the_stream.open)
-		barrier.drained = true;
-	if (barrier.what == B_END && the_stream.progress)
-		barrier.deadline = now_ms() + (written ? NETWORK_MS : READER_MS);
-	if (!(barrier.drained && written) && now_ms() < barrier.deadline)
-		return;
-	switch (barrier.what) {
-	case B_STOP:
-		barrier.what = B_NONE;
-		if (!cont_pending()) /* else the user has continued it in the meantime */
-			stop_now(barrier.number);
-		break;
-	case B_CONT:
-		barrier.what = B_NONE;
-		forward(&barrier.info);
-		break;
-	default:
-		barrier.what = B_NONE;
-		end_now();
-	}
 }
 
 /* ---- signals ---- */

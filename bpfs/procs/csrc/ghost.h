@@ -1,10 +1,12 @@
-/* ghost.h - the parts of the ghost: ghost.c (control, life and death), ghost_io.c (descriptors),
- * ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost).
+/* ghost.h - the parts of the ghost: ghost.c (control, signals), ghost_life.c (stop, continue, end), ghost_io.c
+ * (descriptors), ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost).
  */
 #ifndef BPFS_GHOST_H
 #define BPFS_GHOST_H
 
 #include "mux.h"
+
+#include <sys/signalfd.h>
 
 /* struct termios as the kernel's TCGETS has it; the C library's is longer. */
 struct kernel_termios {
@@ -34,7 +36,29 @@ struct tty {
 extern struct stream the_stream;
 extern struct chan the_chans[MAX_CHANS];
 
+/* One thing at a time waits until all output the job made so far has been written. */
+struct barrier {
+	enum barrier_what { B_NONE, B_STOP, B_CONT, B_END } what;
+	bool killed, core;
+	int number; /* signal, exit code */
+	uint32_t token;
+	bool drained;
+	int64_t deadline;
+	struct signalfd_siginfo info;
+};
+extern struct barrier barrier;
+
+/* ghost.c */
+extern struct port control, signals;
+extern bool pumping; /* this is a child that only pumps; the ghost has ended */
 void tell(uint32_t type, int a, int b, int c, int d, uint64_t value);
+void forward(const struct signalfd_siginfo *i);
+
+/* ghost_life.c */
+void barrier_start(enum barrier_what what, int number);
+void barrier_check(void);
+void pump_check(void);
+bool cont_pending(void);
 
 /* ghost_io.c */
 int stream_table(const uint8_t *text, size_t len); /* errno or 0 */

@@ -1,9 +1,9 @@
 /* ghost_io.c - the job's own descriptors, in the hands of its ghost.
  *
- * They are shared with the user's shell and others: O_NONBLOCK may not be set on them. Sockets take MSG_DONTWAIT. Pipes and
- * terminals are opened a second time, nonblocking. That fails when they belong to another user: then RWF_NOWAIT (pipes, Linux 6.5,
- * and not after any splice(2), which clears the ability), else at most PIPE_BUF bytes at a time, which do not block after
- * POLLOUT unless another writer is quicker.
+ * They are shared with the user's shell and others: O_NONBLOCK may not be set on them. Sockets take MSG_DONTWAIT.
+ * Pipes and terminals are opened a second time, nonblocking. That fails when they belong to another user: then
+ * RWF_NOWAIT (pipes, Linux 6.5, and not after any splice(2), which clears the ability), else at most PIPE_BUF bytes
+ * at a time, which do not block after POLLOUT unless another writer is quicker.
  */
 #define _GNU_SOURCE
 #include "ghost.h"

@@ -1,4 +1,6 @@
-/* ghost_pump.c - what has to go on without the ghost: processes that pump for a job that went home, and the core bit. */
+/* ghost_pump.c - what has to go on without the ghost: processes that pump for a job that went home, and the core
+ * bit.
+ */
 #define _GNU_SOURCE
 #include "ghost.h"
 
@@ -142,8 +144,10 @@ static void clean_up(int gone, const char *where)
 	_exit(0);
 }
 
-/* The status word shall have the core bit: the kernel sets it only when it really wrote one. A tiny one (no memory in it) is
- * written into a private directory and removed by a child. Not done when cores go to a program or a fixed place. */
+/* The status word shall have the core bit: the kernel sets it only when it really wrote one. A tiny one (no memory
+ * in it) is written into a private directory and removed by a child. Not done when cores go to a program or a fixed
+ * place.
+ */
 void core_prepare(void)
 {
 	char pattern[2] = "", where[] = "/tmp/bpfs-core-XXXXXX";

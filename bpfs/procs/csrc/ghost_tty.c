@@ -1,9 +1,9 @@
 /* ghost_tty.c - the real terminal of a job that runs elsewhere.
  *
- * The real terminal does all of the processing: echo, line editing, signals, output. The pseudo-terminal on the node passes bytes
- * on untouched (EXTPROC) and reports what the job sets with tcsetattr; that is set here as it is, and stays set, as a local job's
- * would. Typed bytes belong to whoever reads next: they are taken only when the job waits for them (F_PENDING, F_WANT)
- * and the ghost is in the terminal's foreground group.
+ * The real terminal does all of the processing: echo, line editing, signals, output. The pseudo-terminal on the node
+ * passes bytes on untouched (EXTPROC) and reports what the job sets with tcsetattr; that is set here as it is, and
+ * stays set, as a local job's would. Typed bytes belong to whoever reads next: they are taken only when the job
+ * waits for them (F_PENDING, F_WANT) and the ghost is in the terminal's foreground group.
  */
 #define _GNU_SOURCE
 #include "ghost.h"
@@ -182,9 +182,10 @@ bool tty_write_barred(struct chan *c)
 	return true;
 }
 
-/* How much of the output can be left to the terminal's own ONLCR: it has been through that of the pseudo-terminal, which made each
- * \n a \r\n, so one \r before each \n is left out. Ends before a bare \n, which the terminal would spoil.
- * Returns bytes taken; *out of them are to be written. With a limit: only so far as `limit` bytes come out. */
+/* How much of the output can be left to the terminal's own ONLCR: it has been through that of the pseudo-terminal,
+ * which made each \n a \r\n, so one \r before each \n is left out. Ends before a bare \n, which the terminal would
+ * spoil. Returns bytes taken; *out of them are to be written. With a limit: only so far as `limit` bytes come out.
+ */
 static size_t plain_part(const uint8_t *data, size_t n, uint8_t *text, size_t *out, size_t limit)
 {
 	bool cr = false;
@@ -209,8 +210,9 @@ static size_t exact_part(const uint8_t *data, size_t n)
 	return n;
 }
 
-/* Output that has been processed on the node must not be processed again. Only in the foreground are the terminal's settings ours to
- * change for the moment of a write; in the background the shell may be changing them right now. */
+/* Output that has been processed on the node must not be processed again. Only in the foreground are the terminal's
+ * settings ours to change for the moment of a write; in the background the shell may be changing them right now.
+ */
 static ssize_t write_exactly(struct chan *c, const struct kernel_termios *real, const uint8_t *data, size_t n)
 {
 	struct kernel_termios off = *real;

@@ -1,4 +1,5 @@
-/* iorelay - one a node: the node's ends of all jobs' terminals, pipes and sockets, pumped over a stream a job to its ghost.
+/* iorelay - one a node: the node's ends of all jobs' terminals, pipes and sockets, pumped over a stream a job to its
+ * ghost.
  *
  * Driven by bpslave over a SEQPACKET socket (argv[1] is its number) and dies with it. What it holds of each channel:
  *   one-way   the other end of a pipe, and an O_PATH descriptor of it, by which unread input can be taken back
@@ -26,14 +27,14 @@
 static struct stream *streams;
 static struct port control;
 
-static void report(uint32_t type, int id)
+void report(uint32_t type, int id)
 {
 	struct ctl m = { .type = type, .a = id };
 
 	send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
 }
 
-static int reopen(int path_fd, int flags)
+int reopen(int path_fd, int flags)
 {
 	char path[32] = "/proc/self/fd/";
 	char digits[12];
@@ -47,14 +48,14 @@ static int reopen(int path_fd, int flags)
 	return open(path, flags | O_CLOEXEC);
 }
 
-static bool is_pipe(const struct chan *c)
+bool is_pipe(const struct chan *c)
 {
 	return !c->tty && !chan_bidirectional(c);
 }
 
 /* ---- hooks of mux.c ---- */
 
-static bool hangs(int fd)
+bool hangs(int fd)
 {
 	struct pollfd p = { .fd = fd };
 
@@ -96,7 +97,9 @@ bool side_watches_sink(const struct chan *c)
 	return !c->stream->held;
 }
 
-/* A half-closed socket cannot be opened again: it is done when all has been read, and a hold has nothing to take back. */
+/* A half-closed socket cannot be opened again: it is done when all has been read, and a hold has nothing to take
+ * back.
+ */
 static bool end_waits(struct chan *c)
 {
 	int unread = 0;
@@ -136,7 +139,7 @@ static void close_chan(struct chan *c)
 		tty_free(c);
 }
 
-static void destroy(struct stream *s)
+void destroy(struct stream *s)
 {
 	if (s->dead)
 		return;
@@ -168,144 +171,6 @@ void side_lost(struct stream *s, int err)
 	}
 }
 
-/* ---- hold and drain ---- */
-
-static void put_back(struct chan *c, int fd)
-{
-	static uint8_t data[64 << 10];
-	ssize_t r;
-
-	while ((r = read(fd, data, sizeof(data))) > 0)
-		frame_put(c->stream, F_BACK, c->id, data, r);
-}
-
-/* Everything on its way into the job that it has not read: first from its own end, then what waits here. */
-static void take_back(struct chan *c)
-{
-	if (c->tty) {
-		tty_take_back(c);
-	} else if (chan_bidirectional(c) && c->peer >= 0) {
-		fcntl(c->peer, F_SETFL, fcntl(c->peer, F_GETFL) | O_NONBLOCK);
-		put_back(c, c->peer);
-		fcntl(c->peer, F_SETFL, c->fds[0]);
-	} else if (c->pipe_path >= 0) {
-		int fd = reopen(c->pipe_path, O_RDONLY | O_NONBLOCK);
-
-		if (fd >= 0) {
-			put_back(c, fd);
-			close(fd);
-		}
-	}
-	while (c->out.len) {
-		size_t n = c->out.len < FRAME_MAX ? c->out.len : FRAME_MAX;
-
-		frame_put(c->stream, F_BACK, c->id, buf_head(&c->out), n);
-		buf_drop(&c->out, n);
-	}
-	c->granted = c->credit = c->eaten = c->moved = 0;
-}
-
-static bool still_draining(struct stream *s)
-{
-	if (s->splice_left)
-		return true;
-	for (int i = 0; i < s->nchans; i++)
-		if (s->chans[i].draining)
-			return true;
-	return false;
-}
-
-static void drain_start(struct stream *s)
-{
-	for (int i = 0; i < s->nchans; i++)
-		s->chans[i].draining = !s->chans[i].src_end || !s->chans[i].eof_sent;
-}
-
-void side_serviced(struct stream *s)
-{
-	if (!s->open || still_draining(s))
-		return;
-	if (s->holding) {
-		for (int i = 0; i < s->nchans; i++)
-			take_back(&s->chans[i]);
-		s->holding = false;
-		s->held = true;
-		frame_put(s, F_HELD, 0, NULL, 0);
-	}
-	if (s->drain_asked) {
-		s->drain_asked = false;
-		for (int i = 0; s->drain_over && i < s->nchans; i++) {
-			struct chan *c = &s->chans[i];
-
-			if (c->sink.fd >= 0 && hangs(c->sink.fd))
-				chan_sink_gone(c);
-		}
-		frame_put_u32(s, F_DRAINED, 0, s->drain_token);
-	}
-}
-
-static void drain(struct stream *s, uint32_t token, bool over)
-{
-	s->drain_asked = true;
-	s->drain_token = token;
-	s->drain_over |= over;
-	for (int i = 0; over && i < s->nchans; i++) {
-		struct chan *c = &s->chans[i];
-
-		/* From now on the end of file shall come through, once the last child has closed it. */
-		if (c->peer >= 0)
-			close(c->peer);
-		c->peer = -1;
-		if (c->tty)
-			tty_over(c);
-	}
-	drain_start(s);
-}
-
-static void resume(struct stream *s)
-{
-	s->held = s->holding = false;
-	for (int i = 0; i < s->nchans; i++) {
-		struct chan *c = &s->chans[i];
-
-		/* It had been given its end of file, which the ghost sends once more. */
-		if (is_pipe(c) && c->sink.fd < 0 && c->pipe_path >= 0 && !c->sink_gone) {
-			int fd = reopen(c->pipe_path, O_WRONLY | O_NONBLOCK);
-
-			if (fd >= 0)
-				port_open(&c->sink, fd, chan_sink_event, c);
-		}
-		c->out_end = false;
-		if (c->sink.fd >= 0)
-			chan_grant(c, c->window);
-	}
-}
-
-bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
-{
-	struct chan *c = chan_find(s, h->chan);
-	uint32_t v[2] = { 0, 0 };
-
-	memcpy(v, data, h->len < sizeof(v) ? h->len : sizeof(v));
-	switch (h->type) {
-	case F_HOLD:
-		s->holding = true;
-		drain_start(s);
-		return true;
-	case F_RESUME:
-		resume(s);
-		return true;
-	case F_DRAIN:
-		drain(s, v[0], v[1]);
-		return true;
-	case F_BYE:
-		destroy(s);
-		report(C_ENDED, s->id);
-		return true;
-	}
-	return c && c->tty && tty_frame(c, h, data);
-}
-
 /* ---- attach and detach ---- */
 
 static bool open_chan(struct chan *c, const int *fds, int n)
@@ -319,7 +184,8 @@ static bool open_chan(struct chan *c, const int *fds, int n)
 	if (c->kind == K_TTY)
 		return tty_open(c, fds, n);
 	if (c->access != O_WRONLY)
-		port_open(&c->sink, chan_bidirectional(c) ? fcntl(fds[0], F_DUPFD_CLOEXEC, 0) : fds[0], chan_sink_event, c);
+		port_open(&c->sink, chan_bidirectional(c) ? fcntl(fds[0], F_DUPFD_CLOEXEC, 0) : fds[0],
+			  chan_sink_event, c);
 	if (c->access != O_RDONLY)
 		port_open(&c->src, fds[0], chan_src_event, c);
 	if (chan_bidirectional(c)) {
@@ -337,7 +203,7 @@ static bool reattach(struct stream *s, int fd)
 {
 	stream_lose(s, 0);
 	stream_init(s, fd);
-	resume(s);
+	relay_resume(s);
 	return true;
 }
 

@@ -192,11 +192,13 @@ struct stream {
 void stream_init(struct stream *s, int fd);
 void stream_lose(struct stream *s, int err); /* closes the socket, tells the side */
 void stream_service(struct stream *s);
+void stream_event(struct port *p, uint32_t events);
 void stream_mark(struct stream *s);
 void frame_put(struct stream *s, uint8_t type, uint8_t chan, const void *data, uint32_t len);
 void frame_put_u32(struct stream *s, uint8_t type, uint8_t chan, uint32_t value);
 struct chan *chan_find(struct stream *s, uint8_t id);
 void chan_init(struct chan *c, struct stream *s);
+void chan_flush(struct chan *c);
 void chan_src_event(struct port *p, uint32_t events);
 void chan_sink_event(struct port *p, uint32_t events);
 void chan_sink_gone(struct chan *c);

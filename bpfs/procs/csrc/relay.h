@@ -1,4 +1,6 @@
-/* relay.h - the parts of iorelay: iorelay.c (streams, pipes, sockets), relay_tty.c (terminals), relay_want.c (who waits). */
+/* relay.h - the parts of iorelay: iorelay.c (streams, pipes, sockets), relay_hold.c (moves, ends), relay_tty.c
+ * (terminals), relay_want.c (who waits).
+ */
 #ifndef BPFS_RELAY_H
 #define BPFS_RELAY_H
 
@@ -9,6 +11,16 @@ struct kernel_termios {
 	uint32_t iflag, oflag, cflag, lflag;
 	uint8_t line, cc[19];
 };
+
+/* iorelay.c */
+void report(uint32_t type, int id);
+int reopen(int path_fd, int flags);
+bool is_pipe(const struct chan *c);
+bool hangs(int fd);
+void destroy(struct stream *s);
+
+/* relay_hold.c */
+void relay_resume(struct stream *s);
 
 /* relay_tty.c */
 bool tty_open(struct chan *c, const int *fds, int n);

@@ -1,8 +1,8 @@
 /* relay_tty.c - the node's end of a terminal: a pseudo-terminal that passes bytes on untouched.
  *
- * EXTPROC (the kernel's hook for telnet's line mode) switches echo, line editing and signals off in the pseudo-terminal while its
- * flags read as the job set them; packet mode tells of each tcsetattr. Output processing has no such switch: what comes out is
- * processed already, which the ghost takes into account.
+ * EXTPROC (the kernel's hook for telnet's line mode) switches echo, line editing and signals off in the pseudo-
+ * terminal while its flags read as the job set them; packet mode tells of each tcsetattr. Output processing has no
+ * such switch: what comes out is processed already, which the ghost takes into account.
  */
 #define _GNU_SOURCE
 #include "relay.h"
@@ -49,7 +49,9 @@ static int foreground_group(struct chan *c)
 {
 	pid_t group = 0;
 
-	return c->src.fd >= 0 && ioctl(c->src.fd, TIOCGPGRP, &group) == 0 && group > 0 && kill(-group, 0) == 0 ? group : 0;
+	if (c->src.fd < 0 || ioctl(c->src.fd, TIOCGPGRP, &group) < 0 || group <= 0)
+		return 0;
+	return kill(-group, 0) == 0 ? group : 0;
 }
 
 bool tty_open(struct chan *c, const int *fds, int n)
@@ -146,8 +148,9 @@ bool tty_pump(struct chan *c)
 
 /* ---- input ---- */
 
-/* Bytes the job has not read yet. poll(2) first: it waits for the kernel's worker that carries written bytes over; without it
- * they would not be counted, and a reader about to be woken would be taken for one that wants more. */
+/* Bytes the job has not read yet. poll(2) first: it waits for the kernel's worker that carries written bytes over;
+ * without it they would not be counted, and a reader about to be woken would be taken for one that wants more.
+ */
 static int unread_bytes(const struct tty *t)
 {
 	struct pollfd p = { .fd = t->slave, .events = POLLIN };

@@ -1,7 +1,8 @@
 /* relay_want.c - does anybody wait to read from a terminal? Told by /proc/PID/task/TID/syscall (proc(5)).
  *
- * Typed bytes stay in the real terminal until somebody on the node waits for them, since whoever reads next, be it the user's
- * shell, has a right to them. A reader waits in read(2) or in poll, select or epoll with the terminal among its descriptors.
+ * Typed bytes stay in the real terminal until somebody on the node waits for them, since whoever reads next, be it
+ * the user's shell, has a right to them. A reader waits in read(2) or in poll, select or epoll with the terminal
+ * among its descriptors.
  */
 #define _GNU_SOURCE
 #include "relay.h"
@@ -91,7 +92,8 @@ static bool epolls(const struct look *l, unsigned long fd)
 	if (read_file(path, text, sizeof(text)) <= 0)
 		return false;
 	while ((at = strstr(at, "tfd:"))) {
-		if (sscanf(at, "tfd: %u events: %x", &target, &events) == 2 && (events & EPOLLIN) && is_terminal(l, target))
+		if (sscanf(at, "tfd: %u events: %x", &target, &events) == 2 && (events & EPOLLIN) &&
+		    is_terminal(l, target))
 			return true;
 		at += 4;
 	}
