@@ -50,17 +50,24 @@ static void put_winsize(struct chan *c)
 		frame_put(c->stream, F_WINSIZE, c->id, &size, sizeof(size));
 }
 
+static void put_termios(struct chan *c)
+{
+	struct {
+		struct kernel_termios now;
+		uint32_t seen;
+	} data = { .seen = c->stream->settings };
+
+	if (ioctl(tty_fd(c), TCGETS, &data.now) == 0)
+		frame_put(c->stream, F_TERMIOS, c->id, &data, sizeof(data));
+}
+
 /* The real terminal's settings are the truth: the shell may have changed them while the job was not in front. */
 static void push_state(struct chan *c)
 {
-	struct kernel_termios now;
-
-	if (c->tty->changed) {
+	if (c->tty->changed)
 		tty_settle(c);
-		return;
-	}
-	if (ioctl(tty_fd(c), TCGETS, &now) == 0)
-		frame_put(c->stream, F_TERMIOS, c->id, &now, sizeof(now));
+	else
+		put_termios(c);
 }
 
 static void refresh(struct chan *c, bool force)
@@ -93,15 +100,13 @@ void ttys_refresh(bool force)
 /* A new stream: tell the node how the terminal is, wherever we stand. */
 void ttys_greet(void)
 {
-	struct kernel_termios now;
-
 	for (int i = 0; i < the_stream.nchans; i++) {
 		struct chan *c = &the_chans[i];
 
 		if (!c->tty || tty_fd(c) < 0)
 			continue;
-		if (!c->tty->changed && ioctl(tty_fd(c), TCGETS, &now) == 0)
-			frame_put(c->stream, F_TERMIOS, c->id, &now, sizeof(now));
+		if (!c->tty->changed)
+			put_termios(c);
 		put_winsize(c);
 		refresh(c, true);
 	}
@@ -158,6 +163,7 @@ void tty_settle(struct chan *c)
 
 void tty_set(struct chan *c, const struct kernel_termios *t)
 {
+	c->stream->settings++;
 	c->tty->termios = *t;
 	c->tty->changed = true;
 	if (!in_foreground(c) && c->tty->controlling && now_ms() >= c->tty->next_ttou) {

@@ -305,6 +305,7 @@ void stream_init(struct stream *s, int fd)
 	s->held = s->holding = false;
 	s->head_len = s->left = 0;
 	s->lead_left = s->splice_left = 0;
+	s->settings = 0;
 	s->way[0] = s->way[1] = -1;
 	stream_mark(s);
 }

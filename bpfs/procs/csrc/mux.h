@@ -77,7 +77,7 @@ enum frame_type {
 	F_CLOSED = 4,     /* the sink's reader is gone: close the source; payload u64: bytes it consumed */
 	F_PENDING = 5,    /* ghost: the real terminal has input, say when the job waits for some */
 	F_WANT = 6,       /* relay: the job waits for terminal input; payload u32: most bytes it would take */
-	F_TERMIOS = 7,    /* payload: kernel struct termios; either way */
+	F_TERMIOS = 7,    /* payload: kernel struct termios; from the ghost also u32: how many of the relay's it has seen */
 	F_WINSIZE = 8,    /* payload: struct winsize */
 	F_TTYSIG = 9,     /* ghost: payload u32: this signal was typed at the terminal */
 	F_NOSIG = 10,     /* relay: no foreground group there; deliver it to the job yourself */
@@ -183,6 +183,7 @@ struct stream {
 	size_t lead_left, splice_left;
 	int way[2]; /* a private pipe: what is in it is ours, whoever else reads the source */
 	bool progress;
+	uint32_t settings; /* F_TERMIOS frames from relay to ghost so far */
 	/* iorelay */
 	bool drain_asked, drain_over;
 	uint32_t drain_token;

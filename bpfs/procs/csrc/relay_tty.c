@@ -106,6 +106,7 @@ static void check_termios(struct chan *c)
 	if (memcmp(&t, &c->tty->termios, sizeof(t)) == 0)
 		return;
 	c->tty->termios = t;
+	c->stream->settings++;
 	frame_put(c->stream, F_TERMIOS, c->id, &t, sizeof(t));
 }
 
@@ -273,10 +274,25 @@ static void set_winsize(struct chan *c, const uint8_t *data)
 		frame_put_u32(c->stream, F_NOSIG, c->id, SIGWINCH);
 }
 
+/* What the job has set meanwhile counts, be it on its way to the ghost or still to be told. */
+static bool is_newer_here(struct chan *c, const uint8_t *data)
+{
+	struct kernel_termios now;
+	uint32_t seen;
+
+	memcpy(&seen, data + sizeof(now), sizeof(seen));
+	if (seen != c->stream->settings || ioctl(c->src.fd, TCGETS, &now) < 0)
+		return true;
+	now.lflag &= ~K_EXTPROC;
+	return memcmp(&now, &c->tty->termios, sizeof(now)) != 0;
+}
+
 static void set_termios(struct chan *c, const uint8_t *data)
 {
 	struct kernel_termios t;
 
+	if (is_newer_here(c, data))
+		return;
 	memcpy(&t, data, sizeof(t));
 	t.lflag &= ~K_EXTPROC;
 	c->tty->termios = t;
@@ -302,7 +318,7 @@ bool tty_frame(struct chan *c, const struct frame *h, const uint8_t *data)
 		c->tty->next_look = now_ms() + BACKGROUND_MS;
 		return true;
 	case F_TERMIOS:
-		if (h->len != sizeof(struct kernel_termios))
+		if (h->len != sizeof(struct kernel_termios) + sizeof(uint32_t))
 			return false;
 		set_termios(c, data);
 		return true;
