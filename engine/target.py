@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from typing import Final
 
 from engine import note
@@ -29,6 +30,7 @@ _F_DUPFD_CLOEXEC: Final = 1030
 _AT_EMPTY_PATH: Final = 0x1000
 _TOP: Final = 0x7FFFFFFFF000
 _MREMAP_MOVE_FIXED: Final = 3
+_REAPED_WITHIN_S: Final = 5.0
 _RSEQ_UNREGISTER: Final = 1
 _HEAL_ROOM: Final = 60000  # bytes of argv and environment kept for a ghost's way back
 
@@ -190,7 +192,7 @@ def place_child(
     """
     tty = Terminal(init, (pid, pgid, sid), terminal, front)
     with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
-        target = Fresh(spawn_child(place.maker, pid, place.sibling))
+        target = Fresh(_spawn_patiently(place.maker, pid, place.sibling))
         try:
             calls = Calls(target.injection)
             if place.setsid:
@@ -207,6 +209,18 @@ def place_child(
             target.discard()
             raise
     return target
+
+
+def _spawn_patiently(maker: int, pid: int, sibling: bool) -> Child:
+    # Its predecessor under this pid may have left a moment ago and wait, dead, for its parent to take notice.
+    deadline = time.monotonic() + _REAPED_WITHIN_S
+    while True:
+        try:
+            return spawn_child(maker, pid, sibling)
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
 
 
 class Home(Target):

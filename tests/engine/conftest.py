@@ -1,5 +1,6 @@
 """Victims, a zygote and a job namespace for the tests of the engine."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from engine.jobspace import JobSpace
 from engine.zygote import Zygote
-from tests.engine.moves import Mover, Victim
+from tests.engine.moves import Mover, Victim, until
 
 VICTIMS = Path(__file__).parent.parent / "victims"
 
@@ -44,11 +45,13 @@ def mover(zygote: Zygote, space: JobSpace) -> Iterator[Mover]:
     yield mover
     mover.close()
     space.kill_all()
+    # Zombies, too, have to be gone: the next test may want their pids.
+    until(lambda: not [pid for pid in os.listdir(f"/proc/{space.init}/root/proc") if pid.isdigit() and pid != "1"], "the end of all jobs")
     space.read_reports()
 
 
 @pytest.fixture
-def victim(programs: Path, tmp_path: Path) -> Iterator[Callable[..., Victim]]:
+def victim(programs: Path, tmp_path: Path, mover: Mover) -> Iterator[Callable[..., Victim]]:
     """Starts victims by name; all are ended."""
     started: list[Victim] = []
 
@@ -57,5 +60,6 @@ def victim(programs: Path, tmp_path: Path) -> Iterator[Callable[..., Victim]]:
         return started[-1]
 
     yield start
+    mover.close()  # what a worker still holds could not be reaped
     for one in started:
         one.close()

@@ -49,6 +49,8 @@ class Worker:
         packet = packets.receive(self.sock)
         if packet is None:
             raise ConnectionResetError("the worker is gone")
+        for fd in packet[1]:
+            os.close(fd)
         if not packet[0]["ok"]:
             raise Refused(packet[0])
         return packet[0]
@@ -131,6 +133,7 @@ class Mover:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
+        self.workers = []
 
 
 class Victim:
