@@ -1,6 +1,7 @@
 """`python -m engine dump PID -o FILE | restore FILE | info FILE`: the engine without a cluster, for trying it out.
 
-dump leaves the process as it was (`--kill` ends it). restore brings it up in a fresh job namespace under its old pid, with this
+dump leaves the process as it was (`--kill` ends it). restore brings it up in a fresh job namespace under its old pid,
+with this
 terminal in place of its own, waits for it and ends as it ended.
 """
 

@@ -51,7 +51,8 @@ class Inspection:
         with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
             cmdline = file.read().split(b"\0")[:-1]
         return {
-            "comm": stat.comm, "cmdline": cmdline, "uid": int(status["Uid"].split()[0]), "gid": int(status["Gid"].split()[0]),
+            "comm": stat.comm, "cmdline": cmdline, "uid": int(status["Uid"].split()[0]), "gid":
+            int(status["Gid"].split()[0]),
             "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
             "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
             "pid": procfs.inner_pid(status),
@@ -101,18 +102,41 @@ def build(inspection: Inspection) -> Image:
     for timer in asked.timers:
         timer[4] = numbers.get(timer[4], 0)
     return Image(
-        pid=inner[0], ppid=stat.ppid, pgid=inner[1], sid=inner[2], stopped=frozen.group_stopped, comm=stat.comm, vdso=VDSO_DIGEST,
-        special=survey.special, files=survey.files, exe=exe, cwd=cwd, regions=survey.regions, runs=pack_runs(inspection.runs),
-        mm=[*stat.mm, asked.brk], auxv=procfs.read(f"{frozen.live}/auxv"), threads=threads,
-        shared_pending=ptrace.queued_signals(frozen.threads[0].tid, shared=True), actions=asked.actions, itimers=asked.itimers,
-        timers=asked.timers, credentials=credentials(status, asked.securebits), limits=limits(frozen.pid),
-        umask=int(status["Umask"], 8), personality=asked.personality, dumpable=asked.dumpable, death_signal=asked.death_signal,
-        timer_slack=asked.timer_slack, subreaper=asked.subreaper, thp_disabled=asked.thp_disabled,
+        pid=inner[0],
+        ppid=stat.ppid,
+        pgid=inner[1],
+        sid=inner[2],
+        stopped=frozen.group_stopped,
+        comm=stat.comm,
+        vdso=VDSO_DIGEST,
+        special=survey.special,
+        files=survey.files,
+        exe=exe,
+        cwd=cwd,
+        regions=survey.regions,
+        runs=pack_runs(inspection.runs),
+        mm=[*stat.mm, asked.brk],
+        auxv=procfs.read(f"{frozen.live}/auxv"),
+        threads=threads,
+        shared_pending=ptrace.queued_signals(frozen.threads[0].tid, shared=True),
+        actions=asked.actions,
+        itimers=asked.itimers,
+        timers=asked.timers,
+        credentials=credentials(status, asked.securebits),
+        limits=limits(frozen.pid),
+        umask=int(status["Umask"], 8),
+        personality=asked.personality,
+        dumpable=asked.dumpable,
+        death_signal=asked.death_signal,
+        timer_slack=asked.timer_slack,
+        subreaper=asked.subreaper,
+        thp_disabled=asked.thp_disabled,
         oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
         io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, frozen.pid),
-        descriptors=inspection.descriptors.table, frozen_ns=round((time.monotonic() - frozen.settled) * 1e9),
+        descriptors=inspection.descriptors.table,
+        frozen_ns=round((time.monotonic() - frozen.settled) * 1e9),
         total=sum(length for _, length in inspection.runs),
-    )  # fmt: skip
+    )
 
 
 def write(inspection: Inspection, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:

@@ -1,4 +1,6 @@
-"""Turn a frozen process into its ghost: the ghost program runs in its place, with its pid and all of its descriptors."""
+"""Turn a frozen process into its ghost: the ghost program runs in its place, with its pid and all of its
+descriptors.
+"""
 
 import os
 import resource
@@ -110,13 +112,16 @@ def _let_go(frozen: Frozen) -> None:
 
 
 def grant_exe_right(program: str) -> None:
-    """Give a ghost program the one right that it needs to get `/proc/PID/exe` back at home when it runs as an ordinary user.
+    """Give a ghost program the one right that it needs to get `/proc/PID/exe` back at home when it runs as an
+    ordinary user.
 
-    CAP_CHECKPOINT_RESTORE as a file capability; it goes again with the home-coming. Without it (or on a nosuid mount) everything
+    CAP_CHECKPOINT_RESTORE as a file capability; it goes again with the home-coming. Without it (or on a nosuid mount)
+    everything
     else works, but exe shows the ghost.
 
     Raises:
         OSError: the file system has no capabilities, or the caller may not.
     """
-    # struct vfs_cap_data, revision 2 with the effective bit (<linux/capability.h>); capability 40 is bit 8 of the second word.
+    # struct vfs_cap_data, revision 2 with the effective bit (<linux/capability.h>); capability 40 is bit 8 of the
+    # second word.
     os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 0, 0, 1 << 8, 0))

@@ -2,7 +2,8 @@
 
 Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
-The destination answers with frame(HELD) or frame(ERROR). Pages carry no checksum of their own: TCP has one, and END repeats
+The destination answers with frame(HELD) or frame(ERROR). Pages carry no checksum of their own: TCP has one, and END
+repeats
 their number of bytes. Every length is checked before anything is allocated.
 """
 

@@ -23,7 +23,8 @@ SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
 # VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
 _ADVICE: Final = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 _UNMOVABLE: Final = {
-    "ht": "huge pages (hugetlb)", "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw": "userfaultfd",
+    "ht": "huge pages (hugetlb)", "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw":
+    "userfaultfd",
     "ss": "a shadow stack", "mm": "mixed device memory",
 }  # fmt: skip
 
@@ -164,7 +165,9 @@ def _uses_keys(raw: bytes) -> bool:
 
 
 def _clip(runs: list[tuple[int, int]], spans: list[tuple[int, int]], leave_out: set[int]) -> Iterator[tuple[int, int]]:
-    """Runs cut at the bounds of mappings: two neighbours may differ in protection, and vvar and scratch are not ours to carry."""
+    """Runs cut at the bounds of mappings: two neighbours may differ in protection, and vvar and scratch are not ours
+    to carry.
+    """
     at = 0
     for address, length in runs:
         end = address + length

@@ -1,6 +1,7 @@
 """What a worker leaves written down in case it is killed: the process it has a scratch mapping in.
 
-The abandoned process heals and runs on by itself, but cannot unmap the page that its last instruction was on. Whoever reaps
+The abandoned process heals and runs on by itself, but cannot unmap the page that its last instruction was on. Whoever
+reaps
 the worker (the zygote) has `clean_up` do it.
 """
 

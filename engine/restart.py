@@ -2,13 +2,18 @@
 
 What the kernel leaves in rax at the stop decides (include/linux/errno.h):
 
-* -512 ERESTARTSYS, -513, -514 ERESTARTNOHAND: the same call again. select and ppoll keep the rest of their time in user memory.
-* -516 ERESTART_RESTARTBLOCK (nanosleep, relative futex waits, poll): the kernel keeps an absolute deadline for restart_syscall,
-  which does not travel; the destination *primes* its own: it makes the call with the remaining time and has it interrupted.
-* -4 EINTR (epoll_wait, sigtimedwait and others of signal(7), "Interruption by stop signals"): the kernel gives the call up even
+* -512 ERESTARTSYS, -513, -514 ERESTARTNOHAND: the same call again. select and ppoll keep the rest of their time in
+user memory.
+* -516 ERESTART_RESTARTBLOCK (nanosleep, relative futex waits, poll): the kernel keeps an absolute deadline for
+restart_syscall,
+  which does not travel; the destination *primes* its own: it makes the call with the remaining time and has it
+  interrupted.
+* -4 EINTR (epoll_wait, sigtimedwait and others of signal(7), "Interruption by stop signals"): the kernel gives the
+call up even
   for a mere stop. Unless a signal with a handler waits, the call is made again with the remaining time.
 
-The remaining time comes from where the call leaves it (rem of nanosleep), else from the moment the thread went to sleep:
+The remaining time comes from where the call leaves it (rem of nanosleep), else from the moment the thread went to
+sleep:
 se.exec_start of /proc/PID/task/TID/sched, read before the freeze, error below 0.3 ms.
 """
 
@@ -33,7 +38,8 @@ _EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2, _SIGTIMEDWAIT = 232, 281, 441, 128
 _IN_MEMORY: Final = (_EPOLL_PWAIT2, _SIGTIMEDWAIT)  # their time is a timespec
 _SELECT, _PSELECT6, _PPOLL = 23, 270, 271
 _ERESTARTNOHAND: Final = -514
-# Given up with EINTR at a stop, without a time of their own or with one that starts anew: read (inotify), accept, recvfrom, recvmsg,
+# Given up with EINTR at a stop, without a time of their own or with one that starts anew: read (inotify), accept,
+# recvfrom, recvmsg,
 # semop, msgsnd, msgrcv, io_getevents, semtimedop, accept4, recvmmsg, io_pgetevents.
 _AGAIN: Final = frozenset({0, 43, 45, 47, 65, 69, 70, 208, 220, 288, 299, 333})
 _TIMED: Final = frozenset(
@@ -65,7 +71,9 @@ class Sleep:
 
 
 def look_at_sleep(pid: int, tid: int) -> Sleep | None:
-    """Before the freeze: is the thread in a timed wait, and since when? Raises FileNotFoundError, ProcessLookupError."""
+    """Before the freeze: is the thread in a timed wait, and since when? Raises FileNotFoundError,
+    ProcessLookupError.
+    """
     directory = f"/proc/{pid}/task/{tid}"
     words = procfs.read(f"{directory}/syscall").split()
     if len(words) < 2 or not words[0].isdigit() or int(words[0]) not in _TIMED:
@@ -97,7 +105,8 @@ def _restarted_call(place: bytes, first: int) -> int:
         return _FUTEX
     if b"poll" in place:
         return _POLL
-    # nanosleep's restart is a tail call that leaves no name of its own. Its first argument is a pointer, the other's a clock.
+    # nanosleep's restart is a tail call that leaves no name of its own. Its first argument is a pointer, the other's a
+    # clock.
     return _CLOCK_NANOSLEEP if first < 4096 else _NANOSLEEP
 
 
@@ -189,7 +198,8 @@ def _pack(nanoseconds: int) -> bytes:
 def prime_of(frozen: "Frozen", thread: "Thread", r: Registers) -> list[int]:
     """For the image: [call number, remaining ns] of a call that goes on by a restart block; empty for none.
 
-    Of one that is made again with milliseconds in a register: [call number, -1]; with a time in memory: [call number, -2, address].
+    Of one that is made again with milliseconds in a register: [call number, -1]; with a time in memory: [call number,
+    -2, address].
     A call that cannot be told becomes an EINTR in the registers.
     """
     if pointer := _rest_in_memory(thread, r):

@@ -176,7 +176,8 @@ class Builder:
                 calls.add("prctl", state.PR_SET_VMA, 0, r.start, size, calls.data(r.name + b"\0"), must=False)
 
     def _describe(self, calls: Calls, numbers: list[int]) -> None:
-        # struct prctl_mm_map (<linux/prctl.h>): addresses, auxv, exe_fd. A ghost that runs as a user may not set exe_fd.
+        # struct prctl_mm_map (<linux/prctl.h>): addresses, auxv, exe_fd. A ghost that runs as a user may not set
+        # exe_fd.
         image = self.image
         sc, ec, stack, sd, ed, sb, args, arge, envs, enve, brk = image.mm
         auxv = calls.data(image.auxv)
@@ -326,7 +327,8 @@ class Builder:
     def take_files(self) -> dict[int, int]:
         """Our descriptors of the process's regular files, by its own number; the caller's from now on.
 
-        They tell, after its end, how far it has read and written: whoever shares these files at home goes on there. A file
+        They tell, after its end, how far it has read and written: whoever shares these files at home goes on there. A
+        file
         with a lock is left out, since our descriptor would keep the lock; so is what a FUSE server (our daemon) serves.
         """
         plain = [e for e in self.image.descriptors if e["kind"] == "file" and "pos" in e and not e.get("locks")]

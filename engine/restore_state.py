@@ -54,7 +54,8 @@ def timer_rows(calls: Calls, image: Image) -> None:
     """POSIX timers; the threads that they signal must be there."""
     if not image.timers:
         return
-    # Linux 6.15: ids are the caller's choice. Before, the kernel counts up from 0, which fits programs that never deleted one.
+    # Linux 6.15: ids are the caller's choice. Before, the kernel counts up from 0, which fits programs that never
+    # deleted one.
     calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, must=False)
     for identifier, notify, signal, value, tid, clock, setting, _ in image.timers:
         event = struct.pack("<Qiii", value, signal, notify, tid).ljust(_CLOCK_EVENT, b"\0")

@@ -1,6 +1,8 @@
-"""The other threads of a rebuilt process: born by the leader, given their state one after the other, parked until the resume.
+"""The other threads of a rebuilt process: born by the leader, given their state one after the other, parked until the
+resume.
 
-A parked thread stands at code that ends it, so that a process whose worker dies before the commit never runs with some of its
+A parked thread stands at code that ends it, so that a process whose worker dies before the commit never runs with
+some of its
 threads only: it dies, or is a ghost again.
 """
 
@@ -37,7 +39,9 @@ class Threads:
         self.tids: list[int] = []
 
     def create(self) -> None:
-        """Have the leader make them, under their old ids; it must still have the right to choose ids. Raises OSError."""
+        """Have the leader make them, under their old ids; it must still have the right to choose ids. Raises
+        OSError.
+        """
         if not self._states:
             return
         leader = self._target.injection

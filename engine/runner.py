@@ -2,11 +2,15 @@
 
 Two ways in:
 
-* the **gate**: one system call by a few instructions in the unused tail of the process's vDSO page (the kernel gives the
-  process its own copy of that page; no mapping changes). After the call the code puts mask and registers back by itself.
-* the **runner** (csrc/runner.S) in an anonymous *scratch* mapping that the gate made: a whole table of calls in one stop.
+* the **gate**: one system call by a few instructions in the unused tail of the process's vDSO page (the kernel gives
+the
+  process its own copy of that page; no mapping changes). After the call the code puts mask and registers back by
+  itself.
+* the **runner** (csrc/runner.S) in an anonymous *scratch* mapping that the gate made: a whole table of calls in one
+stop.
 
-Stops are system-call stops (gate) and delivery stops of a signal that the process ignores (runner): neither does anything to
+Stops are system-call stops (gate) and delivery stops of a signal that the process ignores (runner): neither does
+anything to
 a process whose tracer is gone. int3 and single-stepping would kill it with SIGTRAP.
 """
 
@@ -81,7 +85,8 @@ if len(VDSO_IMAGE) < GATE_OFFSET + _GATE_ROOM:
 def restarted(registers: Registers) -> Registers:
     """Registers with which a thread that is in *user mode* repeats the system call that it was interrupted in.
 
-    The kernel does the same on its own way back to user mode (arch/x86/kernel/signal.c); this is for code that has to do
+    The kernel does the same on its own way back to user mode (arch/x86/kernel/signal.c); this is for code that has to
+    do
     without it.
     """
     result = registers.copy()
@@ -96,7 +101,8 @@ def restarted(registers: Registers) -> Registers:
 
 
 def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
-    # syscall; rt_sigprocmask(SIG_SETMASK, mask); every register a call clobbers or we set; jmp. Moves leave the flags alone.
+    # syscall; rt_sigprocmask(SIG_SETMASK, mask); every register a call clobbers or we set; jmp. Moves leave the flags
+    # alone.
     head = (
         b"\x0f\x05"
         + b"\xbf\x02\0\0\0"
@@ -110,7 +116,8 @@ def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
     moves = b"".join(
         opcode + struct.pack("<Q", value)
         for opcode, value in (
-            (b"\x48\xb8", back.rax), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx), (b"\x48\xbe", back.rsi), (b"\x48\xbf", back.rdi),
+            (b"\x48\xb8", back.rax), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx), (b"\x48\xbe", back.rsi),
+            (b"\x48\xbf", back.rdi),
             (b"\x49\xb8", back.r8), (b"\x49\xb9", back.r9), (b"\x49\xba", back.r10), (b"\x49\xbb", back.r11),
         )
     )  # fmt: skip
@@ -124,7 +131,8 @@ def _slot(registers: Registers, mask: int, trap: int, slot: int, heal: int, heal
     stub = b"\x48\xbd" + struct.pack("<Q", r.rbp) + b"\xff\x25\0\0\0\0" + struct.pack("<Q", r.rip)
     return (
         struct.pack(
-            "<21Q", heal, heal_count, trap, slot + 168, mask, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11,
+            "<21Q", heal, heal_count, trap, slot + 168, mask, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.r8, r.r9,
+            r.r10, r.r11,
             r.r12, r.r13, r.r14, r.r15, r.rsp, r.eflags,
         ) + stub
     )  # fmt: skip
@@ -261,7 +269,8 @@ class Injection:
     def finish(self) -> None:
         """Give the thread its mask and registers; it is still stopped, the next thing is a detach.
 
-        The registers may hold an interrupted call (orig_rax, -ERESTART…): the kernel deals with it on the way out, since a detach
+        The registers may hold an interrupted call (orig_rax, -ERESTART…): the kernel deals with it on the way out,
+        since a detach
         always makes the thread look for signals.
         """
         ptrace.set_mask(self.tid, self.mask)
@@ -287,7 +296,8 @@ class Injection:
         if self.trap:
             self._run(ptrace.CONT, self.trap, stop_at_event)
             return
-        # No signal is free for the trap: stop at each call instead. Signal 0 makes the trap's tgkill a call without effect.
+        # No signal is free for the trap: stop at each call instead. Signal 0 makes the trap's tgkill a call without
+        # effect.
         while not self._run(ptrace.SYSCALL, _SYSGOOD, stop_at_event):
             registers = ptrace.get_registers(self.tid)
             last = registers.orig_rax == NR["tgkill"]

@@ -1,6 +1,7 @@
 """Give birth to a process with a chosen pid, as child (or sibling) of a process of the job namespace.
 
-The parent, nodeinit or one of its clones, is stopped, makes one clone3 and runs on; the child is born stopped, traced by the
+The parent, nodeinit or one of its clones, is stopped, makes one clone3 and runs on; the child is born stopped, traced
+by the
 caller and dies with it, until it is released.
 """
 

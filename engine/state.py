@@ -1,4 +1,6 @@
-"""State of a frozen process and its threads: read from outside where the kernel shows it, injected where it does not."""
+"""State of a frozen process and its threads: read from outside where the kernel shows it, injected where it does
+not.
+"""
 
 import ctypes
 import os
@@ -68,8 +70,9 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
     Args:
         doubtful: descriptors of which /proc may be wrong about close-on-exec.
 
-def ask(frozen: Frozen) -> Asked:
-    """Run the batch. Raises OSError."""
+    Raises:
+        OSError: a call failed, or the process ended.
+    """
     calls = Calls(frozen.open_injection())
     unlike_default = int(frozen.status["SigCgt"], 16) | int(frozen.status["SigIgn"], 16)
     wanted = [n for n in range(1, SIGNALS + 1) if unlike_default >> (n - 1) & 1]
@@ -99,8 +102,8 @@ def ask(frozen: Frozen) -> Asked:
     for i, timer in enumerate(posix):
         calls.add("timer_gettime", timer.identifier, settings + 32 * i)
         overruns.append(calls.add("timer_getoverrun", timer.identifier))
-    results = calls.run()
     descriptors = [calls.add("fcntl", fd, _F_GETFD, label=f"descriptor {fd}") for fd in doubtful]
+    results = calls.run()
     raw = calls.read(actions, settings + 32 * len(posix) - actions)
 
     def at(address: int, length: int) -> bytes:
@@ -115,8 +118,8 @@ def ask(frozen: Frozen) -> Asked:
     asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (
         results[i] for i in numbers
     )
-    asked.timers = [
     asked.cloexec = {fd: bool(results[i]) for fd, i in zip(doubtful, descriptors, strict=True)}
+    asked.timers = [
         [
             t.identifier,
             t.notify,
@@ -153,7 +156,9 @@ def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int]:
 
 
 def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int, int, int]) -> None:
-    """A critical section that the freeze interrupted is aborted, as the kernel would (rseq(2)): the new CPU has another id."""
+    """A critical section that the freeze interrupted is aborted, as the kernel would (rseq(2)): the new CPU has
+    another id.
+    """
     if not rseq[0]:
         return
     pointer = int.from_bytes(process_vm.read(frozen.pid, rseq[0] + 8, 8), "little")

@@ -144,7 +144,9 @@ class Target:
         return 0
 
     def before_resume(self, high: int) -> None:
-        """The commit: from here on the process outlives its tracer. `high`: first number of descriptors that are not its own."""
+        """The commit: from here on the process outlives its tracer. `high`: first number of descriptors that are not
+        its own.
+        """
         raise NotImplementedError
 
 
@@ -226,7 +228,8 @@ def _spawn_patiently(maker: int, pid: int, sibling: bool) -> Child:
 class Home(Target):
     """A ghost on the master that becomes the process again.
 
-    Until `burn` it is a frozen ghost that can simply be released; from then on its heal table runs the ghost program anew.
+    Until `burn` it is a frozen ghost that can simply be released; from then on its heal table runs the ghost program
+    anew.
     """
 
     home = True
@@ -323,7 +326,9 @@ class Home(Target):
 def exec_block(
     base: int, arguments: list[bytes], environment: list[bytes], room: int = _HEAL_ROOM
 ) -> tuple[bytes, int, int]:
-    """Memory for execve at `base`: (bytes, address of argv, address of envp). Arguments that do not fit are dropped from the end."""
+    """Memory for execve at `base`: (bytes, address of argv, address of envp). Arguments that do not fit are dropped
+    from the end.
+    """
     while len(arguments) > 1 and sum(len(a) + 9 for a in arguments + environment) + 16 > room:
         arguments = arguments[:-1]
     texts = b""

@@ -1,7 +1,9 @@
 """One move at a time: the process that traces, dumps and rebuilds, driven over a SEQPACKET socket.
 
-Requests are msgpack maps with an `op`, replies `{"ok": True, …}` or `{"ok": False, "errno", "text", "refusals"}`. The end of the
-socket undoes what is under way: a source is released untouched, a half-built process is killed, a ghost is a ghost again.
+Requests are msgpack maps with an `op`, replies `{"ok": True, …}` or `{"ok": False, "errno", "text", "refusals"}`. The
+end of the
+socket undoes what is under way: a source is released untouched, a half-built process is killed, a ghost is a ghost
+again.
 """
 
 import contextlib
@@ -93,7 +95,8 @@ class Source:
         """Say what it is, what must be relayed and why it cannot move."""
         self._inspection = dump.inspect(self._held())
         return {
-            "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals": self._inspection.externals,
+            "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals":
+            self._inspection.externals,
         }  # fmt: skip
 
     def send(self, request: Reply, fds: list[int]) -> Reply:

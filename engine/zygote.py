@@ -1,7 +1,9 @@
 """Forks engine workers in a millisecond or two, from a small single-threaded process with everything imported.
 
-Start it before the daemon starts threads or an event loop. It survives its workers, reaps them, and cleans up after one that
-was killed: a process that such a worker left behind goes on by itself, but keeps a scratch mapping, which is taken away here.
+Start it before the daemon starts threads or an event loop. It survives its workers, reaps them, and cleans up after
+one that
+was killed: a process that such a worker left behind goes on by itself, but keeps a scratch mapping, which is taken
+away here.
 """
 
 import array

@@ -18,7 +18,20 @@ _REGIONS: Final = 1024
 class _Argument(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ["size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages", "inverted", "mask", "anyof", "return_mask"]
+        for name in [
+            "size",
+            "flags",
+            "start",
+            "end",
+            "walk_end",
+            "vec",
+            "vec_len",
+            "max_pages",
+            "inverted",
+            "mask",
+            "anyof",
+            "return_mask",
+        ]
     ]
 
 
@@ -26,7 +39,8 @@ _vector = (ctypes.c_uint64 * (3 * _REGIONS))()
 
 
 def private_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
-    """(address, length) of the runs of pages that hold the process's own data: present or swapped, not of a file, not the zero page.
+    """(address, length) of the runs of pages that hold the process's own data: present or swapped, not of a file, not
+    the zero page.
 
     Args:
         pagemap: descriptor of `/proc/PID/pagemap`.

@@ -22,7 +22,9 @@ class Iovec(ctypes.Structure):
 
 
 def read(pid: int, address: int, length: int) -> bytes:
-    """Bytes of another process; may be short at the end of what is mapped. Raises OSError(EFAULT) when nothing is there."""
+    """Bytes of another process; may be short at the end of what is mapped. Raises OSError(EFAULT) when nothing is
+    there.
+    """
     buffer = ctypes.create_string_buffer(length)
     local, remote = Iovec(ctypes.addressof(buffer), length), Iovec(address, length)
     count = _check(_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0), pid)

@@ -52,7 +52,8 @@ def parse_stat(raw: bytes) -> Stat:
 
     mm = tuple(get(i) for i in (26, 27, 28, 45, 46, 47, 48, 49, 50, 51))
     return Stat(
-        int(raw[: left - 1]), raw[left + 1 : right], rest[0].decode(), get(4), get(5), get(6), get(9), get(19), get(20), get(22), mm,
+        int(raw[: left - 1]), raw[left + 1 : right], rest[0].decode(), get(4), get(5), get(6), get(9), get(19),
+        get(20), get(22), mm,
         get(41), get(40), get(39),
     )  # fmt: skip
 

@@ -46,7 +46,10 @@ def mover(zygote: Zygote, space: JobSpace) -> Iterator[Mover]:
     mover.close()
     space.kill_all()
     # Zombies, too, have to be gone: the next test may want their pids.
-    until(lambda: not [pid for pid in os.listdir(f"/proc/{space.init}/root/proc") if pid.isdigit() and pid != "1"], "the end of all jobs")
+    until(
+        lambda: not [pid for pid in os.listdir(f"/proc/{space.init}/root/proc") if pid.isdigit() and pid != "1"],
+        "the end of all jobs",
+    )
     space.read_reports()
 
 

@@ -100,7 +100,8 @@ class Mover:
         return result
 
     def _transfer(
-        self, source: Worker, destination: Worker, seen: dict[str, Any], place: dict[str, int], externals: dict[int, int],
+        self, source: Worker, destination: Worker, seen: dict[str, Any], place: dict[str, int], externals: dict[int,
+        int],
         fds: list[int], ghost: list[int] | None = None,
     ) -> None:  # fmt: skip
         process = seen["process"]
@@ -143,7 +144,7 @@ class Victim:
         self, program: Path, directory: Path, *arguments: str, command: list[str] | None = None, **options: Any
     ) -> None:
         self.stop_file = directory / "stop"
-        self.output = open(directory / "output", "w+b", buffering=0)
+        self.output = open(directory / "output", "w+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
             command or [str(program), str(self.stop_file), *arguments],
             stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, **options,

@@ -89,17 +89,36 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-PYTHON = "import sys,os,time\nopen(sys.argv[1]+'.ready','w')\nx=[0]*50000\nd={i:str(i) for i in range(20000)}\n" \
-    "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n" \
-    "import json,hashlib\nassert d[777]=='777' and len(x)==50000\nprint(hashlib.sha256(json.dumps(list(d)).encode()).hexdigest()[:6])"  # fmt: skip
-PERL = "open(F,'>',\"$ARGV[0].ready\");close F;my %h=map{$_=>$_*2}1..20000;select(undef,undef,undef,0.01) until -e $ARGV[0];exit($h{777}==1554?0:1)"
-BASH = 'trap "x=1" USR1; >"$0.ready"; until [ -e "$0" ]; do read -t 0.01 <> <(:) ; done; a=$(echo hello | tr a-z A-Z); [ "$a" = HELLO ]'
+PYTHON = """
+import hashlib, json, os, sys, time
+open(sys.argv[1] + ".ready", "w")
+x = [0] * 50000
+d = {i: str(i) for i in range(20000)}
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+assert d[777] == "777" and len(x) == 50000 and hashlib.sha256(json.dumps(list(d)).encode()).digest()
+"""
+PERL = """
+open(F, ">", "$ARGV[0].ready"); close F;
+my %h = map { $_ => $_ * 2 } 1..20000;
+select(undef, undef, undef, 0.01) until -e $ARGV[0];
+exit($h{777} == 1554 ? 0 : 1)
+"""
+BASH = """
+exec 3<>/dev/null
+trap "x=1" USR1
+>"$0.ready"
+until [ -e "$0" ]; do read -t 0.01 <&3; done
+a=$(echo hello | tr a-z A-Z)
+[ "$a" = HELLO ]
+"""
 
 
 @pytest.mark.parametrize(
-    "command", [["python3", "-c", PYTHON], ["perl", "-e", PERL], ["bash", "-c", "exec 3<>/dev/null; " + BASH.replace("<> <(:)", "<&3")]],
+    "command",
+    [["python3", "-c", PYTHON], ["perl", "-e", PERL], ["bash", "-c", BASH]],
     ids=["python3", "perl", "bash"],
-)  # fmt: skip
+)
 def test_real_programs(mover: Mover, tmp_path: Path, command: list[str]) -> None:
     stop = tmp_path / "stop"
     program = Path(shutil.which(command[0]) or command[0])

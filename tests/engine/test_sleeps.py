@@ -7,7 +7,8 @@ from tests.engine.moves import Mover, Refused, Victim
 from tests.engine.test_moves import CLD_EXITED
 
 KINDS = [
-    "nanosleep", "nanosleep-norem", "clock_nanosleep", "clock_nanosleep-abs", "poll", "ppoll", "select", "pselect", "futex", "futex-abs",
+    "nanosleep", "nanosleep-norem", "clock_nanosleep", "clock_nanosleep-abs", "poll", "ppoll", "select", "pselect",
+    "futex", "futex-abs",
     "epoll_wait", "epoll_pwait2", "sigtimedwait", "read",
 ]  # fmt: skip
 
