@@ -6,7 +6,9 @@ freeze -> settle -> (work on it) -> release. A dead tracer is harmless at any mo
 import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,6 +21,7 @@ from engine.runner import SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone
 
 STOP_TIMEOUT_S: Final = 10.0
 # Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
+_SEIZE_PATIENCE_S: Final = 0.5
 _SPIN_S: Final = 0.002
 _LOWEST_SCRATCH: Final = 0x10000  # mmap_min_addr
 
@@ -103,9 +106,33 @@ class Frozen:
             fresh = [tid for tid in procfs.threads(self.pid) if tid not in known]
         except FileNotFoundError:
             raise ProcessGone(self.pid) from None
-        for tid in fresh:
-            self._seize(tid)
+        with self._reaping() if len(known) + len(fresh) > 1 else contextlib.nullcontext():
+            for tid in fresh:
+                self._seize(tid)
         return bool(fresh)
+
+    @contextlib.contextmanager
+    def _reaping(self) -> Iterator[None]:
+        """Have the end of threads noticed while we wait to seize the next.
+
+        Where one thread execs meanwhile, it waits for the end of those that we have seized already, and our next seize
+        waits for its exec. Any thread of the tracer's process may reap them.
+        """
+        done = threading.Event()
+
+        def reap() -> None:
+            while not done.wait(_SEIZE_PATIENCE_S):
+                for thread in list(self.threads):
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitid(os.P_PID, thread.tid, os.WEXITED | os.WNOHANG | ptrace.WALL)
+
+        helper = threading.Thread(target=reap, daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            helper.join()
 
     def _seize(self, tid: int) -> None:
         thread = Thread(tid)
@@ -113,17 +140,17 @@ class Frozen:
             state = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/task/{tid}/stat")).state
             thread.sleep = look_at_sleep(self.pid, tid) if state == "S" and self._sleeps else None
             ptrace.seize(tid, ptrace.O_TRACESYSGOOD)
-            self.threads.append(thread)
-            # One that job control has stopped reports its stop to the new tracer by itself.
-            if state != "T":
-                ptrace.interrupt(tid)
         except (FileNotFoundError, ProcessLookupError):
-            thread.zombie = True
+            return  # ended meanwhile
         except PermissionError:
             if state not in "ZX":
                 raise
             thread.zombie = True
-            self.threads.append(thread)
+        self.threads.append(thread)
+        # One that job control has stopped reports its stop to the new tracer by itself.
+        if state != "T" and not thread.zombie:
+            with contextlib.suppress(ProcessLookupError):  # it is ending: that is what the wait will see
+                ptrace.interrupt(tid)
 
     def _collect(self, deadline: float) -> None:
         for thread in self.threads:
@@ -133,7 +160,11 @@ class Frozen:
     def _wait_stop(self, thread: Thread, deadline: float) -> None:
         spin = time.monotonic() + _SPIN_S
         while True:
-            status = ptrace.wait_nohang(thread.tid)
+            try:
+                status = ptrace.wait_nohang(thread.tid)
+            except ChildProcessError:  # reaped already
+                thread.zombie = True
+                return
             if status is None:
                 now = time.monotonic()
                 if now > deadline:
@@ -214,19 +245,24 @@ class Frozen:
                 note.erase()
                 if injection.stopped_by:
                     os.kill(self.pid, injection.stopped_by)
-            for thread in self.threads:
-                self._let_go(thread)
         except (ProcessLookupError, ProcessGone, ChildProcessError):
             pass  # killed meanwhile: nothing to take back
         finally:
+            # The leader last: should it exec at once, none of the others is ours any more; and its end comes last.
+            for thread in reversed(self.threads):
+                self._let_go(thread)
             self.close()
 
     def _let_go(self, thread: Thread) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        try:
             if thread.stopped:
                 ptrace.set_mask(thread.tid, thread.mask)
                 ptrace.set_registers(thread.tid, thread.registers)
             ptrace.detach(thread.tid)
+        except ProcessLookupError:  # killed: its parent, or an exec, waits for us to take notice
+            with contextlib.suppress(OSError):
+                while os.WIFSTOPPED(ptrace.wait(thread.tid)):
+                    pass
 
     def close(self) -> None:
         """Close what the worker holds of it (no effect on the process)."""
