@@ -79,6 +79,28 @@ static void one_signal(const struct signalfd_siginfo *i)
 	barrier.info = *i;
 }
 
+/* Did the user continue it just now? The SIGCONT that the master has announced, and that may be unread yet, is no such thing. */
+bool cont_pending(void)
+{
+	struct timespec none = { 0, 0 };
+	sigset_t set;
+	siginfo_t info;
+
+	if (sigpending(&set) < 0 || !sigismember(&set, SIGCONT))
+		return false;
+	sigemptyset(&set);
+	sigaddset(&set, SIGCONT);
+	if (!announced_cont || sigtimedwait(&set, &info, &none) != SIGCONT)
+		return true;
+	struct signalfd_siginfo i = {
+		.ssi_signo = SIGCONT, .ssi_code = info.si_code, .ssi_pid = info.si_pid, .ssi_uid = info.si_uid,
+		.ssi_ptr = (uint64_t)(uintptr_t)info.si_value.sival_ptr,
+	};
+	bool users = info.si_pid != master_pid;
+	one_signal(&i);
+	return users;
+}
+
 static void control_event(struct port *p, uint32_t events);
 
 static void signal_event(struct port *p, uint32_t events)

@@ -28,7 +28,8 @@ struct tty {
 	bool foreground;
 	bool pending;      /* F_PENDING was sent, F_WANT not yet seen */
 	uint32_t want;     /* bytes the job would read now */
-	bool changed;      /* `termios` is to be applied once in the foreground and all is written */
+	bool changed;      /* `termios` is to be applied, once in the foreground */
+	size_t before;     /* bytes of `out` that come before that */
 	struct kernel_termios termios;
 	int64_t next_ttin, next_ttou; /* at most one such signal a second */
 };
@@ -83,6 +84,7 @@ void tty_discard(struct chan *c);
 void ttys_refresh(bool force);
 void ttys_greet(void);
 bool ttys_in_background(void);
+bool ttys_barred(void);
 bool ttys_signal(int signo);
 void ttys_winsize(void);
 

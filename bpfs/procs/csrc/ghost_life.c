@@ -10,6 +10,7 @@
 #define BARRIER_MS 300         /* most a stop or continue waits for output to come through */
 #define READER_MS 100          /* at the end: without progress so long, a slow reader is left to a child */
 #define NETWORK_MS 2000        /* at the end: most without any progress */
+#define ORPHAN_MS 5            /* who was not even stopped so long is in an orphaned group, which the kernel does not stop */
 
 struct barrier barrier;
 
@@ -78,13 +79,6 @@ void pump_check(void)
 
 /* ---- stop and continue ---- */
 
-bool cont_pending(void)
-{
-	sigset_t set;
-
-	return sigpending(&set) == 0 && sigismember(&set, SIGCONT);
-}
-
 static void stop_now(int signo)
 {
 	sigset_t set;
@@ -115,11 +109,25 @@ void barrier_start(enum barrier_what what, int number)
 	}
 }
 
+/* Under TOSTOP a local job could not have ended before its last words were out: it would stand still in its write. */
+static bool stopped_for_output(void)
+{
+	int64_t before = now_ms();
+
+	if (barrier.what != B_END || barrier.killed || !ttys_barred())
+		return false;
+	stop_now(SIGTTOU);
+	if (now_ms() - before < ORPHAN_MS)
+		return false;
+	barrier.deadline = now_ms() + NETWORK_MS;
+	return true;
+}
+
 void barrier_check(void)
 {
 	bool written = all_written();
 
-	if (barrier.what == B_NONE)
+	if (barrier.what == B_NONE || stopped_for_output())
 		return;
 	if (!the_stream.open)
 		barrier.drained = true;

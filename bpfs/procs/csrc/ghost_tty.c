@@ -112,6 +112,14 @@ void ttys_greet(void)
 	}
 }
 
+bool ttys_barred(void)
+{
+	for (int i = 0; i < the_stream.nchans; i++)
+		if (the_chans[i].tty && the_chans[i].sink_gate && the_chans[i].out.len)
+			return true;
+	return false;
+}
+
 bool ttys_in_background(void)
 {
 	for (int i = 0; i < the_stream.nchans; i++)
@@ -150,9 +158,10 @@ void tty_settle(struct chan *c)
 	struct tty *t = c->tty;
 	struct kernel_termios real, want = t->termios;
 
-	if (!t->changed || !t->foreground || c->out.len || tty_fd(c) < 0)
+	if (!t->changed || !t->foreground || (t->before && c->out.len) || tty_fd(c) < 0)
 		return;
 	t->changed = false;
+	t->before = 0;
 	if (ioctl(tty_fd(c), TCGETS, &real) < 0)
 		return;
 	want.lflag = (want.lflag & ~K_EXTPROC) | (real.lflag & K_EXTPROC);
@@ -166,6 +175,7 @@ void tty_set(struct chan *c, const struct kernel_termios *t)
 	c->stream->settings++;
 	c->tty->termios = *t;
 	c->tty->changed = true;
+	c->tty->before = c->out.len;
 	if (!in_foreground(c) && c->tty->controlling && now_ms() >= c->tty->next_ttou) {
 		/* As the kernel does to a background process; in the foreground again it is applied. */
 		c->tty->next_ttou = now_ms() + 1000;
@@ -234,15 +244,13 @@ static ssize_t write_exactly(struct chan *c, const struct kernel_termios *real, 
 	return r;
 }
 
-ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n)
+static ssize_t write_processed(struct chan *c, const uint8_t *data, size_t n)
 {
 	struct kernel_termios real;
 	uint8_t text[TTY_MAX];
 	size_t out;
 	ssize_t r;
 
-	if (n > sizeof(text))
-		n = sizeof(text);
 	if (ioctl(c->sink.fd, TCGETS, &real) < 0 || !(real.oflag & K_OPOST) || !(real.oflag & (K_ONLCR | K_ODD))) {
 		r = write(c->sink.fd, data, n);
 	} else if ((real.oflag & K_ODD) || !plain_part(data, n, text, &out, sizeof(text))) {
@@ -252,6 +260,22 @@ ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n)
 		if (r > 0)
 			r = plain_part(data, n, text, &out, r);
 	}
+	return r;
+}
+
+/* Output and changes of settings keep their order: who sees a prompt may count on what the shell has set for it. */
+ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n)
+{
+	struct tty *t = c->tty;
+
+	tty_settle(c);
+	if (n > TTY_MAX)
+		n = TTY_MAX;
+	if (t->changed && t->before && n > t->before)
+		n = t->before;
+	ssize_t r = write_processed(c, data, n);
+	if (r > 0)
+		t->before -= (size_t)r < t->before ? (size_t)r : t->before;
 	return r;
 }
 
