@@ -159,14 +159,15 @@ class Source:
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled = None, None, False
 
-    def undo(self) -> None:
-        """The daemon is gone, or gives up."""
+    def undo(self) -> bool:
+        """The daemon is gone, or gives up. Returns whether there was anything to undo."""
         frozen, settled = self._frozen, self._settled
         self._forget()
         if frozen is not None and settled:
             frozen.release()
         elif frozen is not None:
             abandon(frozen)
+        return frozen is not None
 
 
 class Destination:
@@ -264,8 +265,8 @@ class Destination:
             self._listener.close()
             self._listener = None
 
-    def undo(self) -> None:
-        """Nothing of the new process stays; a ghost is a ghost again."""
+    def undo(self) -> bool:
+        """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
         self._close_listener()
         builder, target = self._builder, self._target
         self._builder = self._target = None
@@ -273,6 +274,7 @@ class Destination:
             builder.close()
         if target is not None:
             target.discard()
+        return target is not None
 
 
 def sentence(error: BaseException) -> str:
@@ -282,8 +284,13 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def serve(control: socket.socket) -> None:
-    """Serve requests until the socket ends, then undo."""
+def serve(control: socket.socket) -> bool:
+    """Serve requests until the socket ends, then undo.
+
+    Returns:
+        Whether nothing was left to undo and nothing had failed.
+    """
+    clean = True
     source, destination = Source(control), Destination(control)
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
         "hello": lambda request, fds: {"pid": os.getpid()},
@@ -310,15 +317,16 @@ def serve(control: socket.socket) -> None:
             finally:
                 for fd in fds:
                     os.close(fd)
+            clean = clean and reply["ok"]
             passed = reply.pop(FDS, [])
             packets.send(control, reply, passed)
             for fd in passed:
                 os.close(fd)
     except OSError:
-        pass  # the daemon is gone
+        clean = False  # the daemon is gone
     finally:
-        source.undo()
-        destination.undo()
+        clean = not (source.undo() | destination.undo()) and clean
+    return clean
 
 
 def _answer(operations: dict[str, Callable[[Reply, list[int]], Reply]], request: Reply, fds: list[int]) -> Reply:
