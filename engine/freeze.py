@@ -22,6 +22,7 @@ from engine.runner import SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone
 STOP_TIMEOUT_S: Final = 10.0
 # Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
 _SEIZE_PATIENCE_S: Final = 0.5
+_TRACER_PATIENCE_S: Final = 2.0
 _SPIN_S: Final = 0.002
 _LOWEST_SCRATCH: Final = 0x10000  # mmap_min_addr
 
@@ -283,16 +284,32 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
         PermissionError: it is traced already, or the caller may not.
         TimeoutError: it does not stop.
     """
-    frozen = Frozen(pid, sleeps)
+    deadline = time.monotonic() + _TRACER_PATIENCE_S
+    while True:
+        frozen = Frozen(pid, sleeps)
+        try:
+            if not frozen._seize_new():
+                raise ProcessLookupError(3, os.strerror(3), f"process {pid}")
+            if wait:
+                frozen.settle()
+            return frozen
+        except PermissionError:
+            abandon(frozen)
+            if time.monotonic() > deadline or not _is_held_by_us(pid):
+                raise
+            time.sleep(0.002)
+        except BaseException:
+            abandon(frozen)
+            raise
+
+
+def _is_held_by_us(pid: int) -> bool:
+    """Whether another worker has it, or whoever cleans up after one: that does not take long."""
     try:
-        if not frozen._seize_new():
-            raise ProcessLookupError(3, os.strerror(3), f"process {pid}")
-        if wait:
-            frozen.settle()
-    except BaseException:
-        abandon(frozen)
-        raise
-    return frozen
+        tracer = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"]
+        return tracer == "0" or procfs.read(f"/proc/{tracer}/comm").startswith(b"bpfs-")
+    except OSError:
+        return False
 
 
 def abandon(frozen: Frozen) -> None:

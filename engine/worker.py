@@ -167,7 +167,7 @@ class Source:
             frozen.release()
         elif frozen is not None:
             abandon(frozen)
-        return frozen is not None
+        return frozen is not None or self._armed is not None
 
 
 class Destination:
