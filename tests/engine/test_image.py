@@ -1,0 +1,78 @@
+"""The image's codec: what was written comes back, anything else is a clean error."""
+
+import dataclasses
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import dump, image
+from engine.freeze import freeze
+from tests.engine.moves import until
+
+
+@pytest.fixture(scope="module")
+def sample() -> bytes:
+    """The image of a real process."""
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)"], os.environ)
+    try:
+        until(lambda: b"nanosleep" in Path(f"/proc/{pid}/wchan").read_bytes(), "its sleep")
+        frozen = freeze(pid)
+        try:
+            out = io.BytesIO()
+            dump.write(dump.inspect(frozen), out.write)
+            return out.getvalue()
+        finally:
+            frozen.release()
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def read_meta(raw: bytes) -> bytes:
+    return image.read_frame(io.BytesIO(raw).read, (image.META,), image.MAX_META)[1]
+
+
+def test_round_trip(sample: bytes) -> None:
+    first = image.decode(read_meta(sample))
+    again = image.decode(image.encode(first))
+    assert dataclasses.asdict(first) == dataclasses.asdict(again)
+    assert sum(length for _, length in image.runs_of(first)) == first.total
+    end = io.BytesIO(sample[-(image.HEADER_SIZE + 8) :])
+    assert image.read_frame(end.read, (image.END,), 100)[1] == first.total.to_bytes(8, "little")
+
+
+@given(st.data())
+def test_damaged_stream_is_a_clean_error(sample: bytes, data: st.DataObject) -> None:
+    length = image.HEADER_SIZE + len(read_meta(sample))
+    cut = data.draw(st.integers(0, length - 1))
+    with pytest.raises(image.ImageError):
+        read_meta(sample[:cut])
+    flipped = bytearray(sample[:length])
+    flipped[cut] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(image.ImageError):
+        read_meta(bytes(flipped))
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_a_clean_error(raw: bytes) -> None:
+    with pytest.raises(image.ImageError):
+        read_meta(raw)
+    with pytest.raises(image.ImageError):
+        image.decode(raw)
+
+
+@given(st.data())
+def test_wrong_fields_are_a_clean_error(sample: bytes, data: st.DataObject) -> None:
+    plain = image.msgpack.unpackb(read_meta(sample), strict_map_key=False)
+    name = data.draw(st.sampled_from(sorted(plain)))
+    plain[name] = data.draw(st.sampled_from([None, -1, b"", b"x", [], [[]], {}, "x", 1 << 63]))
+    try:
+        found = image.decode(image.msgpack.packb(plain))
+    except image.ImageError:
+        return
+    assert type(getattr(found, name)) is type(plain[name])

@@ -1,0 +1,49 @@
+/* Has one thing that cannot move, named by argv[2], and checks that being refused does it no harm. */
+#include "victim.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/shm.h>
+#include <sys/wait.h>
+
+int main(int argc, char **argv)
+{
+	CHECK(argc > 2);
+	char *shared = mmap(0, 4096, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	pid_t child = 0;
+	if (!strcmp(argv[2], "child") || !strcmp(argv[2], "shared")) {
+		CHECK((child = fork()) >= 0);
+		if (!child)
+			for (;;)
+				pause();
+	}
+	if (!strcmp(argv[2], "child"))
+		munmap(shared, 4096);
+	if (!strcmp(argv[2], "sysv")) {
+		int id = shmget(IPC_PRIVATE, 4096, 0600);
+		void *at = shmat(id, 0, 0);
+		CHECK(at != (void *)-1 && !shmctl(id, IPC_RMID, 0));
+	}
+	if (!strcmp(argv[2], "seccomp")) {
+		struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+		struct sock_fprog program = {1, &allow};
+		CHECK(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
+	}
+	if (!strcmp(argv[2], "several")) {
+		int id = shmget(IPC_PRIVATE, 4096, 0600);
+		void *at = shmat(id, 0, 0);
+		CHECK(at != (void *)-1 && !shmctl(id, IPC_RMID, 0) && (child = fork()) >= 0);
+		if (!child)
+			for (;;)
+				pause();
+	}
+	ready(argc, argv);
+	while (!told_to_end())
+		nap();
+	if (child) {
+		int status;
+		kill(child, SIGKILL);
+		CHECK(waitpid(child, &status, 0) == child && WIFSIGNALED(status));
+	}
+	return 0;
+}
