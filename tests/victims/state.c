@@ -70,7 +70,8 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[2], "user")) {
 		gid_t groups[] = {1000, 1001, 50};
 		CHECK(!setgroups(3, groups) && !setresgid(1000, 1001, 1000) && !setresuid(1000, 1000, 1000));
-		prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+		if (argc == 3)
+			prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 	}
 	struct itimerval interval = {{0, 20000}, {0, 20000}};
 	struct itimerspec setting = {{0, 20000000}, {0, 20000000}};
