@@ -199,6 +199,18 @@ class JobSpace:
         finally:
             world.close()
 
+    def group_of(self, pid: int) -> list[int]:
+        """Job pids of the others in a job's process group, placeholders left out; empty when there is no such job."""
+        world = placeholders.World(self.init)
+        try:
+            job = world.get(pid)
+            if job is None:
+                return []
+            group = [ids for ids in world.every() if ids.pgid == job.pgid and ids.pid != pid]
+            return [ids.pid for ids in group if not ids.placeholder]
+        finally:
+            world.close()
+
     def placeholders(self) -> list[int]:
         """Job pids of the placeholders."""
         world = placeholders.World(self.init)

@@ -35,8 +35,9 @@ STATUS_FILES = frozenset({"stat", "status", "cmdline"})
 class Jobs:
     """One job space and its messages."""
 
-    def __init__(self, space: JobSpace, link: Link) -> None:
+    def __init__(self, space: JobSpace, block: range, link: Link) -> None:
         self._space = space
+        self._block = block
         self._link = link
         self.closed = False
 
@@ -48,7 +49,7 @@ class Jobs:
             BpfsError: with a sentence.
         """
         try:
-            return cls(JobSpace.start(block), link)
+            return cls(JobSpace.start(block), block, link)
         except (OSError, RuntimeError) as error:
             raise BpfsError(EIO, f"no job space can be made: {error}") from None
 
@@ -131,8 +132,18 @@ class Jobs:
                     pidfd.send(process, message.sig)
             finally:
                 os.close(process)
+            if message.sig == signal.SIGCONT:
+                self._continue_forked(message.pid)
         except ProcessLookupError:
             raise BpfsError(ESRCH, f"there is no process {message.pid} on this node") from None
+
+    def _continue_forked(self, pid: int) -> None:
+        # A key stopped the whole group over here, and a shell continues the whole group at home: what a job has forked
+        # here has no ghost there that would hear of it.
+        for other in self._space.group_of(pid):
+            if other in self._block:
+                with suppress(ProcessLookupError):
+                    self._space.signal(other, signal.SIGCONT)
 
     def kill_all(self, _message: KillAll) -> None:
         """Handler: kill all jobs; the job space stays."""

@@ -184,14 +184,21 @@ def test_control_backslash_and_kill(it, at):
     assert at.run(f"wait {pid}; echo s=$?").endswith("s=143\n")
 
 
-def test_control_c_reaches_what_a_job_started_on_its_node(it, at, tmp_path):
+def test_keys_reach_what_a_job_started_on_its_node(it, at, tmp_path):
     script = tmp_path / "job"
     script.write_text(
         f"echo $$ > {it.mount}/nodes/1/migrate\ntrap 'echo caught' INT\n"
-        "sh -c 'echo begun; exec sleep 1000'\necho on $(hostname)\n"
+        "sh -c 'echo begun; read line; echo got:$line:; exec sleep 1000'\necho on $(hostname)\n"
     )
     at.type(f"bash {script}\r")
     at.see("begun\r\n")
+    at.type("\x1a")
+    at.see("Stopped", PROMPT)
+    at.type("fg\r")
+    at.see("\n", f"bash {script}")
+    at.await_lines()
+    at.type("a line\r")
+    at.see("got:a line:\r\n")
     at.type("\x03")
     at.see("^C", "caught\r\n", "on n1\r\n", PROMPT)
     assert at.status() == 0
