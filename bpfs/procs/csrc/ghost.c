@@ -281,7 +281,11 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		barrier_start(B_END, m->a);
 		break;
 	case C_STOP:
-		if (barrier.what != B_END && !cont_pending())
+		if (barrier.what == B_END || cont_pending())
+			break;
+		if (ttys_stop_is_stale(m->a))
+			tell(C_SIGNAL, SIGCONT, SI_USER, getpid(), getuid(), 0);
+		else
 			barrier_start(B_STOP, m->a);
 		break;
 	case C_CONT:

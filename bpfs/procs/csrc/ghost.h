@@ -85,6 +85,7 @@ void ttys_refresh(bool force);
 void ttys_greet(void);
 bool ttys_in_background(void);
 bool ttys_barred(void);
+bool ttys_stop_is_stale(int signo);
 bool ttys_signal(int signo);
 void ttys_winsize(void);
 

@@ -35,6 +35,28 @@ static bool in_foreground(struct chan *c)
 	return !c->tty->controlling || group == getpgrp();
 }
 
+static bool told_background; /* the job was sent SIGTTIN or SIGTTOU by us, and has not stopped yet */
+
+static void tell_background(int signo)
+{
+	told_background = true;
+	tell(C_SIGNAL, signo, 0x80, 0, 0, 0);
+}
+
+/* The job has stopped since it was in the background, which it no longer is: the shell's SIGCONT was quicker than our signal. */
+bool ttys_stop_is_stale(int signo)
+{
+	bool told = told_background;
+
+	if (signo != SIGTTIN && signo != SIGTTOU)
+		return false;
+	told_background = false;
+	for (int i = 0; told && i < the_stream.nchans; i++)
+		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0 && !in_foreground(&the_chans[i]))
+			return false;
+	return told;
+}
+
 void tty_init(struct chan *c)
 {
 	c->tty = calloc(1, sizeof(*c->tty));
@@ -179,7 +201,7 @@ void tty_set(struct chan *c, const struct kernel_termios *t)
 	if (!in_foreground(c) && c->tty->controlling && now_ms() >= c->tty->next_ttou) {
 		/* As the kernel does to a background process; in the foreground again it is applied. */
 		c->tty->next_ttou = now_ms() + 1000;
-		tell(C_SIGNAL, SIGTTOU, 0x80, 0, 0, 0);
+		tell_background(SIGTTOU);
 	}
 	tty_settle(c);
 }
@@ -193,7 +215,7 @@ bool tty_write_barred(struct chan *c)
 	c->sink_gate = true; /* until refresh() finds us in front */
 	if (now_ms() >= c->tty->next_ttou) {
 		c->tty->next_ttou = now_ms() + 1000;
-		tell(C_SIGNAL, SIGTTOU, 0x80, 0, 0, 0);
+		tell_background(SIGTTOU);
 	}
 	return true;
 }
@@ -357,7 +379,7 @@ void tty_want(struct chan *c, uint32_t most)
 	}
 	if (now_ms() >= t->next_ttin) {
 		t->next_ttin = now_ms() + 1000;
-		tell(C_SIGNAL, SIGTTIN, 0x80, 0, 0, 0);
+		tell_background(SIGTTIN);
 	}
 }
 
