@@ -295,6 +295,9 @@ static void set_termios(struct chan *c, const uint8_t *data)
 		return;
 	memcpy(&t, data, sizeof(t));
 	t.lflag &= ~K_EXTPROC;
+	t.cflag = c->tty->termios.cflag; /* speed and character size belong to the real line */
+	if (memcmp(&t, &c->tty->termios, sizeof(t)) == 0)
+		return; /* setting it again could undo what the job sets right now */
 	c->tty->termios = t;
 	t.lflag |= K_EXTPROC;
 	ioctl(c->src.fd, TCSETS, &t);
