@@ -276,7 +276,10 @@ class Ghosts:
 
     async def _lost(self, away: Away, reason: str) -> None:
         _log.info("process %d: %s", away.proc.pid, reason)
-        await self._ended(away, ExitStatus(signal=signal.SIGKILL))
+        if away.proc.state is ProcState.MIGRATING:
+            away.proc.source_lost = True  # the migration may have a whole copy elsewhere
+        else:
+            await self.end(away.proc, ExitStatus(signal=signal.SIGKILL))
 
     async def end_all(self) -> None:
         """The master ends, and with it the jobs of all nodes: every ghost ends as if killed."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -28,7 +29,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs import faults
 from bpfs.procs.places import Engine, Place
-from bpfs.procs.process import Process
+from bpfs.procs.process import ExitStatus, Process
 from bpfs.tree.base import WriteRequest
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
@@ -168,6 +169,10 @@ class Migration(ABC):
     async def arrived(self, reply: dict[str, Any]) -> None:
         """The copy runs, as the engine replied: stdio flows to and from its new place."""
 
+    async def lost(self) -> None:
+        """The copy died before it ran: clears up before its ghost ends as killed."""
+        return
+
     @abstractmethod
     async def stay(self) -> None:
         """The move is off, the source runs again: stdio goes on as before."""
@@ -220,13 +225,20 @@ class Migration(ABC):
     async def _commit(self, src: Engine, dst: Engine, release: Release) -> None:
         await self._enter(Phase.DEPART)
         try:
+            await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
             await self.depart(src)
         except BpfsError as error:
             await self._undo(release(error), dst)
             raise
         self.gone = True
         await self._enter(Phase.RESUME)
-        reply = await dst.call("resume")
+        try:
+            reply = await dst.call("resume")
+        except BpfsError:
+            # The only copy died with its worker or its node.
+            self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
+            await self.lost()
+            raise
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = time.perf_counter()
         await self.arrived(reply)

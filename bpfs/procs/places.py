@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import trio
@@ -113,11 +113,9 @@ class NodePlace:
         try:
             yield engine
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-                try:
-                    await self.link.notify(messages.EngineClose(number))
-                except LinkClosed:
-                    return  # the slave closes the sessions of a lost link by itself
+            # The slave closes the sessions of a lost link by itself.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5), suppress(LinkClosed):
+                await self.link.notify(messages.EngineClose(number))
 
     def target(self, pid: int) -> dict[str, int]:
         """On a node a process is made below the init of the job space."""

@@ -71,6 +71,7 @@ class Process:
     state: ProcState = ProcState.RUNNING
     hostpid: int = 0  # what the node's engine calls it; 0: not known
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
+    source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
     status: ExitStatus | None = None
     doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that

@@ -146,6 +146,12 @@ class Hop(Migration):
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
         await detach(self.source, old)
 
+    async def lost(self) -> None:
+        assert self._attached is not None
+        self._attached.connection.close()
+        await detach(self.source, self._away.stdio.stream)
+        await detach(self.destination, self._attached.number)
+
     async def stay(self) -> None:
         if self._attached is not None:
             self._attached.connection.close()
@@ -185,9 +191,14 @@ class Return(Migration):
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
-        self._around.ghosts.retire(self._away)
+        self._away.retired = True  # the end of its control socket will mean that it is the process again
+
+    async def lost(self) -> None:
+        self._away.retired = False
+        await detach(self.source, self._away.stdio.stream)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
+        self._around.ghosts.retire(self._away)
         await drop_files(self.source, self._away.stdio)
         await detach(self.source, self._away.stdio.stream)
 
@@ -234,7 +245,8 @@ async def vanish(migration: Migration, src: Engine) -> None:
     assert isinstance(place, NodePlace)
     proc.leaving = True
     try:
-        await src.call("vanish")
+        if not proc.source_lost:
+            await src.call("vanish")
     except BpfsError as error:
         if error.code != errno.EHOSTDOWN:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 
@@ -79,7 +80,7 @@ class Procs:
         """Runs a migration, and keeps table, log and events right whatever comes of it. Raises BpfsError."""
         proc, node = migration.proc, migration.destination.number
         before = proc.state
-        proc.state, proc.settled = ProcState.MIGRATING, trio.Event()
+        proc.state, proc.settled, proc.source_lost = ProcState.MIGRATING, trio.Event(), False
         self.table.add(proc)
         outcome, reason = "ok", ""
         try:
@@ -96,11 +97,13 @@ class Procs:
             if proc.state is ProcState.MIGRATING:
                 proc.state = before
             with trio.CancelScope(shield=True):
-                await self._settle(proc)
+                await self._settle(proc, migration.source.number)
             proc.settled.set()
 
-    async def _settle(self, proc: Process) -> None:
+    async def _settle(self, proc: Process, source: int) -> None:
         # The migration no longer owns it: what happened to it meanwhile counts now.
+        if proc.source_lost and proc.place == source:
+            proc.doom = ExitStatus(signal=signal.SIGKILL)
         if proc.doom is not None:
             await self.ghosts.end(proc, proc.doom)
         elif not proc.away and len(proc.history) == 1:

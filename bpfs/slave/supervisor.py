@@ -175,6 +175,7 @@ class Supervisor:
             if timeout is not None and timeout <= 0:
                 _log.warning("the slave is killed: %s", "it did not end" if asked else "it outlived its lease")
                 os.kill(pid, signal.SIGKILL)
+                self._abort_mount()
                 lease_end, asked, deadline = 0.0, True, time.monotonic() + END_TIMEOUT
                 timeout = END_TIMEOUT
             for fd, _ in poller.poll(None if timeout is None else timeout * 1000 + 1):
@@ -192,6 +193,12 @@ class Supervisor:
                             data[len(data) // NOTE.size * NOTE.size - NOTE.size :][: NOTE.size]
                         )
                         self._number = number if number >= 0 else self._number
+
+    def _abort_mount(self) -> None:
+        # A thread of the life that waits for its own tree cannot die before that is aborted.
+        if self._options.mount is not None:
+            with suppress(OSError):
+                kernel.umount(self._options.mount, kernel.MNT_FORCE)
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

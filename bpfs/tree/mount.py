@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import EAGAIN, EBUSY, EINVAL, ENOTCONN
-from typing import Any
+from typing import Any, NoReturn
 
 import pyfuse3
 import trio
@@ -43,6 +44,8 @@ _MNT_FORCE = 1  # sys/mount.h; aborts the connection of a FUSE mount even when i
 
 _SPIN_S = 30e-6
 """Seconds to look for the next request before going to sleep: longer than a caller's way between two requests."""
+
+_ALL_DESCRIPTORS = 1 << 20
 
 _IN_A_ROW = 32
 """Requests served without a chance for other tasks: some 2 ms at most, far below what a heartbeat would notice."""
@@ -125,18 +128,31 @@ async def _end_flushes(mountpoint: str) -> None:
     """Has the kernel learn that close(2) needs no FLUSH, which it asks for until it has once been told ENOSYS.
 
     Until then a daemon that closed a descriptor of a job that happens to be a file of this very tree would wait for
-    itself. So one file is opened and closed right away, in a thread that may wait.
+    itself. So one file is opened and closed right away; by a child, for a thread that waits for its own process would
+    hold that process, dead already, and its mount for ever. The child first lets go of the mount's descriptor.
     """
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, _ALL_DESCRIPTORS)
+        _open_and_close(mountpoint)
+    pidfd = os.pidfd_open(child)
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+        await trio.to_thread.run_sync(os.waitpid, child, 0)  # it has ended
+    except trio.Cancelled:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(pidfd)
 
-    def open_and_close() -> None:
-        try:
-            with os.scandir(mountpoint) as entries:
-                name = next(entry.path for entry in entries if entry.is_file(follow_symlinks=False))
-            os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK))
-        except (OSError, StopIteration):
-            pass  # no file, no flush; or the link is down, and then the first closer of a file will do
 
-    await trio.to_thread.run_sync(open_and_close, abandon_on_cancel=True)
+def _open_and_close(mountpoint: str) -> NoReturn:
+    try:
+        with os.scandir(mountpoint) as entries:
+            name = next(entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+        os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK))
+    finally:  # no file, no flush; or the link is down, and then the first closer of a file will do
+        os._exit(0)
 
 
 async def _serve(nursery: trio.Nursery) -> None:

@@ -1,6 +1,7 @@
 """process_vm_readv(2), process_vm_writev(2) and /proc/PID/mem: another process's memory."""
 
 import ctypes
+import errno
 import os
 
 from engine.linux.libc import LIBC, NR, syscall
@@ -61,7 +62,10 @@ def force_write(memory: int, address: int, data: bytes | memoryview) -> None:
     done = 0
     view = memoryview(data)
     while done < len(view):
-        done += os.pwrite(memory, view[done:], address + done)
+        count = os.pwrite(memory, view[done:], address + done)
+        if not count:  # what proc_pid_mem(5) says once the process has been killed
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), "memory of the process")
+        done += count
 
 
 def pidfd_open(pid: int) -> int:

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.virtual import VirtualCluster, cluster, wait_until
+from tests.cluster.moving import check_counting, counting, echo, finish, move, place
+from tests.cluster.virtual import cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-# Counts on stdout, a line a step, until a line comes on stdin; then says what it counted and ends with 7.
-COUNTER = """
-import os, select, sys
-n = 0
-while not select.select([0], [], [], 0.01)[0]:
-    n += 1
-    print(n, os.getpid(), flush=True)
-print("end", n, sys.stdin.readline().strip(), flush=True)
-sys.exit(7)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +22,6 @@ def it(session_folder):
     # Not pytest's own folder, which ordinary users may not enter.
     with cluster(session_folder / "moves", nodes=3) as made:
         yield made
-
-
-def echo(it: VirtualCluster, text: object, path: str) -> subprocess.CompletedProcess[str]:
-    """`echo TEXT > PATH` by a shell."""
-    return subprocess.run(
-        ["bash", "-c", f"echo '{text}' > '{it.mount}/{path}'"], capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def move(it: VirtualCluster, pid: int, node: int) -> None:
-    done = echo(it, pid, f"nodes/{node}/migrate")
-    assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate")
-
-
-def place(it: VirtualCluster, pid: int) -> str:
-    return it.read(f"procs/{pid}/node").strip()
 
 
 def holds(pid: int, end: str) -> bool:
@@ -60,33 +34,8 @@ def holds(pid: int, end: str) -> bool:
 
 @pytest.fixture
 def counter():
-    process = subprocess.Popen(
-        [sys.executable, "-c", COUNTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def finish(process: subprocess.Popen[str]) -> list[str]:
-    out, err = process.communicate("enough\n", timeout=60)
-    assert err == ""
-    assert process.returncode == 7
-    return out.splitlines()
-
-
-def check_counting(lines: list[str], pid: int) -> None:
-    *steps, end = lines
-    numbers = [int(line.split()[0]) for line in steps]
-    assert numbers == list(range(2, len(steps) + 2)), "a line was lost or doubled"
-    assert {line.split()[1] for line in steps} == {str(pid)}
-    assert end == f"end {numbers[-1] if numbers else 1} enough"
+    with counting() as process:
+        yield process
 
 
 @pytest.mark.parametrize("route", [[1], [1, -1], [0, 2], [0, 1, 2, -1], [2, -1, 2, -1]], ids=str)

@@ -1,0 +1,156 @@
+"""Exactly once, always: something breaks at every phase of every kind of move, and one living copy is left.
+
+Or none, where the node that held the only copy died: then its ghost has ended as if killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
+from tests.cluster.virtual import VirtualCluster, children, cluster, comm, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+PHASES = ["prepare", "freeze", "inspect", "attach", "transfer", "depart", "resume"]
+NODES = 8
+ROUTES = ("leave", "hop", "return")
+# A slave that is killed again and again waits longer and longer before it starts afresh: take turns.
+_turns = itertools.count()
+
+
+def ends_of(route: str) -> tuple[int, int]:
+    """Source and destination."""
+    node = 2 * next(_turns) % NODES
+    return {"leave": (-1, node), "hop": (node, node + 1), "return": (node, -1)}[route]
+
+
+# From here on the source's copy is no longer needed, or the destination's is the only one.
+LATE = ("depart", "resume")
+
+
+@pytest.fixture(scope="module")
+def gates(session_folder):
+    folder = session_folder / "gates"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def it(session_folder, gates):
+    os.environ["BPFS_HOLD"] = str(gates)
+    try:
+        with cluster(session_folder / "faults", "--lease", "3", nodes=NODES) as made:
+            yield made
+    finally:
+        del os.environ["BPFS_HOLD"]
+
+
+@pytest.fixture
+def counter():
+    with counting() as process:
+        yield process
+
+
+def kill_workers(daemon: int) -> None:
+    """kill -9 of all engine workers of a daemon."""
+    for zygote in children(daemon):
+        if comm(zygote) == "bpfs-zygote":
+            for worker in children(zygote):
+                os.kill(worker, signal.SIGKILL)
+
+
+class Interrupted:
+    """A move that stands still at a phase."""
+
+    def __init__(self, it: VirtualCluster, gates, process: subprocess.Popen[str], route: str, phase: str) -> None:
+        self.source, self.destination = ends_of(route)
+        if self.source != -1:
+            assert echo(it, process.pid, f"nodes/{self.source}/migrate").returncode == 0
+        gate = gates / phase
+        gate.touch()
+        self.writer = subprocess.Popen(
+            ["bash", "-c", f"echo {process.pid} > {it.mount}/nodes/{self.destination}/migrate"],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        reached = gate.with_suffix(".reached")
+        try:
+            wait_until(reached.exists, f"the move should reach {phase}")
+            reached.unlink()
+        except BaseException:
+            self.writer.kill()
+            raise
+        self.gate = gate
+
+    def go_on(self) -> int:
+        self.gate.unlink()
+        self.writer.communicate(timeout=60)
+        return self.writer.returncode
+
+
+def daemon(it: VirtualCluster, node: int) -> int:
+    return it.pid("master") if node == -1 else it.slave(node)
+
+
+def expect_one_copy(it: VirtualCluster, process: subprocess.Popen[str], where: int) -> None:
+    wait_until(lambda: place(it, process.pid) == str(where), f"it should be at {where}, not {place(it, process.pid)}")
+    lines = finish(process)
+    check_counting(lines, process.pid)
+    wait_until(lambda: not processes_of(it, process.pid), f"left over: {processes_of(it, process.pid)}")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_engine_workers_die(it, gates, counter, route, phase, side):
+    move = Interrupted(it, gates, counter, route, phase)
+    kill_workers(daemon(it, getattr(move, side)))
+    done = move.go_on()
+    # Late and on the destination's side, the only copy may die with the worker that holds it.
+    if side == "destination" and phase == "resume":
+        assert counter.wait(60) == -signal.SIGKILL
+        return
+    expect_one_copy(it, counter, move.destination if done == 0 else move.source)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("route", ["leave", "hop"])
+def test_the_destination_dies(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, route, phase)
+    os.kill(it.slave(move.destination), signal.SIGKILL)
+    done = move.go_on()
+    if phase in LATE and (done == 0 or counter.poll() is not None or phase == "resume"):
+        assert counter.wait(60) == -signal.SIGKILL
+    else:
+        assert done != 0
+        expect_one_copy(it, counter, move.source)
+    it.wait_state(move.destination, "up")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("route", ["hop", "return"])
+def test_the_source_dies(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, route, phase)
+    os.kill(it.slave(move.source), signal.SIGKILL)
+    done = move.go_on()
+    if phase in LATE:
+        assert done == 0
+        expect_one_copy(it, counter, move.destination)
+    else:
+        assert counter.wait(60) == -signal.SIGKILL
+    it.wait_state(move.source, "up")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("route", ["hop", "return"])
+def test_the_ghost_is_killed(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, route, phase)
+    counter.kill()
+    move.go_on()
+    assert counter.wait(60) == -signal.SIGKILL
+    wait_until(lambda: not processes_of(it, counter.pid), f"left over: {processes_of(it, counter.pid)}")
