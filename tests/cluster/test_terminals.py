@@ -209,6 +209,7 @@ def test_a_background_job_that_reads_is_stopped(it, at):
     # At home it is stopped already, and it moves as it is.
     wait_until(lambda: stat_of(pid)[0] == "T", "cat should stop")
     move(it, pid, 1)
+    wait_until(lambda: stat_of(pid)[0] == "T", "its ghost should stand still, too")
     at.run("")
     at.type("fg\r")
     at.see("\n", "cat")

@@ -126,6 +126,9 @@ bool tty_pump(struct chan *c)
 		ssize_t r = read(c->src.fd, data, sizeof(data));
 
 		if (r > 0 && data[0] == 0 /* TIOCPKT_DATA */) {
+			/* The kernel looks for news before it waits for data: these may be newer. A prompt must not be
+			 * seen before what was set for it. */
+			check_termios(c);
 			if (r > 1)
 				put_output(c, data + 1, r - 1);
 		} else if (r > 0) {
