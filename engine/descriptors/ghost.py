@@ -7,13 +7,22 @@ terminal or a pipe is the very one it was; whatever else there is gets made afre
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Mapping
 
 from engine.descriptors.model import Entry, boot_id
 from engine.linux import process_vm, statx
 
 _KEPT = ("file", "directory", "device")
+
+# <asm-generic/ioctls.h>, <asm-generic/termbits.h>
+_TIOCGLCKTRMIOS = 0x5456
+_TIOCSLCKTRMIOS = 0x5457
+_EXTPROC = 0o200000
+_TERMIOS_BYTES = 36
+_LFLAG_OFFSET = 12
 
 
 class Ghost:
@@ -60,7 +69,9 @@ class Ghost:
         candidates = [fd for fd, _ in entry["fds"]] if wanted is None else [wanted]
         for number in candidates:
             try:
-                return process_vm.pidfd_getfd(self._pidfd, number)
+                fd = process_vm.pidfd_getfd(self._pidfd, number)
+                _lock_extproc(fd)
+                return fd
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
@@ -84,3 +95,15 @@ class Ghost:
         if "pos" in entry:
             os.lseek(fd, entry["pos"], os.SEEK_SET)
         return fd
+
+
+def _lock_extproc(fd: int) -> None:
+    # A node's pseudo-terminals are in EXTPROC mode (bpfs/procs/csrc/relay_tty.c). A program that came to know the
+    # settings there and restores them here must not take the real terminal's echo and line editing away.
+    try:
+        locked = bytearray(fcntl.ioctl(fd, _TIOCGLCKTRMIOS, bytes(_TERMIOS_BYTES)))
+        (flags,) = struct.unpack_from("<I", locked, _LFLAG_OFFSET)
+        struct.pack_into("<I", locked, _LFLAG_OFFSET, flags | _EXTPROC)
+        fcntl.ioctl(fd, _TIOCSLCKTRMIOS, bytes(locked))
+    except OSError:
+        pass  # no terminal, or one that has hung up

@@ -282,6 +282,15 @@ def second_of(at: Desk, it: VirtualCluster) -> int:
     return pid
 
 
+def test_settings_seen_on_a_node_do_no_harm_at_home(it, at):
+    go(it, at, 1)
+    saved = at.run("stty -g").strip()
+    go(it, at, -1)
+    at.run(f"stty {saved}")
+    assert at.run("stty -a").find("-extproc") >= 0
+    use_job_control(at)
+
+
 def test_typing_ahead(it, at):
     go(it, at, 1)
     lines = [f"echo line''{n}" for n in range(30)]

@@ -30,6 +30,10 @@
 #define VEOF_INDEX 4
 #define VMIN_INDEX 6
 
+#ifndef TIOCSLCKTRMIOS
+#define TIOCSLCKTRMIOS 0x5457
+#endif
+
 #define RECORD_MS 5      /* a record waits until the job has read the one before */
 #define WANT_MIN_MS 1    /* first look for a waiting reader, then doubled */
 #define WANT_MAX_MS 50
@@ -75,6 +79,9 @@ bool tty_open(struct chan *c, const int *fds, int n)
 	t.lflag |= K_EXTPROC;
 	c->tty->termios.lflag &= ~K_EXTPROC;
 	ioctl(fds[0], TCSETS, &t);
+	/* The job sets what it once saw at home, without EXTPROC. To put that back afterwards could undo what the job does next. */
+	struct kernel_termios locked = { .lflag = K_EXTPROC };
+	ioctl(fds[0], TIOCSLCKTRMIOS, &locked);
 	port_open(&c->src, fds[0], chan_src_event, c);
 	port_open(&c->sink, fcntl(fds[0], F_DUPFD_CLOEXEC, 0), chan_sink_event, c);
 	return true;
@@ -98,7 +105,7 @@ static void check_termios(struct chan *c)
 
 	if (ioctl(c->src.fd, TCGETS, &t) < 0)
 		return;
-	if (!(t.lflag & K_EXTPROC)) { /* stty sane, or a structure made from nothing */
+	if (!(t.lflag & K_EXTPROC)) { /* it could not be locked */
 		t.lflag |= K_EXTPROC;
 		ioctl(c->src.fd, TCSETS, &t);
 	}
