@@ -148,7 +148,11 @@ class _Pool:
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.link is not None
-        if worker.link.recv(1):
+        try:
+            said = worker.link.recv(1)
+        except OSError:  # killed with a socket of ours still to be read: ECONNRESET
+            said = b""
+        if said:
             worker.idle_since = time.monotonic()
         else:  # about to end
             self._close_link(worker)
