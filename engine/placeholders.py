@@ -25,6 +25,7 @@ from engine.linux import nsfs, pidfd, process_vm
 
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
+_RETRY_S = 0.05
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
 
 
@@ -362,21 +363,28 @@ def _carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
             maker = outer_pid(init, namespace, step.maker)
             if maker is None:
                 raise ProcessLookupError(3, f"process {step.maker} is gone from this node")
-            command(init, maker, step.command, 0 if step.pid == step.maker else step.pid, uid)
-            _wait_made(world, step)
+            deadline = time.monotonic() + _PATIENCE_S
+            while True:
+                command(init, maker, step.command, 0 if step.pid == step.maker else step.pid, uid)
+                # Again where it failed: a placeholder that had this pid before may not have been reaped yet.
+                if _wait_made(world, step, _RETRY_S):
+                    break
+                if time.monotonic() > deadline:
+                    raise TimeoutError(110, f"placeholder {step.pid} did not appear on this node")
     finally:
         world.close()
 
 
-def _wait_made(world: World, step: Step) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def _wait_made(world: World, step: Step, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     tries = 0
     while not _is_made(world.get(step.pid), step):
         if time.monotonic() > deadline:
-            raise TimeoutError(110, f"placeholder {step.pid} did not appear on this node")
+            return False
         tries += 1
         if tries > 20:
             time.sleep(0.0005)
+    return True
 
 
 def _is_made(ids: Ids | None, step: Step) -> bool:
