@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import fcntl
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from engine.linux import nsfs, pidfd, process_vm
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
 _RETRY_S = 0.05
+_DEATH_S = 0.5  # a killed placeholder takes some 50 us
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
 
 
@@ -410,7 +412,13 @@ def sweep(init: int) -> list[int]:
             fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return []
-        return [pid for pid in _unneeded(init) if _kill(init, namespace, pid)]
+        killed = {pid: handle for pid in _unneeded(init) if (handle := _kill(init, namespace, pid)) >= 0}
+        # Dead before the lock is given back: a birth must not build on one that is about to die.
+        deadline = time.monotonic() + _DEATH_S
+        for handle in killed.values():
+            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(handle)
+        return list(killed)
     finally:
         os.close(namespace)
 
@@ -428,18 +436,18 @@ def _unneeded(init: int) -> list[int]:
     return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed]
 
 
-def _kill(init: int, namespace: int, pid: int) -> bool:
+def _kill(init: int, namespace: int, pid: int) -> int:
+    """A pidfd of the placeholder, killed; -1 where there is none."""
     outer = outer_pid(init, namespace, pid)
     if outer is None:
-        return False
+        return -1
     try:
         handle = process_vm.pidfd_open(outer)
     except ProcessLookupError:
-        return False
+        return -1
     try:
         pidfd.send(handle, 9)
     except ProcessLookupError:
-        return False
-    finally:
         os.close(handle)
-    return True
+        return -1
+    return handle
