@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -30,7 +31,17 @@ _FOLDER = pytest.StashKey[Path]()
 _FOUND = pytest.StashKey[list[str]]()
 
 
+def _listen_to_signals() -> None:
+    # nohup, or a shell's `&`, has its children ignore some, and theirs: commands under test are to be found as usual.
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _listen_to_signals()
     # Short, because paths of Unix sockets end at 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="bpt-", dir="/tmp"))
     config.stash[_FOLDER] = folder
