@@ -41,19 +41,20 @@ class Surroundings:
         self.streams = streams
         self.environment = [f"BPFS_GHOST={mount}".encode(), f"BPFS_LEASE={max(1, round(lease))}".encode()]
         self.executable = os.open(EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
-        self._found = os.fstat(self.executable)
 
     def close(self) -> None:
         """Gives the descriptor back."""
         os.close(self.executable)
 
     def is_ghost(self, pid: int) -> bool:
-        """Whether a process of the master runs the ghost's program by now."""
+        """Whether a process of the master is a ghost of this cluster by now.
+
+        Its environment tells: /proc/PID/exe of an ordinary user's process goes on naming the ghost after a return home.
+        """
         try:
-            found = Path(f"/proc/{pid}/exe").stat()
+            return Path(f"/proc/{pid}/environ").read_bytes().startswith(self.environment[0] + b"\0")
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) == (self._found.st_dev, self._found.st_ino)
 
 
 class Leave(Migration):
