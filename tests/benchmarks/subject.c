@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The process that benchmarks move: `subject BYTES` fills that much memory and says "ready"; then, for each byte on
+ * standard input, it runs a piece of work and says how many ns that took, by the clock and of processor
+ * time: `c` computes, `s` makes system calls. */
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define STEPS 20000000u /* about 40 ms */
+#define CALLS 100000u   /* the same */
+
+static volatile uint64_t result;
+
+static uint64_t now(clockid_t clock)
+{
+	struct timespec t;
+	clock_gettime(clock, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void compute(void)
+{
+	uint64_t x = result + 88172645463325252u;
+	for (unsigned i = 0; i < STEPS; i++) {
+		x ^= x << 13;
+		x ^= x >> 7;
+		x ^= x << 17;
+	}
+	result = x;
+}
+
+static void call(int zero)
+{
+	char data[64];
+	for (unsigned i = 0; i < CALLS; i++) {
+		syscall(SYS_getppid);
+		if (read(zero, data, sizeof data) != sizeof data)
+			exit(1);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	size_t bytes = argc > 1 ? strtoull(argv[1], NULL, 10) : 0;
+	int zero = open("/dev/zero", O_RDONLY);
+	if (bytes) {
+		unsigned char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (memory == MAP_FAILED)
+			return 1;
+		for (size_t i = 0; i < bytes; i += 4096)
+			memset(memory + i, (int)(i / 4096 % 255 + 1), 4096);
+	}
+	dprintf(1, "ready\n");
+	for (char what; read(0, &what, 1) == 1;) {
+		uint64_t start = now(CLOCK_MONOTONIC), used = now(CLOCK_PROCESS_CPUTIME_ID);
+		if (what == 'c')
+			compute();
+		else
+			call(zero);
+		used = now(CLOCK_PROCESS_CPUTIME_ID) - used;
+		start = now(CLOCK_MONOTONIC) - start;
+		dprintf(1, "%llu %llu\n", (unsigned long long)start, (unsigned long long)used);
+	}
+	return 0;
+}
