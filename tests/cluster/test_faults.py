@@ -9,11 +9,12 @@ import itertools
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
-from tests.cluster.virtual import VirtualCluster, children, cluster, comm, wait_until
+from tests.cluster.virtual import VirtualCluster, children, cluster, comm, set_link, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -68,8 +69,10 @@ def kill_workers(daemon: int) -> None:
 class Interrupted:
     """A move that stands still at a phase."""
 
-    def __init__(self, it: VirtualCluster, gates, process: subprocess.Popen[str], route: str, phase: str) -> None:
-        self.source, self.destination = ends_of(route)
+    def __init__(
+        self, it: VirtualCluster, gates: Path, process: subprocess.Popen[str], route: str | tuple[int, int], phase: str
+    ) -> None:
+        self.source, self.destination = ends_of(route) if isinstance(route, str) else route
         if self.source != -1:
             assert echo(it, process.pid, f"nodes/{self.source}/migrate").returncode == 0
         gate = gates / phase
@@ -154,3 +157,31 @@ def test_the_ghost_is_killed(it, gates, counter, route, phase):
     move.go_on()
     assert counter.wait(60) == -signal.SIGKILL
     wait_until(lambda: not processes_of(it, counter.pid), f"left over: {processes_of(it, counter.pid)}")
+
+
+@pytest.fixture(scope="module")
+def wired(session_folder, gates):
+    os.environ["BPFS_HOLD"] = str(gates)
+    try:
+        with cluster(session_folder / "wired", "--lease", "2", "--netns", nodes=3) as made:
+            yield made
+    finally:
+        del os.environ["BPFS_HOLD"]
+
+
+@pytest.mark.parametrize("phase", ["transfer", "depart"])
+@pytest.mark.parametrize(("route", "cut"), [((-1, 1), 1), ((0, 1), 1), ((0, 1), 0), ((0, -1), 0)], ids=str)
+def test_the_network_is_cut(wired, gates, counter, route, cut, phase):
+    move = Interrupted(wired, gates, counter, route, phase)
+    set_link(wired.leg(cut), up=False)
+    try:
+        done = move.go_on()
+    finally:
+        set_link(wired.leg(cut), up=True)
+    only_copy_cut = phase not in LATE if cut == move.source else phase in LATE and done == 0
+    if only_copy_cut:
+        assert counter.wait(60) == -signal.SIGKILL
+    else:
+        assert (done == 0) == (cut == move.source)
+        expect_one_copy(wired, counter, move.destination if done == 0 else move.source)
+    wired.wait_state(cut, "up")
