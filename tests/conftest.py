@@ -40,8 +40,19 @@ def _listen_to_signals() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _take_own_group() -> None:
+    # Without a terminal the group we were started in may be orphaned, and the kernel discards SIGTSTP for such: in a
+    # group of our own, with a parent in another of the session, our children can be stopped.
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        if os.getsid(0) != os.getpid():
+            os.setpgid(0, 0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _listen_to_signals()
+    _take_own_group()
     # Short, because paths of Unix sockets end at 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="bpt-", dir="/tmp"))
     config.stash[_FOLDER] = folder
