@@ -42,6 +42,7 @@ from bpfs.wire.mux import (
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "iorelay"
 TOKEN_BYTES: Final = 32
 TOKEN_SECONDS: Final = 30.0  # a token that nobody used by then is worth nothing
+DETACH_SECONDS: Final = 10.0  # iorelay answers at once, unless it is about to die
 PIPE_BYTES: Final = 256 << 10  # more output at a turn of iorelay; input pipes keep the kernel's 64 kB
 _TIOCGPTPEER: Final = 0x5441  # <asm-generic/ioctls.h>, Linux 4.13: opens the slave without a path
 _ACCEPTED: Final = b"\x01"  # as bpfs.procs.ghost expects
@@ -250,7 +251,7 @@ class Relay:
         """
         done = self._detached.setdefault(stream, trio.Event())
         await self._send(Packet(Ctl.DETACH, stream))
-        with trio.move_on_after(1.0):  # unknown there: no answer
+        with trio.move_on_after(DETACH_SECONDS):
             await done.wait()
         self._detached.pop(stream, None)
 

@@ -268,11 +268,12 @@ static void control_event(struct port *p, uint32_t events)
 		return;
 	for (int i = 0; i < n; i++)
 		close(fds[i]);
-	for (struct stream *s = streams; s && m.type == C_DETACH; s = s->next)
-		if (s->id == m.a && !s->dead) {
+	if (m.type != C_DETACH)
+		return;
+	for (struct stream *s = streams; s; s = s->next)
+		if (s->id == m.a)
 			destroy(s);
-			report(C_ENDED, s->id);
-		}
+	report(C_ENDED, m.a); /* also of one that is gone already: bpslave waits for it */
 }
 
 static void bury(void)

@@ -50,7 +50,7 @@ enum ctl_type {
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.
 	                * Of a stream that is there already: only a new TCP socket for it */
-	C_DETACH = 65, /* a: stream id: close everything of it */
+	C_DETACH = 65, /* a: stream id: close everything of it; answered by C_ENDED, whether or not it exists */
 	/* iorelay -> slave */
 	C_ENDED = 96, /* a: stream id: the ghost said goodbye, all is closed */
 	C_LOST = 97,  /* a: stream id: the stream broke; the job's ends stay open until C_DETACH */
