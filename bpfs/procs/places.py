@@ -109,7 +109,8 @@ class NodePlace:
         """A worker of the node's slave, over the link."""
         number = next(self._sessions)
         engine = _RemoteEngine(self.link, number, self.number)
-        await engine.request(messages.EngineOpen(number), CALL_TIMEOUT)
+        # Not waited for: the slave takes what comes over a link in order, and the first call tells of a failure.
+        await engine.notify(messages.EngineOpen(number))
         try:
             yield engine
         finally:
@@ -146,6 +147,12 @@ class _RemoteEngine:
         try:
             reply: messages.Message = await self._link.request(message, timeout)
             return reply
+        except LinkClosed as error:
+            raise BpfsError(errno.EHOSTDOWN, f"node {self._node} was lost: {error.sentence}") from error
+
+    async def notify(self, message: messages.Message) -> None:
+        try:
+            await self._link.notify(message)
         except LinkClosed as error:
             raise BpfsError(errno.EHOSTDOWN, f"node {self._node} was lost: {error.sentence}") from error
 

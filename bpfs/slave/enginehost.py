@@ -74,18 +74,24 @@ class EngineHost:
         self._workers = workers
         self._held = held
         self._sessions: dict[int, WorkerChannel] = {}
+        self._failed: dict[int, BpfsError] = {}  # sessions without a worker: the master has not waited to hear it
 
     def open(self, message: EngineOpen) -> None:
         """Handler: give a session its worker."""
         if message.session in self._sessions:
             raise BpfsError(EEXIST, f"engine session {message.session} is open already")
-        self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
+        try:
+            self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
+        except BpfsError as error:
+            self._failed[message.session] = error
+            raise
 
     async def call(self, message: EngineCall) -> EngineReply:
         """Handler: one request to the session's worker. Cancelling it aborts the session."""
         channel = self._sessions.get(message.session)
         if channel is None:
-            raise BpfsError(ENOENT, f"there is no engine session {message.session}")
+            failed = self._failed.get(message.session)
+            raise failed or BpfsError(ENOENT, f"there is no engine session {message.session}")
         fds: list[int] = []
         try:
             for handle in message.fds:
@@ -98,6 +104,7 @@ class EngineHost:
 
     def close(self, message: EngineClose) -> None:
         """Handler: end a session; its worker undoes what was not finished."""
+        self._failed.pop(message.session, None)
         channel = self._sessions.pop(message.session, None)
         if channel is not None:
             channel.close()
@@ -108,6 +115,7 @@ class EngineHost:
             with suppress(OSError):
                 channel.close()
         self._sessions.clear()
+        self._failed.clear()
 
     def __len__(self) -> int:
         return len(self._sessions)
