@@ -59,6 +59,7 @@ class Ghosts:
         self._streams = streams
         self.nursery = nursery
         self._away: dict[int, Away] = {}
+        self._adopted = trio.Event()
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
         nodes.listen(self._node_changed)
         nursery.start_soon(self._take_reports, name="job reports")
@@ -79,6 +80,7 @@ class Ghosts:
         """Takes charge of a ghost that has just come to be (or anew, after a failed return)."""
         away = Away(proc, ghost, stdio)
         self._away[proc.pid] = away
+        self._adopted.set()
         self.nursery.start_soon(ghost.run, name=f"ghost {proc.pid}")
         self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
         return away
@@ -152,6 +154,9 @@ class Ghosts:
 
     async def _watch_stops(self) -> None:
         while True:
+            if not self._away:
+                self._adopted = trio.Event()
+                await self._adopted.wait()
             await trio.sleep(POLL)
             for away in list(self._away.values()):
                 if away.ghost.gone or away.asked_stop or away.proc.state is not ProcState.RUNNING:
