@@ -245,7 +245,9 @@ def test_many_moves_leave_nothing_behind(it, counter):
     for _ in range(20):
         for node in (0, -1):
             move(it, counter.pid, node)
-    wait_until(lambda: held()[0] <= before[0] and held()[1] <= before[1], f"held before: {before}, after: {held()}")
+    # Each of the two daemons makes its next spare worker a moment after a move: it may not have been there before.
+    allowed = before[0] + 2, before[1] + 2
+    wait_until(lambda: held()[0] <= allowed[0] and held()[1] <= allowed[1], f"before: {before}, after: {held()}")
     check_counting(finish(counter), counter.pid)
 
 
