@@ -145,6 +145,8 @@ def decode(body: bytes) -> Image:
     try:
         plain = msgpack.unpackb(body, strict_map_key=False)
         for name, kind in _NESTED.items():
+            if type(plain[name]) is not list:  # an empty text would pass for an empty list
+                raise ImageError(f"{name} is a {type(plain[name]).__name__}")
             plain[name] = [_typed(kind, item) for item in plain[name]]
         image = _typed(Image, [plain[name] for name in Image.__slots__])
         _check(image)

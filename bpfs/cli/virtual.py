@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EBUSY, EIO
 from pathlib import Path
@@ -45,6 +47,25 @@ class UpOptions:
     verbose: bool = False
 
 
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Keeps ^C for the function it gives, which raises KeyboardInterrupt then.
+
+    Raised at any moment, it could hit between a fork and its record, and leave what nobody knows of.
+    """
+    heard: list[int] = []
+
+    def check() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda signo, _: heard.append(signo))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Up:
     """The making of one cluster; `run` makes all of it or nothing."""
 
@@ -52,6 +73,7 @@ class Up:
         self._options = options
         self._rundir = RunDir(options.mount)
         self._starting: dict[int, Started] = {}
+        self._check_interrupt: Callable[[], None] = lambda: None
 
     def run(self) -> None:
         """Make the cluster; returns when every node is up.
@@ -59,6 +81,10 @@ class Up:
         Raises:
             BpfsError: what failed; everything has been cleaned up.
         """
+        with _interrupts_between_steps() as self._check_interrupt:
+            self._run()
+
+    def _run(self) -> None:
         self._claim()
         try:
             key = make_key()
@@ -70,6 +96,7 @@ class Up:
             net = virtualnet.VirtualNetwork(self._options.mount) if self._options.netns else None
             port = self._start_master(net.address if net else "127.0.0.1")
             for number in range(self._options.nodes):
+                self._check_interrupt()
                 self._start_node(number, key, port, net)
             if net is not None:
                 net.close()
@@ -134,11 +161,13 @@ class Up:
     def _wait_up(self) -> None:
         deadline = time.monotonic() + UP_TIMEOUT
         for number, started in self._starting.items():
+            self._check_interrupt()
             complaint = started.wait_ready(max(0.1, deadline - time.monotonic()))
             if complaint is not None:
                 raise BpfsError(EIO, f"node {number} did not start: {complaint}")
         wait = 0.01
         while True:
+            self._check_interrupt()
             states = node_states(self._rundir)
             missing = [number for number in range(self._options.nodes) if states.get(number, ("", ""))[0] != "up"]
             if not missing:
