@@ -158,8 +158,12 @@ class Migration(ABC):
         return None
 
     @abstractmethod
-    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
-        """Holds stdio still and makes its new ends; afterwards the destination is ready to receive."""
+    async def attach(self, summary: dict[str, Any]) -> None:
+        """Holds stdio still and makes its new ends. The destination may still be preparing meanwhile."""
+
+    @abstractmethod
+    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
+        """Completes what `prepare` gave; afterwards the destination is ready to receive."""
 
     @abstractmethod
     async def depart(self, src: Engine) -> None:
@@ -184,9 +188,13 @@ class Migration(ABC):
         await faults.hold(phase.value)
 
     async def _make(self, src: Engine, dst: Engine, stop: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-        early, summary = await together(lambda: self._prepare(dst), stop)
-        await self._enter(Phase.ATTACH)
-        landing = await self.attach(dst, early, summary)
+        async def stop_and_attach() -> None:
+            summary = await stop()
+            await self._enter(Phase.ATTACH)
+            await self.attach(summary)
+
+        early, _ = await together(lambda: self._prepare(dst), stop_and_attach)
+        landing = await self.land(dst, early)
         await self._enter(Phase.TRANSFER)
         await transfer(
             lambda: src.call("send", host=landing.host, port=landing.port, token=landing.token),

@@ -71,13 +71,16 @@ class Leave(Migration):
     async def prepare(self, dst: Engine) -> Landing | None:
         return await prepare_early(self, dst)
 
-    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+    async def attach(self, summary: dict[str, Any]) -> None:
         self._stdio = Stdio.of(summary["externals"])
         self._stdio.comm = os.fsencode(summary["process"]["comm"])
         channels = list(self._stdio.channels.values())
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-        return await land(self, dst, landing, self._attached)
+
+    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
+        assert self._attached is not None
+        return await land_on_node(self, dst, landing, self._attached)
 
     async def depart(self, src: Engine) -> None:
         assert self._attached is not None
@@ -126,13 +129,16 @@ class Hop(Migration):
     async def prepare(self, dst: Engine) -> Landing | None:
         return await prepare_early(self, dst)
 
-    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
+    async def attach(self, summary: dict[str, Any]) -> None:
         channels = self._away.stdio.regroup(summary["externals"])
         self._held = True
         await self._away.ghost.hold()
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-        return await land(self, dst, landing, self._attached)
+
+    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
+        assert self._attached is not None
+        return await land_on_node(self, dst, landing, self._attached)
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
@@ -145,7 +151,7 @@ class Hop(Migration):
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
-        await detach(self.source, old)
+        self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
 
     async def lost(self) -> None:
         assert self._attached is not None
@@ -171,24 +177,28 @@ class Return(Migration):
         self._around = around
         self._away = around.ghosts.of(proc)
         self._held = False
+        self._ghost_fds: dict[int, int] = {}
 
     def quiet(self) -> trio.Lock:
         return self._away.quiet
 
-    async def attach(self, dst: Engine, landing: Landing | None, summary: dict[str, Any]) -> Landing:
-        # The ghost has to answer first: the engine stops it.
+    async def attach(self, summary: dict[str, Any]) -> None:
         away = self._away
         channels = away.stdio.regroup(summary["externals"])
+        self._ghost_fds = away.stdio.home_numbers(channels)
         self._held = True
         held = await away.ghost.hold(home=True)
         if held.pumps:
             await away.ghost.pump()
+
+    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
+        # Not before the ghost has answered: the engine stops it.
         address = self.destination.address(self.source)
         reply = await dst.call(
             "prepare", [self._around.executable], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
             place=self.destination.target(self.proc.pid), address=address,
         )  # fmt: skip
-        return Landing(address, reply["port"], reply["token"], ghost_fds=away.stdio.home_numbers(channels))
+        return Landing(address, reply["port"], reply["token"], ghost_fds=self._ghost_fds)
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
@@ -201,7 +211,7 @@ class Return(Migration):
     async def arrived(self, reply: dict[str, Any]) -> None:
         self._around.ghosts.retire(self._away)
         await drop_files(self.source, self._away.stdio)
-        await detach(self.source, self._away.stdio.stream)
+        self._around.ghosts.nursery.start_soon(detach, self.source, self._away.stdio.stream)  # nobody need wait for it
 
     async def stay(self) -> None:
         # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
@@ -216,7 +226,7 @@ async def prepare_early(migration: Migration, dst: Engine) -> Landing | None:
     return await prepare_on_node(migration, dst)
 
 
-async def land(migration: Migration, dst: Engine, landing: Landing | None, attached: Attached) -> Landing:
+async def land_on_node(migration: Migration, dst: Engine, landing: Landing | None, attached: Attached) -> Landing:
     """Completes a landing with the new ends of stdio."""
     if landing is None:
         landing = await prepare_on_node(migration, dst, attached.terminal)
