@@ -208,10 +208,12 @@ def unpack_reply(reply: bytes) -> dict[str, Any]:
 
 
 class Workers:
-    """Hands out workers of a zygote, from the second session on from one that is ready."""
+    """Hands out workers of a zygote, one of which is kept ready."""
 
     SPARE_AFTER = 0.02
     """Seconds after a session began until the next worker is made: not while its move is in a hurry."""
+    FIRST_AFTER = 1.0
+    """Seconds after the daemon's start until the first is made: not while 64 of them start at once."""
 
     def __init__(self, zygote: Zygote) -> None:
         self._zygote = zygote
@@ -246,15 +248,16 @@ class Workers:
         return EngineSession(self.open_socket())
 
     async def keep_spare(self) -> None:
-        """Make the spare worker whenever one was taken; never returns."""
+        """Make the first spare worker, and another whenever one was taken; never returns."""
         try:
+            await trio.sleep(self.FIRST_AFTER)
             while True:
-                await self._wanted.wait()
-                self._wanted = trio.Event()
-                await trio.sleep(self.SPARE_AFTER)
                 if self._spare is None:
                     with suppress(OSError):
                         self._spare = self._zygote.worker()
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                await trio.sleep(self.SPARE_AFTER)
         finally:
             if self._spare is not None:
                 self._spare.close()

@@ -82,6 +82,7 @@ async def test_a_dead_worker_is_an_error(zygote, victim):
 
 async def test_spare_workers(zygote, nursery):
     workers = Workers(zygote)
+    workers.FIRST_AFTER = 0.0
     nursery.start_soon(workers.keep_spare)
     for _ in range(3):
         with workers.open_socket() as sock:
