@@ -50,7 +50,19 @@ def _take_own_group() -> None:
             os.setpgid(0, 0)
 
 
+def _take_signals_back() -> None:
+    """Undoes what nohup, or a script that runs us in its background (`check &`), has had us ignore.
+
+    All that the tests start would inherit it, and wait for ever for an interrupt that nobody hears.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _take_signals_back()
     _listen_to_signals()
     _take_own_group()
     # Short, because paths of Unix sockets end at 107 characters.

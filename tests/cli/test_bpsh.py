@@ -10,10 +10,12 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,12 +41,34 @@ def bpsh(plain_tree: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 Bpsh = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def start(tree: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(tree: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """bpsh at work; killed in the end, if need be, and its commands with it."""
     environment = {**os.environ, "BPFS": str(tree)}
-    return subprocess.Popen(
+    bpsh = subprocess.Popen(
         [BPSH, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
     )  # fmt: skip
+    children: list[int] = []
+    try:
+        yield bpsh
+    finally:
+        if bpsh.poll() is None:
+            children = commands_of(bpsh.pid)
+        bpsh.kill()
+        for child in children:
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # hung up already
+        bpsh.wait(60)
+        for pipe in (bpsh.stdout, bpsh.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+def commands_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
@@ -262,42 +286,46 @@ def test_limits_and_signals_reach_the_command_as_they_were(bpsh: Bpsh) -> None:
 
 
 def test_a_reader_that_leaves_ends_it(plain_tree: Path) -> None:
-    bpsh = start(plain_tree, "0-2", "yes")
-    assert bpsh.stdout is not None
-    assert bpsh.stdout.readline() == "y\n"
-    bpsh.stdout.close()
-    assert bpsh.wait(60) == 128 + signal.SIGPIPE
-    assert bpsh.stderr is not None
-    bpsh.stderr.close()
+    with started(plain_tree, "0-2", "yes") as bpsh:
+        assert bpsh.stdout is not None
+        assert bpsh.stdout.readline() == "y\n"
+        bpsh.stdout.close()
+        assert bpsh.wait(60) == 128 + signal.SIGPIPE
 
 
 def test_a_signal_is_passed_on_once_and_ends_it(plain_tree: Path, tmp_path: Path) -> None:
     script = f"trap 'echo $BPROC_RANK >> {tmp_path}/got; exit 0' TERM; echo up; while :; do sleep 0.05; done"
-    bpsh = start(plain_tree, "0-1", "sh", "-c", script)
-    assert bpsh.stdout is not None
-    assert [bpsh.stdout.readline() for _ in range(2)] == ["up\n"] * 2
-    bpsh.terminate()
-    bpsh.communicate(timeout=60)
-    assert bpsh.returncode == -signal.SIGTERM
-    assert sorted((tmp_path / "got").read_text().split()) == ["0", "1"]
+    with started(plain_tree, "0-1", "sh", "-c", script) as bpsh:
+        assert bpsh.stdout is not None
+        assert [bpsh.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+        bpsh.terminate()
+        assert bpsh.wait(60) == -signal.SIGTERM
+        assert sorted((tmp_path / "got").read_text().split()) == ["0", "1"]
 
 
 def test_a_second_signal_kills_at_once(plain_tree: Path) -> None:
-    bpsh = start(plain_tree, "0-1", "sh", "-c", "trap '' INT; echo up; while :; do sleep 0.05; done")
-    assert bpsh.stdout is not None
-    assert [bpsh.stdout.readline() for _ in range(2)] == ["up\n"] * 2
-    bpsh.send_signal(signal.SIGINT)
-    children = Path(f"/proc/{bpsh.pid}/task/{bpsh.pid}/children").read_text().split()
-    assert len(children) == 2
-    # Sent again until it is taken: two that come together are one.
-    deadline = time.monotonic() + 60
-    while bpsh.poll() is None:
-        assert time.monotonic() < deadline
+    with started(plain_tree, "0-1", "sh", "-c", "trap '' INT; echo up; while :; do sleep 0.05; done") as bpsh:
+        assert bpsh.stdout is not None
+        assert [bpsh.stdout.readline() for _ in range(2)] == ["up\n"] * 2
         bpsh.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    bpsh.communicate()
-    assert bpsh.returncode == -signal.SIGINT
-    wait_for(lambda: not any(leftovers.alive(int(child)) for child in children))
+        children = commands_of(bpsh.pid)
+        assert len(children) == 2
+        # Sent again until it is taken: two that come together are one.
+        deadline = time.monotonic() + 60
+        while bpsh.poll() is None:
+            assert time.monotonic() < deadline
+            bpsh.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert bpsh.returncode == -signal.SIGINT
+        wait_for(lambda: not any(map(leftovers.alive, children)))
+
+
+def read_until(terminal: int, text: bytes, times: int) -> None:
+    seen = b""
+    deadline = time.monotonic() + 60
+    while seen.count(text) < times:
+        assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
+        seen += os.read(terminal, 4096)
 
 
 def test_control_c_at_a_terminal_reaches_everybody(plain_tree: Path) -> None:
@@ -308,22 +336,27 @@ def test_control_c_at_a_terminal_reaches_everybody(plain_tree: Path) -> None:
             BPSH,
             ["bpsh", "-L", "0-1", "sh", "-c", "trap 'echo bye; exit 0' INT; echo up; while :; do sleep 0.05; done"],
         )
-    seen = b""
+    ended = (0, 0)
     try:
-        while seen.count(b"up") < 2:
-            seen += os.read(terminal, 4096)
+        read_until(terminal, b"up", 2)
         os.write(terminal, b"\x03")
-        while seen.count(b"bye") < 2:
-            seen += os.read(terminal, 4096)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
+        read_until(terminal, b"bye", 2)
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline, "it should have ended"
+            time.sleep(0.01)
+        assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGINT
     finally:
         os.close(terminal)
+        if ended[0] == 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def test_when_it_is_killed_the_commands_are_hung_up(plain_tree: Path) -> None:
-    bpsh = start(plain_tree, "0-1", "sh", "-c", "echo $$; exec sleep 1000")
-    assert bpsh.stdout is not None
-    pids = [int(bpsh.stdout.readline()) for _ in range(2)]
-    bpsh.kill()
-    bpsh.communicate(timeout=60)
-    wait_for(lambda: not any(map(leftovers.alive, pids)))
+    with started(plain_tree, "0-1", "sh", "-c", "echo $$; exec sleep 1000") as bpsh:
+        assert bpsh.stdout is not None
+        pids = [int(bpsh.stdout.readline()) for _ in range(2)]
+        bpsh.kill()
+        bpsh.wait(60)
+        wait_for(lambda: not any(map(leftovers.alive, pids)))
