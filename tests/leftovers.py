@@ -19,7 +19,7 @@ from pathlib import Path
 from bpfs.rundir import BASE, escape
 
 # Daemons that were told to end may take a moment on a busy machine.
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 60.0
 
 MNT_DETACH = 2  # <sys/mount.h>
 

@@ -144,7 +144,7 @@ def test_down_after_kill_9(tmp_path, victim):
 
 
 def test_a_killed_node_is_down_and_the_rest_is_well(tmp_path):
-    with cluster(tmp_path / "m", "--lease", "1", nodes=3) as it:
+    with cluster(tmp_path / "m", "--lease", "3", nodes=3) as it:
         everybody = it.processes()
         inner = {pid: everybody[pid] for pid in (it.slave(1), *it.inits(1))}
         kill(it.pid("n1"))
@@ -180,7 +180,7 @@ def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
 
 def test_a_stopped_slave_is_killed_when_its_lease_is_over(tmp_path):
     """Its supervisor keeps the lease, so that its jobs end although the slave itself can do nothing."""
-    with cluster(tmp_path / "m", "--lease", "1", nodes=1) as it:
+    with cluster(tmp_path / "m", "--lease", "2", nodes=1) as it:
         slave = it.slave(0)
         jobs = {pid: started for pid, started in it.processes().items() if comm(pid) == "nodeinit"}
         os.kill(slave, signal.SIGSTOP)

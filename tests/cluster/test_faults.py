@@ -52,6 +52,14 @@ def it(session_folder, gates):
         os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
 
 
+@pytest.fixture(autouse=True)
+def open_gates(gates):
+    """After each test no gate is closed: where one fails, the next shall not stand still for that."""
+    yield
+    for gate in gates.iterdir():
+        gate.unlink(missing_ok=True)
+
+
 @pytest.fixture
 def counter():
     with counting() as process:
@@ -163,7 +171,7 @@ def test_the_ghost_is_killed(it, gates, counter, route, phase):
 def wired(session_folder, gates):
     os.environ["BPFS_HOLD"] = str(gates)
     try:
-        with cluster(session_folder / "wired", "--lease", "2", "--netns", nodes=3) as made:
+        with cluster(session_folder / "wired", "--lease", "3", "--netns", nodes=3) as made:
             yield made
     finally:
         os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
