@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class ProcFiles:
         """The table of procs/PID."""
         procs = self._procs
 
-        def owned(mode: int):  # type: ignore[no-untyped-def]
+        def owned(mode: int) -> Callable[[Process], Access]:
             return lambda proc: Access(proc.identity.uid, proc.identity.gid, mode)
 
         async def move(proc: Process, request: WriteRequest) -> None:

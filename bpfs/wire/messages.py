@@ -348,30 +348,6 @@ class FsReply(Message):
     value: Plain = None
 
 
-@_message(42)
-class FsAnswer(Message):
-    """master -> slave: the write `token` may be answered to its caller now; its outcome comes later
-    (self-migration)."""
-
-    token: int
-
-
-@_message(43)
-class FsChanged(Message):
-    """master -> slave: what the node may have cached under these paths is out of date."""
-
-    paths: tuple[tuple[str, ...], ...]
-
-
-@_message(44)
-class FsWriter(Message):
-    """master -> slave, request (reply FsReply): deal with the caller of a write that waits on the node."""
-
-    token: int
-    op: str
-    value: Plain = None
-
-
 # -- stdio: 50-59 ----------------------------------------------------------------------------------
 
 
@@ -404,13 +380,6 @@ class RelayAttached(Message):
 @_message(52)
 class RelayDetach(Message):
     """master -> slave, request (reply Done)."""
-
-    stream: int
-
-
-@_message(53)
-class RelayDrain(Message):
-    """master -> slave, request (reply Done): everything the job wrote has been sent to its ghost."""
 
     stream: int
 
