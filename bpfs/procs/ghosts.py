@@ -127,8 +127,12 @@ class Ghosts:
         killed = ExitStatus(signal=signal.SIGKILL)
         if proc.state is ProcState.MIGRATING:
             proc.doom = killed
-        await self._send(away, signal.SIGKILL)
-        if proc.state is not ProcState.MIGRATING:
+        try:
+            await self._send(away, signal.SIGKILL)
+        except BpfsError as error:
+            if error.errno != errno.ESRCH:  # else it has ended by itself, and its report finds no ghost any more
+                raise
+        if proc.state is not ProcState.MIGRATING and proc.status is None:
             self.table.end(proc, killed)
 
     async def _reconnect(self, away: Away) -> None:
@@ -147,7 +151,10 @@ class Ghosts:
         async with away.quiet:
             proc = away.proc
             if proc.place == MASTER:
-                os.kill(proc.pid, signo)
+                try:
+                    os.kill(proc.pid, signo)
+                except ProcessLookupError:  # it has just come home, and was killed and reaped right there
+                    raise BpfsError(errno.ESRCH, f"process {proc.pid} has ended") from None
                 return
             session = self.nodes.get(proc.place).live_session()
             await session.link.request(messages.Signal(proc.pid, signo, code, pid, uid, value), NODE_TIMEOUT)
