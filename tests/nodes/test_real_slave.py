@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager
 from errno import EBADF, EEXIST, ENOENT, EOPNOTSUPP, ESRCH
 from pathlib import Path
 
@@ -210,11 +211,21 @@ async def test_a_fence_ends_every_job_before_it_is_answered(tmp_path):
         stopped = slave.start_job("sleep", "1000")
         await slave.request(Signal(stopped, signal.SIGSTOP, 0, 0, 0, 0))
         init, life, node = slave.node.init, slave.life, slave.node
-        namespace = os.readlink(f"/proc/{init}/ns/pid")
-        await slave.it.cluster.administrator.set_state(node, NodeState.DOWN)
-        assert not node.doubtful and _in_namespace(namespace) == []
+        with _held_namespace(init) as namespace:
+            await slave.it.cluster.administrator.set_state(node, NodeState.DOWN)
+            assert not node.doubtful and _in_namespace(namespace) == []
         await slave.it.cluster.administrator.set_state(node, NodeState.UP)
         assert slave.life not in (0, life) and node.init not in (0, init)
+
+
+@contextmanager
+def _held_namespace(init: int) -> Iterator[str]:
+    """The pid namespace of a process, held: else the kernel gives its number to the next one, anybody's, once dead."""
+    held = os.open(f"/proc/{init}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield os.readlink(f"/proc/{init}/ns/pid")
+    finally:
+        os.close(held)
 
 
 def _in_namespace(namespace: str) -> list[int]:
@@ -234,14 +245,13 @@ async def test_what_is_killed_comes_back_afresh(tmp_path, victim):
     async with real_slave(tmp_path) as slave:
         slave.start_job("sleep", "1000")
         life, init, node = slave.life, slave.node.init, slave.node
-        namespace = os.readlink(f"/proc/{init}/ns/pid")
-        kill(life if victim == "life" else init)
-        with trio.fail_after(60):
-            await slave.it.wait_state(0, "down")
-            await slave.it.wait_state(0, "up")
-        assert slave.life not in (0, life) and node.init not in (0, init)
-        # The kernel may have given the number of the dead namespace to the new one.
-        assert set(_in_namespace(namespace)) <= {node.init}
+        with _held_namespace(init) as namespace:
+            kill(life if victim == "life" else init)
+            with trio.fail_after(60):
+                await slave.it.wait_state(0, "down")
+                await slave.it.wait_state(0, "up")
+            assert slave.life not in (0, life) and node.init not in (0, init)
+            assert _in_namespace(namespace) == []
 
 
 async def test_the_end_of_the_supervisor_is_the_end_of_all(tmp_path):
