@@ -81,7 +81,7 @@ class Ghosts:
         away = Away(proc, ghost, stdio)
         self._away[proc.pid] = away
         self._adopted.set()
-        self.nursery.start_soon(ghost.run, name=f"ghost {proc.pid}")
+        self.nursery.start_soon(carefully, proc.pid, ghost.run(), name=f"ghost {proc.pid}")
         self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
         return away
 
@@ -96,10 +96,7 @@ class Ghosts:
 
     async def _follow(self, away: Away) -> None:
         async for event in away.ghost.events:
-            try:
-                await self._take(away, event)
-            except BpfsError as error:
-                _log.warning("process %d: %s", away.proc.pid, error)
+            await carefully(away.proc.pid, self._take(away, event))
 
     async def _take(self, away: Away, event: control.Event) -> None:
         match event:
@@ -170,13 +167,7 @@ class Ghosts:
                     continue
                 if away.ghost.state() == "T":
                     away.asked_stop = True
-                    self.nursery.start_soon(self._pass_stop, away)
-
-    async def _pass_stop(self, away: Away) -> None:
-        try:
-            await self._send(away, signal.SIGSTOP)
-        except BpfsError as error:
-            _log.warning("process %d: cannot stop it: %s", away.proc.pid, error)
+                    self.nursery.start_soon(carefully, away.proc.pid, self._send(away, signal.SIGSTOP))
 
     # -- from the node -----------------------------------------------------------------------------------------
 
@@ -189,7 +180,7 @@ class Ghosts:
             if report.kind == SIGNAL_REPORT:
                 self.nursery.start_soon(self._forward, report)
             else:
-                await self._changed(node, report)
+                await carefully(report.pid, self._changed(node, report))
 
     async def _changed(self, node: Node, report: messages.JobReport) -> None:
         away = self._away.get(report.pid)
@@ -284,7 +275,8 @@ class Ghosts:
         if what == "fenced":
             for away in list(self._away.values()):
                 if away.proc.place == node.number:
-                    self.nursery.start_soon(self._lost, away, f"node {node.number} was lost: {node.reason}")
+                    reason = f"node {node.number} was lost: {node.reason}"
+                    self.nursery.start_soon(carefully, away.proc.pid, self._lost(away, reason))
 
     async def _lost(self, away: Away, reason: str) -> None:
         _log.info("process %d: %s", away.proc.pid, reason)
@@ -313,6 +305,16 @@ def _read_local(pid: int, names: tuple[str, ...]) -> dict[str, bytes]:
         return {name: Path(f"/proc/{pid}/{name}").read_bytes() for name in names}
     except OSError:
         raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
+
+
+async def carefully(pid: int, work: Awaitable[object]) -> None:
+    """Does something for one process. Its trouble must not end the master, and every other process with it."""
+    try:
+        await work
+    except BpfsError as error:
+        _log.warning("process %d: %s", pid, error)
+    except Exception as error:
+        _log.error("process %d: failed in an unforeseen way", pid, exc_info=error)
 
 
 async def tell(sending: Awaitable[None]) -> None:

@@ -13,6 +13,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
+from bpfs.procs.ghosts import carefully
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.routes import Surroundings, route
@@ -64,15 +65,18 @@ class OnExec:
                 await engine.call("arm", pid=proc.pid)
                 self._armed[proc.pid] = scope
                 task_status.started()
-                try:
-                    await engine.call("wait_exec")
-                except BpfsError as error:
-                    _log.info("process %d ended before it ran another program: %s", proc.pid, error)
-                    return
-                finally:
-                    if self._armed.get(proc.pid) is scope:
-                        del self._armed[proc.pid]
-                await self._move(proc, node, engine)
+                await carefully(proc.pid, self._wait_and_move(proc, node, engine, scope))
+
+    async def _wait_and_move(self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope) -> None:
+        try:
+            await engine.call("wait_exec")
+        except BpfsError as error:
+            _log.info("process %d ended before it ran another program: %s", proc.pid, error)
+            return
+        finally:
+            if self._armed.get(proc.pid) is scope:
+                del self._armed[proc.pid]
+        await self._move(proc, node, engine)
 
     async def _move(self, proc: Process, node: int, engine: Engine) -> None:
         async def end(error: BpfsError) -> None:
