@@ -20,6 +20,9 @@ import trio
 POLL_S = 0.1
 """Seconds between two looks at a waiting caller's signals: ^C then takes 8 ms to 100 ms, which people call at once."""
 
+_LOOK_AGAIN_S = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0)
+"""Pauses between searches for a caller among all processes."""
+
 _SHARE = 20
 """A round of looks may take one part in this many of the time, however many callers wait."""
 
@@ -140,8 +143,15 @@ async def find_waiter(opener: int, inode: int) -> int:
             break
         await trio.sleep(0.0005)
     # Opened by one process and used by another: `exec 3> migrate; (echo $BASHPID >&3)`. Dear, hence in a thread, and
-    # rare.
-    return await trio.to_thread.run_sync(_anyone_waits, inode) or 0
+    # rare. Again for a while: the one that waits may not have got to sleep yet, on a machine with much to do.
+    for pause in _LOOK_AGAIN_S:
+        found = await trio.to_thread.run_sync(_anyone_waits, inode)
+        if found is not None:
+            return found
+        if not _status(opener):
+            break  # most likely the caller itself, killed meanwhile
+        await trio.sleep(pause)
+    return 0
 
 
 # -- signals of those who wait -----------------------------------------------------------------------------------------
