@@ -27,6 +27,11 @@ _SHARE = 20
 """A round of looks may take one part in this many of the time, however many callers wait."""
 
 
+# <asm/unistd_64.h>: read write pread64 pwrite64 readv writev sendfile splice preadv pwritev copy_file_range preadv2
+# pwritev2.
+_CALLS = {str(number) for number in (0, 1, 17, 18, 19, 20, 40, 275, 295, 296, 326, 327, 328)}
+
+
 def _bit(signal: int) -> int:
     return 1 << (signal - 1)
 
@@ -76,7 +81,9 @@ def _waits_for(tid: int, inode: int) -> bool:
     except OSError:
         return False
     # "running", or number, six arguments, sp, pc. One of the first three is the descriptor in all calls that read or
-    # write; sendfile and splice may have it second or third.
+    # write; sendfile and splice may have it second or third. Other calls have other numbers there.
+    if not call or call[0] not in _CALLS:
+        return False
     for word in call[1:4]:
         number = int(word, 16)
         if number < 1 << 20 and _inode_of(tid, number) == inode:
