@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -52,17 +52,16 @@ def parse_exit(packet: bytes) -> tuple[int, ExitStatus] | None:
     return pid, ExitStatus(code=code >> 8 & 0xFF)
 
 
-@asynccontextmanager
-async def exit_of(pid: int) -> AsyncIterator[trio.MemoryReceiveChannel[ExitStatus]]:
-    """Listens for the end of a process; the status comes on the channel.
+@contextmanager
+def listening() -> Iterator[Callable[[int], Awaitable[ExitStatus]]]:
+    """Hears all ends from now on; the function it gives waits for that of one process.
 
     Raises:
         OSError: the kernel has no connector, or this is not the initial network namespace.
     """
     sock = _listen()
-    send, receive = trio.open_memory_channel[ExitStatus](1)
 
-    async def reading() -> None:
+    async def exit_of(pid: int) -> ExitStatus:
         while True:
             await trio.lowlevel.wait_readable(sock)
             try:
@@ -70,13 +69,9 @@ async def exit_of(pid: int) -> AsyncIterator[trio.MemoryReceiveChannel[ExitStatu
             except BlockingIOError:
                 continue
             if found is not None and found[0] == pid:
-                await send.send(found[1])
-                return
+                return found[1]
 
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reading)
-            yield receive
-            nursery.cancel_scope.cancel()
+        yield exit_of
     finally:
         sock.close()

@@ -104,13 +104,12 @@ class Migration(ABC):
         self.source = source
         self.destination = destination
         self.figures = Figures(time.perf_counter())
-        self.gone = False  # the source is known to be no more
 
     async def run(self, writer: WriteRequest | None) -> None:
         """Moves the process. `writer` is given where it waits in the write that asked for the move.
 
         Raises:
-            BpfsError: the process runs on where it was; after `gone`, where it went.
+            BpfsError: the process runs on where it was, or ended with the place that held it.
         """
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.quiet())
@@ -238,7 +237,6 @@ class Migration(ABC):
         except BpfsError as error:
             await self._undo(release(error), dst)
             raise
-        self.gone = True
         await self._enter(Phase.RESUME)
         try:
             reply = await dst.call("resume")

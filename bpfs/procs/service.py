@@ -15,7 +15,7 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.states import NodeState
 from bpfs.procs import usage
-from bpfs.procs.exits import exit_of
+from bpfs.procs.exits import listening
 from bpfs.procs.migration import Migration
 from bpfs.procs.onexec import OnExec
 from bpfs.procs.places import MasterPlace, NodePlace, Place
@@ -137,25 +137,26 @@ class Procs:
         await self.ghosts.signal(proc, signo, caller)
 
     async def wait(self, proc: Process) -> ExitStatus:
-        """Blocks until the process has ended, wherever it is by then."""
-        while proc.status is None:
-            if proc.away or proc.state is ProcState.MIGRATING:
-                await proc.ended.wait()
-                continue
-            try:
-                async with exit_of(proc.pid) as exits:
-                    read_identity(proc.pid)
-                    status = await self._local_exit(proc, exits)
-            except OSError as error:
-                raise BpfsError(errno.EOPNOTSUPP, f"cannot wait for {proc.pid} at home: {error.strerror}") from error
-            if status is not None and not proc.away:
-                self.table.end(proc, status)
-                proc.end(status)
-        return proc.status
+        """Blocks until the process has ended, wherever it is by then.
 
-    async def _local_exit(self, proc: Process, exits: trio.MemoryReceiveChannel[ExitStatus]) -> ExitStatus | None:
-        # A process at home may leave while we wait; its ghost's end is not the process's, but comes with its status.
-        return await exits.receive()
+        Its pid on the master tells, at home and away: a ghost ends with the very status of its process.
+
+        Raises:
+            BpfsError: ESRCH, it ended before anybody listened; EOPNOTSUPP, the kernel does not tell of ends.
+        """
+        if proc.status is not None:
+            return proc.status
+        try:
+            with listening() as exit_of:
+                read_identity(proc.pid)
+                status = await exit_of(proc.pid)
+        except BpfsError:
+            raise
+        except OSError as error:
+            raise BpfsError(errno.EOPNOTSUPP, f"cannot wait for {proc.pid}: {error.strerror}") from error
+        if not proc.away:
+            self.table.end(proc, status)
+        return proc.status or status
 
     async def obstacles(self, proc: Process) -> list[str]:
         """Why the process cannot move now, in words; it is stopped for a moment to look."""

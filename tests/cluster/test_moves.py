@@ -205,6 +205,20 @@ def test_wait_tells_the_end(it, counter):
         assert waiting.communicate(timeout=60)[0] == "exit 7\n"
 
 
+def test_wait_outlasts_a_return_home(it, counter):
+    move(it, counter.pid, 1)
+    with subprocess.Popen(
+        ["cat", it.mount / f"procs/{counter.pid}/wait"], stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        try:
+            wait_until(lambda: holds(waiting.pid, "/wait"), "cat should have the file open")
+            move(it, counter.pid, -1)
+            check_counting(finish(counter), counter.pid)
+            assert waiting.communicate(timeout=60)[0] == "exit 7\n"
+        finally:
+            waiting.kill()
+
+
 def test_an_ordinary_user_moves_his_own_and_nobody_elses(it, counter):
     it.write("nodes/1/mode", "111")
     script = f"id -u; echo $$ > {it.mount}/nodes/1/migrate; hostname; id -u"
