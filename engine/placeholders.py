@@ -29,6 +29,7 @@ COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
 _RETRY_S = 0.05
 _DEATH_S = 0.5  # a killed placeholder takes some 50 us
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
+_YIELDS = 50  # looks for a placeholder, some 30 us each, before sleeping between them
 
 
 class Command(enum.IntFlag):
@@ -384,8 +385,10 @@ def _wait_made(world: World, step: Step, seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         tries += 1
-        if tries > 20:
+        if tries > _YIELDS:
             time.sleep(0.0005)
+        else:
+            os.sched_yield()  # the maker may be waiting for this very CPU
     return True
 
 

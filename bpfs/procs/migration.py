@@ -34,6 +34,7 @@ from bpfs.tree.base import WriteRequest
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
+FRESH = 0.02  # seconds after the destination said that its copy is whole within which it need not be asked again
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
@@ -64,6 +65,7 @@ class Figures:
 
     began: float  # time.perf_counter()
     frozen: float = 0.0
+    whole: float = 0.0
     running: float = 0.0
     bytes: int = 0
 
@@ -203,6 +205,7 @@ class Migration(ABC):
             ),
             self.figures,
         )
+        self.figures.whole = time.perf_counter()
         self._check_alive()
 
     async def _prepare(self, dst: Engine) -> Landing | None:
@@ -232,7 +235,8 @@ class Migration(ABC):
     async def _commit(self, src: Engine, dst: Engine, release: Release) -> None:
         await self._enter(Phase.DEPART)
         try:
-            await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
+            if time.perf_counter() - self.figures.whole > FRESH:
+                await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
             await self.depart(src)
         except BpfsError as error:
             await self._undo(release(error), dst)
