@@ -34,7 +34,7 @@ from bpfs.tree.base import WriteRequest
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
-FRESH = 0.02  # seconds after the destination said that its copy is whole within which it need not be asked again
+FRESH = 0.002  # seconds after the destination said that its copy is whole within which it need not be asked again
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
