@@ -67,9 +67,10 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc.setns(fd, flags), "setns")
 
 
-def mount(source: str, target: str, kind: str, flags: int) -> None:
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """Mount, or change a mount."""
-    _check(_libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(kind), flags, None), target)
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    _check(_libc.mount(*words, flags, options.encode() or None), target)
 
 
 def umount(target: str, flags: int = MNT_DETACH) -> None:

@@ -93,6 +93,11 @@ class RunDir:
         """What bpmaster logs."""
         return self.path / "master.log"
 
+    @property
+    def programs(self) -> Path:
+        """The mount point of the ghost programs with file capabilities (bpfs.procs.programs)."""
+        return self.path / "ghosts"
+
     def node_log(self, number: int) -> Path:
         """What the slave of a virtual node logs."""
         return self.path / f"n{number}.log"

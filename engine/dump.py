@@ -55,7 +55,7 @@ class Inspection:
             int(status["Gid"].split()[0]),
             "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
             "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
-            "pid": procfs.inner_pid(status),
+            "pid": procfs.inner_pid(status), "rights": int(status["CapPrm"], 16),
         }  # fmt: skip
 
 

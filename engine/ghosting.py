@@ -2,19 +2,26 @@
 descriptors.
 """
 
+import contextlib
+import itertools
 import os
 import resource
 import signal
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from engine.freeze import Frozen
 from engine.linux import process_vm, procfs, ptrace, scm
-from engine.runner import ALL_SIGNALS, HEAL_STRINGS, Calls, ProcessGone
+from engine.linux.libc import NR
+from engine.runner import ALL_SIGNALS, HEAL_STRINGS, Calls, ProcessGone, row
+from engine.state import PR_GET_DUMPABLE, PR_GET_PDEATHSIG, PR_SET_DUMPABLE
 from engine.target import exec_block
 
 _CONTROL_FLOOR: Final = 200
+_PASSED: Final = 4  # socket pair, program, control socket
+CAP_CHECKPOINT_RESTORE: Final = 40  # <linux/capability.h>
 _F_DUPFD: Final = 0
 _F_SETFD: Final = 2
 _AF_UNIX: Final = 1
@@ -26,24 +33,62 @@ _AT_EMPTY_PATH: Final = 0x1000
 def become_ghost(frozen: Frozen, cloexec: list[int], program: int, control: int, environment: list[bytes]) -> None:
     """Exec the ghost inside the process and let it run.
 
+    The process cannot be looked into by its own user from here on: nobody but it shall come to what it is given.
+
     Args:
         cloexec: descriptors of the process that are close-on-exec: the ghost keeps them open.
         program: descriptor of the ghost program.
         control: the ghost's end of its control socket; it finds its number in `BPFS_CONTROL`.
-        environment: the rest of its environment.
+        environment: the rest of its environment; its death signal, which the exec of a program with rights would
+            clear, is added as `BPFS_DEATHSIG`.
 
     Raises:
         OSError: it did not come to the exec; the process is as it was and still frozen.
     """
-    exe, number = _pass(frozen, program, control)
-    _prepare(frozen, cloexec)
-    _exec(frozen, exe, [*environment, b"BPFS_CONTROL=%d" % number])
+    calls = Calls(frozen.open_injection())
+    death = calls.data(bytes(8))
+    calls.add("prctl", PR_GET_PDEATHSIG, death)
+    asked = calls.add("prctl", PR_GET_DUMPABLE)
+    dumpable = calls.run()[asked]
+    signo = int.from_bytes(calls.read(death, 4), "little")
+    with _undone(frozen, dumpable) as floor:
+        exe, number = _pass(frozen, program, control, floor)
+        _prepare(frozen, cloexec)
+        _exec(frozen, exe, [*environment, b"BPFS_DEATHSIG=%d" % signo, b"BPFS_CONTROL=%d" % number])
 
 
-def _pass(frozen: Frozen, program: int, control: int) -> tuple[int, int]:
+@contextlib.contextmanager
+def _undone(frozen: Frozen, dumpable: int) -> Iterator[int]:
+    """Takes back, after a failure or in the abandoned process itself, what `_pass` puts into it; gives the floor for
+    the control socket.
+
+    All threads stand still, so that the numbers which the kernel is going to choose are known before it does.
+    """
+    taken = {int(name) for name in os.listdir(f"/proc/{frozen.pid}/fd")}
+    floor = min(_CONTROL_FLOOR, max(procfs.read_limits(frozen.pid)[resource.RLIMIT_NOFILE][0] - 8, 3))
+    chosen = list(itertools.islice((n for n in itertools.count() if n not in taken), _PASSED))
+    chosen.append(next(n for n in itertools.count(floor) if n not in taken and n not in chosen))
+    injection = frozen.open_injection()
+    undo: list[tuple[str, tuple[int, ...]]] = [("close", (number,)) for number in chosen]
+    undo.append(("prctl", (PR_SET_DUMPABLE, dumpable & 1)))
+    injection.set_heal([row(NR[name], *arguments, must=False) for name, arguments in undo])
+    try:
+        yield floor
+    except OSError:
+        with contextlib.suppress(OSError):  # it has ended, or the exec was done
+            calls = Calls(injection)
+            for name, arguments in undo:
+                calls.add(name, *arguments, must=False)
+            calls.run()
+            injection.set_heal([])
+        raise
+
+
+def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, int]:
     injection = frozen.open_injection()
     calls = Calls(injection)
     pair = calls.data(bytes(8))
+    calls.add("prctl", PR_SET_DUMPABLE, 0)
     calls.add("socketpair", _AF_UNIX, _SEQPACKET_CLOEXEC, 0, pair, label="socket pair")
     calls.run()
     inner, other = struct.unpack("<ii", calls.read(pair, 8))
@@ -58,7 +103,6 @@ def _pass(frozen: Frozen, program: int, control: int) -> tuple[int, int]:
             exe, ours = scm.received_fds(calls.read(block + scm.CONTROL_OFFSET, 1024))
     finally:
         os.close(pidfd)
-    floor = min(_CONTROL_FLOOR, max(procfs.read_limits(frozen.pid)[resource.RLIMIT_NOFILE][0] - 8, 3))
     calls = Calls(injection)
     duplicate = calls.add("fcntl", ours, _F_DUPFD, floor, label="control socket")
     for fd in (ours, inner, other):
@@ -111,17 +155,20 @@ def _let_go(frozen: Frozen) -> None:
         frozen.close()
 
 
-def grant_exe_right(program: str) -> None:
-    """Give a ghost program the one right that it needs to get `/proc/PID/exe` back at home when it runs as an
-    ordinary user.
+def grant_rights(program: str, rights: int = 0) -> None:
+    """Give a ghost program the rights that it needs, as an ordinary user, to become its process again.
 
-    CAP_CHECKPOINT_RESTORE as a file capability; it goes again with the home-coming. Without it (or on a nosuid mount)
-    everything
-    else works, but exe shows the ghost.
+    CAP_CHECKPOINT_RESTORE, for `/proc/PID/exe` and the ids of threads, and whatever the process had of its own. As
+    *permitted* file capabilities: the ghost makes the first effective by itself, and no exec fails for want of it.
+    On a nosuid mount, in another user namespace and under "no new privileges" the kernel grants none of them.
+
+    Args:
+        rights: capabilities that the process has, a bit each.
 
     Raises:
         OSError: the file system has no capabilities, or the caller may not.
     """
-    # struct vfs_cap_data, revision 2 with the effective bit (<linux/capability.h>); capability 40 is bit 8 of the
-    # second word.
-    os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 0, 0, 1 << 8, 0))
+    rights |= 1 << CAP_CHECKPOINT_RESTORE
+    # struct vfs_cap_data, revision 2 (<linux/capability.h>): magic, then permitted and inheritable, twice 32 bits.
+    data = struct.pack("<5I", 0x02000000, rights & 0xFFFFFFFF, 0, rights >> 32, 0)
+    os.setxattr(program, "security.capability", data)

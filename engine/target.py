@@ -234,7 +234,7 @@ class Home(Target):
 
     home = True
 
-    def __init__(self, frozen: Frozen, ghost_exe: int) -> None:
+    def __init__(self, frozen: Frozen) -> None:
         self.frozen = frozen
         injection = frozen.open_injection()
         super().__init__(frozen.pid, injection, frozen.vmas)
@@ -249,7 +249,12 @@ class Home(Target):
         pair = self.open_socket(calls)
         calls.run()
         self.take_socket(calls, pair)
-        self.exe_fd = self.pass_fds([ghost_exe])[0]
+        # By the mount that it was run from: where that grants it rights, it does so again.
+        program = os.open(f"/proc/{frozen.pid}/exe", os.O_PATH | os.O_CLOEXEC)
+        try:
+            self.exe_fd = self.pass_fds([program])[0]
+        finally:
+            os.close(program)
 
     def scratch_moved(self, base: int) -> None:
         self.frozen.write_note(base)
@@ -342,7 +347,7 @@ def exec_block(
     return argv + envp + texts, base, base + len(argv)
 
 
-def seize_ghost(pid: int, ghost_exe: int) -> Home:
+def seize_ghost(pid: int) -> Home:
     """Freeze the ghost and put the runner into it.
 
     Raises:
@@ -350,7 +355,7 @@ def seize_ghost(pid: int, ghost_exe: int) -> Home:
     """
     frozen = freeze(pid)
     try:
-        return Home(frozen, ghost_exe)
+        return Home(frozen)
     except BaseException:
         frozen.release()
         raise

@@ -181,7 +181,7 @@ class Destination:
         self._builder: Builder | None = None
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
-        """Make the stopped child, or seize the ghost (fds: ghost program), and listen."""
+        """Make the stopped child, or seize the ghost, and listen."""
         if self._target is not None:
             raise OSError(16, f"{_ORDER}: a process is being built already")
         place = request["place"]
@@ -195,9 +195,7 @@ class Destination:
                     int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front
                 )
             else:
-                if not fds:
-                    raise OSError(22, "a home-coming needs the ghost program")
-                self._target = seize_ghost(int(place["ghost"]), fds[0])
+                self._target = seize_ghost(int(place["ghost"]))
         except BaseException:
             listener.close()
             raise

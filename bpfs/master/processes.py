@@ -10,9 +10,11 @@ import trio
 from bpfs.master.cluster import Cluster
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.ghosts import Ghosts
+from bpfs.procs.programs import Programs
 from bpfs.procs.routes import Surroundings
 from bpfs.procs.service import Procs
 from bpfs.procs.table import ProcTable
+from bpfs.rundir import RunDir
 from bpfs.wire import messages
 
 
@@ -21,16 +23,18 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     """The cluster's processes for as long as the context lasts; every ghost ends with it."""
     table = ProcTable(cluster.events.post)
     ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
-    around = Surroundings(ghosts, cluster.streams, cluster.config.mount, cluster.config.lease)
+    mount = cluster.config.mount
+    programs = Programs(RunDir(mount).programs)
+    around = Surroundings(ghosts, cluster.streams, programs, mount, cluster.config.lease)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)
     cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
     files = ProcFiles(procs)
     cluster.root_entries.append(files.collection())
     cluster.node_entries += files.node_entries()
-    try:
-        yield procs
-    finally:
-        with trio.CancelScope(shield=True):
-            await ghosts.end_all()
-        around.close()
+    with programs:
+        try:
+            yield procs
+        finally:
+            with trio.CancelScope(shield=True):
+                await ghosts.end_all()

@@ -16,11 +16,12 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.procs.ghost import EXECUTABLE, Ghost
+from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Landing, Migration
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process
+from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, Stdio, attach, detach, drop_files
 from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.wire.mux import ghost_table
@@ -36,20 +37,16 @@ class Surroundings:
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
-    def __init__(self, ghosts: Ghosts, streams: StreamBook, mount: str, lease: float) -> None:
+    def __init__(self, ghosts: Ghosts, streams: StreamBook, programs: Programs, mount: str, lease: float) -> None:
         self.ghosts = ghosts
         self.streams = streams
+        self.programs = programs
         self.environment = [f"BPFS_GHOST={mount}".encode(), f"BPFS_LEASE={max(1, round(lease))}".encode()]
-        self.executable = os.open(EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Gives the descriptor back."""
-        os.close(self.executable)
 
     def is_ghost(self, pid: int) -> bool:
         """Whether a process of the master is a ghost of this cluster by now.
 
-        Its environment tells: /proc/PID/exe of an ordinary user's process goes on naming the ghost after a return home.
+        Its environment tells: /proc/PID/exe of a process without new privileges goes on naming the ghost.
         """
         try:
             return Path(f"/proc/{pid}/environ").read_bytes().startswith(self.environment[0] + b"\0")
@@ -66,6 +63,7 @@ class Leave(Migration):
         super().__init__(proc, source, destination)
         self._around = around
         self._stdio = Stdio()
+        self._program = -1  # of the ghost to be
         self._attached: Attached | None = None
 
     async def prepare(self, dst: Engine) -> Landing | None:
@@ -73,7 +71,9 @@ class Leave(Migration):
 
     async def attach(self, summary: dict[str, Any]) -> None:
         self._stdio = Stdio.of(summary["externals"])
-        self._stdio.comm = os.fsencode(summary["process"]["comm"])
+        process = summary["process"]
+        self._stdio.comm = os.fsencode(process["comm"])
+        self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
         channels = list(self._stdio.channels.values())
         identity = self.proc.identity
         self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
@@ -87,7 +87,7 @@ class Leave(Migration):
         ours, theirs = Ghost.pair()
         try:
             with theirs:
-                fds = [self._around.executable, theirs.fileno()]
+                fds = [self._program, theirs.fileno()]
                 await src.call("become_ghost", fds, env=self._around.environment)
         except BpfsError:
             # The worker may have died right after the exec: what the process is now decides.
@@ -195,7 +195,7 @@ class Return(Migration):
         # Not before the ghost has answered: the engine stops it.
         address = self.destination.address(self.source)
         reply = await dst.call(
-            "prepare", [self._around.executable], pid=self.proc.pid, ppid=0, pgid=0, sid=0,
+            "prepare", pid=self.proc.pid, ppid=0, pgid=0, sid=0,
             place=self.destination.target(self.proc.pid), address=address,
         )  # fmt: skip
         return Landing(address, reply["port"], reply["token"], ghost_fds=self._ghost_fds)

@@ -145,7 +145,7 @@ def left_behind(cluster: VirtualCluster, processes: dict[int, int]) -> list[str]
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     bridge = virtualnet.bridge_name(str(cluster.mount))
     found = [f"process {pid} {comm(pid)}" for pid in living(processes)]
-    found += [f"mount {mount}" for mount in mounts if mount == str(cluster.mount)]
+    found += [f"mount {mount}" for mount in mounts if mount in (str(cluster.mount), str(cluster.rundir.programs))]
     found += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(bridge)]
     if cluster.rundir.path.exists():
         found.append(f"directory {cluster.rundir.path}")

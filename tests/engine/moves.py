@@ -102,11 +102,11 @@ class Mover:
     def _transfer(
         self, source: Worker, destination: Worker, seen: dict[str, Any], place: dict[str, int], externals: dict[int,
         int],
-        fds: list[int], ghost: list[int] | None = None,
+        fds: list[int],
     ) -> None:  # fmt: skip
         process = seen["process"]
         ids = {key: process[key] for key in ("pid", "ppid", "pgid", "sid")}
-        ready = destination.ask("prepare", ghost, place=place, address="127.0.0.1", **ids)
+        ready = destination.ask("prepare", place=place, address="127.0.0.1", **ids)
         destination.start("receive", fds, externals=externals, timeout_s=30)
         try:
             source.ask("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
@@ -119,13 +119,13 @@ class Mover:
             raise
         destination.finish()
 
-    def home(self, hostpid: int, ghost: int, program: int) -> int:
+    def home(self, hostpid: int, ghost: int) -> int:
         """Bring a process from the namespace into its ghost."""
         source, destination = self.worker(), self.worker()
         source.ask("freeze", pid=hostpid, writing=False)
         seen = source.ask("inspect")
         assert not seen["refusals"], seen["refusals"]
-        self._transfer(source, destination, seen, {"ghost": ghost}, {}, [], [program])
+        self._transfer(source, destination, seen, {"ghost": ghost}, {}, [])
         source.ask("vanish")
         result: int = destination.ask("resume")["hostpid"]
         source.close(), destination.close()

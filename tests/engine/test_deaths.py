@@ -109,16 +109,16 @@ def test_home_worker_dies(
     seen = source.ask("inspect")
     if phase == "prepare":
         ids = {key: seen["process"][key] for key in ("pid", "ppid", "pgid", "sid")}
-        destination.ask("prepare", [program], place={"ghost": one.pid}, address="127.0.0.1", **ids)
+        destination.ask("prepare", place={"ghost": one.pid}, address="127.0.0.1", **ids)
     else:
-        mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [], [program])
+        mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [])
     kill_worker(zygote, pid)
     if phase == "held":
         assert control.recv(64) == b"ghost"  # it runs anew
     source.ask("release")
     control.send(b"?")
     assert control.recv(64)
-    assert mover.home(hostpid, one.pid, program) == one.pid
+    assert mover.home(hostpid, one.pid) == one.pid
     one.stop()
     assert one.process.wait() == 0, one.text()
     os.close(program)
@@ -133,7 +133,7 @@ def test_many_moves_there_and_back_leave_no_growth(
 
     def there_and_back() -> None:
         control, hostpid = go_away(mover, one, program)
-        mover.home(hostpid, one.pid, program)
+        mover.home(hostpid, one.pid)
         control.close()
 
     def size() -> tuple[int, int, int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.ghosting import grant_exe_right
-from tests.engine.moves import Mover, Victim, socket_pair, until
+from engine.ghosting import grant_rights
+from tests.engine.moves import Mover, Refused, Victim, socket_pair, until
 
 
 def ghost_program(programs: Path) -> int:
@@ -47,7 +47,7 @@ def test_there_and_back(mover: Mover, victim: Callable[..., Victim], programs: P
     program = ghost_program(programs)
     for _ in range(3):
         control, hostpid = go_away(mover, one, program)
-        assert mover.home(hostpid, one.pid, program) == one.pid
+        assert mover.home(hostpid, one.pid) == one.pid
         assert control.recv(64) == b""  # closed at the commit
         control.close()
         assert os.readlink(f"/proc/{one.pid}/exe") == exe
@@ -65,11 +65,11 @@ def test_rights_come_home(
     # With "no new privileges", as the victim sets it otherwise, the ghost would be granted nothing.
     one = victim("state", who, "grants")
     copy = shutil.copy(programs / "ghost", tmp_path / "ghost-with-rights")
-    grant_exe_right(copy)
+    grant_rights(copy)
     program = os.open(copy, os.O_PATH | os.O_CLOEXEC)
     for _ in range(2):
         control, hostpid = go_away(mover, one, program)
-        mover.home(hostpid, one.pid, program)
+        mover.home(hostpid, one.pid)
         control.close()
     one.stop()
     assert one.process.wait() == 0, one.text()
@@ -83,17 +83,41 @@ def test_failed_home_coming_leaves_a_ghost(mover: Mover, victim: Callable[..., V
     source, destination = mover.worker(), mover.worker()
     source.ask("freeze", pid=hostpid, writing=False)
     seen = source.ask("inspect")
-    mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [], [program])
+    mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [])
     destination.close()  # held, but never resumed
     assert control.recv(64) == b"ghost"
     source.ask("release")
     control.send(b"?")
     assert struct.unpack("ii", control.recv(64)) == (one.pid, os.getpid())
-    assert mover.home(hostpid, one.pid, program) == one.pid
+    assert mover.home(hostpid, one.pid) == one.pid
     one.stop()
     assert one.process.wait() == 0, one.text()
     os.close(program)
     control.close()
+
+
+def test_a_ghost_program_that_cannot_run_leaves_the_process_as_it_was(
+    mover: Mover, victim: Callable[..., Victim], tmp_path: Path
+) -> None:
+    one = victim("memory")
+
+    def held() -> tuple[list[str], int]:
+        return sorted(os.listdir(f"/proc/{one.pid}/fd")), os.stat(f"/proc/{one.pid}/fd").st_uid
+
+    before = held()
+    (tmp_path / "no-program").write_text("")
+    program = os.open(tmp_path / "no-program", os.O_PATH | os.O_CLOEXEC)
+    source = mover.worker()
+    source.ask("freeze", pid=one.pid, writing=False)
+    source.ask("inspect")
+    ours, theirs = socket_pair()
+    with ours, theirs, pytest.raises(Refused, match="running the ghost"):
+        source.ask("become_ghost", [program, theirs.fileno()], env=[])
+    source.ask("release")
+    assert held() == before
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+    os.close(program)
 
 
 def test_killed_ghost_ends_as_killed(mover: Mover, victim: Callable[..., Victim], programs: Path) -> None:

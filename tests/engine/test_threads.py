@@ -28,7 +28,7 @@ def test_threads_there_and_back(mover: Mover, victim: Callable[..., Victim], pro
     program = ghost_program(programs)
     for _ in range(3):
         control, hostpid = go_away(mover, one, program)
-        assert mover.home(hostpid, one.pid, program) == one.pid
+        assert mover.home(hostpid, one.pid) == one.pid
         control.close()
     one.stop()
     assert one.process.wait() == 0, one.text()
@@ -46,7 +46,7 @@ def test_failed_home_coming_of_threads_leaves_a_ghost(
         destination, pid = new_worker(mover)
         source.ask("freeze", pid=hostpid, writing=False)
         seen = source.ask("inspect")
-        mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [], [program])
+        mover._transfer(source, destination, seen, {"ghost": one.pid}, {}, [])
         if kill:
             kill_worker(zygote, pid)
         else:
@@ -54,7 +54,7 @@ def test_failed_home_coming_of_threads_leaves_a_ghost(
         assert control.recv(64) == b"ghost"
         source.ask("release")
         source.close()
-    assert mover.home(hostpid, one.pid, program) == one.pid
+    assert mover.home(hostpid, one.pid) == one.pid
     one.stop()
     assert one.process.wait() == 0, one.text()
     os.close(program)

@@ -3,7 +3,8 @@
  * It is exec'd inside the very process that left: same pid, parent, group, session and terminal, all descriptors
  * open, all signals blocked. It forwards signals, relays the job's terminals, pipes and sockets over the stream,
  * stops and continues with the real process, and ends with its very status. Environment: BPFS_CONTROL (number of the
- * SEQPACKET socket to bpmaster), BPFS_LEASE (seconds to go on without it).
+ * SEQPACKET socket to bpmaster), BPFS_LEASE (seconds to go on without it), BPFS_DEATHSIG (PR_SET_PDEATHSIG of the
+ * process, which the exec of a program with capabilities clears).
  */
 #define _GNU_SOURCE
 #include "ghost.h"
@@ -13,11 +14,13 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -349,6 +352,35 @@ static int wait_ms(void)
 	return next <= now ? 0 : (int)(next - now);
 }
 
+/* capset(2), without the kernel's headers: two sets of 32 capabilities each. */
+struct cap_head { uint32_t version; int pid; };
+struct cap_sets { uint32_t effective, permitted, inheritable; };
+#define CAP_VERSION_3 0x20080522u
+#define CAP_CHECKPOINT_RESTORE_HIGH (1u << 8) /* capability 40, in the second set */
+
+/* An ordinary user's ghost may be given capabilities by its program's file (engine/ghosting.py), for the way home. All
+ * that it uses itself is the one that lets it choose pids and its executable. */
+static void take_rights(void)
+{
+	struct cap_head head = { .version = CAP_VERSION_3 };
+	struct cap_sets sets[2];
+
+	if (syscall(SYS_capget, &head, sets) < 0)
+		return;
+	sets[1].effective |= sets[1].permitted & CAP_CHECKPOINT_RESTORE_HIGH;
+	syscall(SYS_capset, &head, sets);
+}
+
+/* What outlives the ghost has no use for them. */
+void drop_rights(void)
+{
+	struct cap_head head = { .version = CAP_VERSION_3 };
+	struct cap_sets none[2] = { 0 };
+
+	if (getauxval(AT_SECURE))
+		syscall(SYS_capset, &head, none);
+}
+
 int main(void)
 {
 	struct ucred peer = { 0 };
@@ -358,11 +390,14 @@ int main(void)
 
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
-	if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0) {
+	/* Whoever came to a program with rights by himself is not root, and gets nothing of it. */
+	if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 || (getauxval(AT_SECURE) && peer.uid)) {
 		static const char usage[] = "ghost: started by bpmaster only: no BPFS_CONTROL socket\n";
 		return write(2, usage, sizeof(usage) - 1) < 0 ? 2 : 2;
 	}
 	master_pid = peer.pid;
+	take_rights();
+	prctl(PR_SET_PDEATHSIG, number("BPFS_DEATHSIG", 0));
 	lease_seconds = number("BPFS_LEASE", 30);
 	loop_init();
 	fcntl(fd, F_SETFD, FD_CLOEXEC);

@@ -54,6 +54,7 @@ extern struct port control, signals;
 extern bool pumping; /* this is a child that only pumps; the ghost has ended */
 void tell(uint32_t type, int a, int b, int c, int d, uint64_t value);
 void forward(const struct signalfd_siginfo *i);
+void drop_rights(void);
 
 /* ghost_life.c */
 void barrier_start(enum barrier_what what, int number);

@@ -39,6 +39,7 @@ static void become_pump(void)
 	sigset_t set;
 
 	pumping = true;
+	drop_rights();
 	prctl(PR_SET_NAME, "bpfs-pump");
 	close(control.fd);
 	close(signals.fd);

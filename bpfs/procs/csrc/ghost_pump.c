@@ -75,6 +75,7 @@ static int spawn_pump(int from, const struct buf *first, int to)
 	child = fork();
 	if (child)
 		_exit(child < 0 ? errno : 0);
+	drop_rights();
 	prctl(PR_SET_NAME, "bpfs-pump");
 	int low = from < to ? from : to, high = from < to ? to : from;
 	if (low > 0)
@@ -159,13 +160,13 @@ void core_prepare(void)
 	    chdir(where) < 0)
 		return;
 	close(fd);
+	prctl(PR_SET_DUMPABLE, 1); /* makes the next file its own, too */
 	fd = open("/proc/self/coredump_filter", O_WRONLY | O_CLOEXEC);
 	if (fd < 0 || write(fd, "0", 1) != 1)
 		return;
 	close(fd);
 	limit.rlim_cur = limit.rlim_max;
 	setrlimit(RLIMIT_CORE, &limit);
-	prctl(PR_SET_DUMPABLE, 1);
 	if (fork() == 0)
 		clean_up(gone[0], where);
 }
