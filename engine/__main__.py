@@ -31,7 +31,7 @@ def _dump(arguments: argparse.Namespace) -> int:
         if inspection.refusals:
             return 1
         with open(arguments.output, "wb") as file:
-            total, ms = dump.write(inspection, file.write)
+            total, ms = dump.write(inspection, dump.build(inspection), file.write)
         if arguments.kill:
             os.kill(arguments.pid, signal.SIGKILL)
             killed = True

@@ -134,15 +134,15 @@ def build(inspection: Inspection) -> Image:
         oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
         io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, frozen.pid),
         descriptors=inspection.descriptors.table,
-        frozen_ns=round((time.monotonic() - frozen.settled) * 1e9),
+        frozen_ns=0,  # known when it is written
         total=sum(length for _, length in inspection.runs),
     )
 
 
-def write(inspection: Inspection, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:
-    """Stream the whole image. Returns (bytes of pages, ms). Raises OSError."""
+def write(inspection: Inspection, image: Image, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:
+    """Stream what `build` gave, and the pages. Returns (bytes of pages, ms). Raises OSError."""
     began = time.monotonic()
-    image = build(inspection)
+    image.frozen_ns = round((began - inspection.frozen.settled) * 1e9)
     send(img.frame(img.META, img.encode(image)))
     frozen = inspection.frozen
     total = send_pages(frozen.pid, frozen.memory, inspection.runs, send)

@@ -9,14 +9,14 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Iterator
 from typing import Final
 
 from engine.freeze import Frozen
+from engine.image import Image
 from engine.linux import process_vm, procfs, ptrace, scm
 from engine.linux.libc import NR
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, Calls, ProcessGone, row
-from engine.state import PR_GET_DUMPABLE, PR_GET_PDEATHSIG, PR_SET_DUMPABLE
+from engine.state import PR_SET_DUMPABLE
 from engine.target import exec_block
 
 _CONTROL_FLOOR: Final = 200
@@ -30,58 +30,69 @@ _MSG_CMSG_CLOEXEC: Final = 0x40000000
 _AT_EMPTY_PATH: Final = 0x1000
 
 
-def become_ghost(frozen: Frozen, cloexec: list[int], program: int, control: int, environment: list[bytes]) -> None:
-    """Exec the ghost inside the process and let it run.
+class Passed:
+    """What a frozen process is given that is to become the ghost: the ghost's program and its control socket.
 
-    The process cannot be looked into by its own user from here on: nobody but it shall come to what it is given.
+    From here on it cannot be looked into by its own user: nobody but it shall come to what it is given.
+
+    Attributes:
+        program, control: descriptors of the process.
+        death_signal: its own, which the exec of a program with rights would clear.
+    """
+
+    def __init__(self, frozen: Frozen, image: Image, program: int, control: int) -> None:
+        """Pass it all on. `take_back` undoes that; so does the abandoned process itself, should the worker die.
+
+        Args:
+            program: descriptor of the ghost program.
+            control: the ghost's end of its control socket.
+
+        Raises:
+            OSError: the process is as it was, or has ended.
+        """
+        self._frozen = frozen
+        self.death_signal = image.death_signal
+        # All threads stand still, so that the numbers which the kernel is going to choose are known before it does.
+        taken = {int(name) for name in os.listdir(f"/proc/{frozen.pid}/fd")}
+        floor = min(_CONTROL_FLOOR, max(image.limits[resource.RLIMIT_NOFILE][0] - 8, 3))
+        chosen = list(itertools.islice((n for n in itertools.count() if n not in taken), _PASSED))
+        chosen.append(next(n for n in itertools.count(floor) if n not in taken and n not in chosen))
+        self._undo: list[tuple[str, tuple[int, ...]]] = [("close", (number,)) for number in chosen]
+        self._undo.append(("prctl", (PR_SET_DUMPABLE, image.dumpable & 1)))
+        injection = frozen.open_injection()
+        injection.set_heal([row(NR[name], *arguments, must=False) for name, arguments in self._undo])
+        try:
+            self.program, self.control = _pass(frozen, program, control, floor)
+        except OSError:
+            with contextlib.suppress(OSError):  # it has ended
+                self.take_back()
+            raise
+
+    def take_back(self) -> None:
+        """The process goes on here. Raises OSError where it has ended."""
+        injection = self._frozen.open_injection()
+        calls = Calls(injection)
+        for name, arguments in self._undo:
+            calls.add(name, *arguments, must=False)
+        calls.run()
+        injection.set_heal([])
+
+
+def become_ghost(frozen: Frozen, cloexec: list[int], passed: Passed, environment: list[bytes]) -> None:
+    """Exec the ghost inside the process and let it run.
 
     Args:
         cloexec: descriptors of the process that are close-on-exec: the ghost keeps them open.
-        program: descriptor of the ghost program.
-        control: the ghost's end of its control socket; it finds its number in `BPFS_CONTROL`.
-        environment: the rest of its environment; its death signal, which the exec of a program with rights would
-            clear, is added as `BPFS_DEATHSIG`.
+        passed: what it needs of ours; it finds the number of its control socket in `BPFS_CONTROL`, its death signal
+            in `BPFS_DEATHSIG`.
+        environment: the rest of its environment.
 
     Raises:
-        OSError: it did not come to the exec; the process is as it was and still frozen.
+        OSError: it did not come to the exec; the process is still frozen.
     """
-    calls = Calls(frozen.open_injection())
-    death = calls.data(bytes(8))
-    calls.add("prctl", PR_GET_PDEATHSIG, death)
-    asked = calls.add("prctl", PR_GET_DUMPABLE)
-    dumpable = calls.run()[asked]
-    signo = int.from_bytes(calls.read(death, 4), "little")
-    with _undone(frozen, dumpable) as floor:
-        exe, number = _pass(frozen, program, control, floor)
-        _prepare(frozen, cloexec)
-        _exec(frozen, exe, [*environment, b"BPFS_DEATHSIG=%d" % signo, b"BPFS_CONTROL=%d" % number])
-
-
-@contextlib.contextmanager
-def _undone(frozen: Frozen, dumpable: int) -> Iterator[int]:
-    """Takes back, after a failure or in the abandoned process itself, what `_pass` puts into it; gives the floor for
-    the control socket.
-
-    All threads stand still, so that the numbers which the kernel is going to choose are known before it does.
-    """
-    taken = {int(name) for name in os.listdir(f"/proc/{frozen.pid}/fd")}
-    floor = min(_CONTROL_FLOOR, max(procfs.read_limits(frozen.pid)[resource.RLIMIT_NOFILE][0] - 8, 3))
-    chosen = list(itertools.islice((n for n in itertools.count() if n not in taken), _PASSED))
-    chosen.append(next(n for n in itertools.count(floor) if n not in taken and n not in chosen))
-    injection = frozen.open_injection()
-    undo: list[tuple[str, tuple[int, ...]]] = [("close", (number,)) for number in chosen]
-    undo.append(("prctl", (PR_SET_DUMPABLE, dumpable & 1)))
-    injection.set_heal([row(NR[name], *arguments, must=False) for name, arguments in undo])
-    try:
-        yield floor
-    except OSError:
-        with contextlib.suppress(OSError):  # it has ended, or the exec was done
-            calls = Calls(injection)
-            for name, arguments in undo:
-                calls.add(name, *arguments, must=False)
-            calls.run()
-            injection.set_heal([])
-        raise
+    _prepare(frozen, cloexec)
+    death = b"BPFS_DEATHSIG=%d" % passed.death_signal
+    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control])
 
 
 def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, int]:

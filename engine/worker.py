@@ -18,8 +18,9 @@ import msgpack
 
 from engine import dump, note
 from engine import image as img
+from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
-from engine.ghosting import become_ghost
+from engine.ghosting import Passed, become_ghost
 from engine.linux import packets, ptrace
 from engine.onexec import Armed, end
 from engine.restore import Builder
@@ -44,20 +45,27 @@ class Source:
         self._armed: Armed | None = None
         self._settled = False
         self._inspection: dump.Inspection | None = None
+        self._image: img.Image | None = None
+        self._passed: Passed | None = None
+        self.afterwards: Callable[[], object] | None = None
 
     def _held(self) -> Frozen:
         if self._frozen is None:
             raise OSError(22, f"{_ORDER}: no process is frozen")
         return self._frozen
 
+    def look(self, request: Reply, fds: list[int]) -> Reply:
+        """Say what will have to be relayed, of a process that runs: a forecast."""
+        return {"externals": look(int(request["pid"]))}
+
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
-        """Seize and stop; `writing`: return before the stop."""
+        """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop."""
         if self._frozen is not None:
             raise OSError(16, f"{_ORDER}: a process is frozen already")
         writing = bool(request.get("writing"))
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
-        return {}
+        return self.inspect(request, fds) if request.get("inspect") else {}
 
     def arm(self, request: Reply, fds: list[int]) -> Reply:
         """Seize a process that is to be stopped at its next exec."""
@@ -83,24 +91,33 @@ class Source:
         note.erase()
         return {}
 
-    def settle(self, request: Reply, fds: list[int]) -> Reply:
-        """Wait for the stops."""
+    def inspect(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for the stops; say what it is, what must be relayed and why it cannot move.
+
+        `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
+        """
         frozen = self._held()
         if not self._settled:
             frozen.settle()
             self._settled = True
-        return {}
-
-    def inspect(self, request: Reply, fds: list[int]) -> Reply:
-        """Say what it is, what must be relayed and why it cannot move."""
-        self._inspection = dump.inspect(self._held())
+        self._inspection = dump.inspect(frozen)
+        if request.get("moving") and not self._inspection.refusals:
+            self.afterwards = self._build_ahead
         return {
             "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals":
             self._inspection.externals,
         }  # fmt: skip
 
+    def _build_ahead(self) -> None:
+        assert self._inspection is not None
+        with contextlib.suppress(OSError):  # `send` will meet it again, and say so
+            self._image = dump.build(self._inspection)
+
     def send(self, request: Reply, fds: list[int]) -> Reply:
-        """Stream the image to the destination's worker; wait until it holds."""
+        """Stream the image to the destination's worker; wait until it holds.
+
+        fds: ghost program and control socket, where the process is going to become a ghost.
+        """
         if self._inspection is None:
             raise OSError(22, f"{_ORDER}: inspect first")
         if self._inspection.refusals:
@@ -113,7 +130,10 @@ class Source:
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
         try:
             stream.send(request["token"])
-            total, ms = dump.write(self._inspection, stream.send)
+            image = self._image = self._image or dump.build(self._inspection)
+            total, ms = dump.write(self._inspection, image, stream.send)
+            if len(fds) == 2:  # while the destination is still at work
+                self._passed = Passed(self._held(), image, fds[0], fds[1])
             kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
         finally:
             stream.close()
@@ -127,17 +147,19 @@ class Source:
         frozen = self._held()
         if not self._settled:
             frozen.settle()
+        self._take_back()
         self._forget()
         frozen.release(int(request.get("errno", 0)))
         return {}
 
     def become_ghost(self, request: Reply, fds: list[int]) -> Reply:
-        """Run the ghost in its place. fds: ghost program, control socket."""
+        """Run the ghost in its place. fds, unless `send` had them: ghost program, control socket."""
         frozen = self._held()
-        if self._inspection is None or len(fds) != 2:
+        if self._inspection is None or (self._passed is None and len(fds) != 2):
             raise OSError(22, f"{_ORDER}: become_ghost wants an inspected process and two descriptors")
+        self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
         cloexec = [number for entry in self._inspection.descriptors.table for number, closes in entry["fds"] if closes]
-        become_ghost(frozen, cloexec, fds[0], fds[1], list(request.get("env", [])))
+        become_ghost(frozen, cloexec, self._passed, list(request.get("env", [])))
         self._forget()
         note.erase()
         return {}
@@ -156,12 +178,19 @@ class Source:
         note.erase()
         return {}
 
+    def _take_back(self) -> None:
+        if self._passed is not None:
+            with contextlib.suppress(OSError):  # killed meanwhile
+                self._passed.take_back()
+
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled = None, None, False
+        self._image = self._passed = self.afterwards = None
 
     def undo(self) -> bool:
         """The daemon is gone, or gives up. Returns whether there was anything to undo."""
         frozen, settled = self._frozen, self._settled
+        self._take_back()
         self._forget()
         if frozen is not None and settled:
             frozen.release()
@@ -292,11 +321,11 @@ def serve(control: socket.socket) -> bool:
     source, destination = Source(control), Destination(control)
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
         "hello": lambda request, fds: {"pid": os.getpid()},
+        "look": source.look,
         "freeze": source.freeze,
         "arm": source.arm,
         "wait_exec": source.wait_exec,
         "end": source.end,
-        "settle": source.settle,
         "inspect": source.inspect,
         "send": source.send,
         "release": source.release,
@@ -320,6 +349,9 @@ def serve(control: socket.socket) -> bool:
             packets.send(control, reply, passed)
             for fd in passed:
                 os.close(fd)
+            if source.afterwards is not None:
+                afterwards, source.afterwards = source.afterwards, None
+                afterwards()
     except OSError:
         clean = False  # the daemon is gone
     finally:

@@ -40,6 +40,12 @@ RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to c
 
 _log = log.get("procs")
 
+Externals = list[dict[str, Any]]
+"""Open files that only a relay can carry: engine/descriptors/external.py."""
+
+Look = Callable[[], Awaitable[Externals | None]]
+"""What a process has of them, or, while it runs, will most likely have once it stands still; None: cannot be told."""
+
 Release = Callable[[BpfsError], Awaitable[object]]
 """Lets a stopped source go on (or end) because of this error."""
 
@@ -51,9 +57,9 @@ class Phase(enum.Enum):
     """Where a migration is, in the words of procs/PID/state."""
 
     PREPARE = "prepare"  # the destination makes an empty process with the pid
+    ATTACH = "attach"  # ends of stdio at the destination are made, beside prepare; anew where the freeze shows others
     FREEZE = "freeze"  # the source stops, all threads; its own write is answered
     INSPECT = "inspect"  # what cannot move is refused here; nothing has been touched yet
-    ATTACH = "attach"  # stdio is held still, its ends at the destination are made
     TRANSFER = "transfer"  # the image goes from source to destination, which rebuilds the process, stopped
     DEPART = "depart"  # the source goes: into the ghost, or killed. From its end on the new place is the place
     RESUME = "resume"  # the destination lets its copy run
@@ -119,9 +125,10 @@ class Migration(ABC):
             dst = await stack.enter_async_context(self.destination.engine())
 
             async def release(error: BpfsError) -> None:
-                await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
+                if self.figures.frozen:
+                    await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
 
-            await self._move(src, dst, lambda: self._freeze(src, writer), release)
+            await self._move(src, dst, lambda: self._look(src), lambda: self._freeze(src, writer), release)
 
     async def run_stopped(self, src: Engine, release: Release) -> None:
         """Moves a process that `src` has stopped already; `release` undoes that where the move fails."""
@@ -129,17 +136,27 @@ class Migration(ABC):
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.quiet())
             dst = await stack.enter_async_context(self.destination.engine())
-            await self._move(src, dst, lambda: self._inspect(src), release)
+            summary: dict[str, Any] = {}
+
+            async def look() -> Externals:
+                summary.update(await self._inspected(await src.call("inspect", moving=True)))
+                return list(summary["externals"])
+
+            async def stop() -> dict[str, Any]:
+                return summary
+
+            await self._move(src, dst, look, stop, release)
 
     async def _move(
         self,
         src: Engine,
         dst: Engine,
+        look: Look,
         stop: Callable[[], Awaitable[dict[str, Any]]],
         release: Release,
     ) -> None:
         try:
-            await self._make(src, dst, stop)
+            await self._make(src, dst, look, stop)
         except BaseException as error:
             known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
             with trio.CancelScope(shield=True):
@@ -154,17 +171,21 @@ class Migration(ABC):
         """Keeps signals back that would meet the process half-way."""
         return nullcontext()
 
-    async def prepare(self, dst: Engine) -> Landing | None:
-        """Has the destination make an empty process while the source is still being frozen, where that is possible."""
-        return None
+    @abstractmethod
+    async def make_ready(self, dst: Engine, look: Look) -> None:
+        """Does what needs no process that stands still: the shorter it will stand."""
 
     @abstractmethod
-    async def attach(self, summary: dict[str, Any]) -> None:
-        """Holds stdio still and makes its new ends. The destination may still be preparing meanwhile."""
+    async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        """The source stands still; afterwards the destination is ready to receive it as it really is."""
 
-    @abstractmethod
-    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
-        """Completes what `prepare` gave; afterwards the destination is ready to receive."""
+    async def hold(self) -> None:
+        """Holds stdio still, while the image is on its way."""
+        return
+
+    def ghost_fds(self) -> list[int]:
+        """Descriptors of which the source's engine makes the ghost, where it does."""
+        return []
 
     @abstractmethod
     async def depart(self, src: Engine) -> None:
@@ -188,43 +209,46 @@ class Migration(ABC):
         self.proc.progress = f"{phase.value} for node {self.destination.number}"
         await faults.hold(phase.value)
 
-    async def _make(self, src: Engine, dst: Engine, stop: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-        async def stop_and_attach() -> None:
-            summary = await stop()
-            await self._enter(Phase.ATTACH)
-            await self.attach(summary)
-
-        early, _ = await together(lambda: self._prepare(dst), stop_and_attach)
-        landing = await self.land(dst, early)
+    async def _make(
+        self, src: Engine, dst: Engine, look: Look, stop: Callable[[], Awaitable[dict[str, Any]]]
+    ) -> None:
+        await self._enter(Phase.PREPARE)
+        await self.make_ready(dst, look)
+        landing = await self.land(dst, await stop())
         await self._enter(Phase.TRANSFER)
+        await together(self.hold, lambda: self._transfer(src, dst, landing))
+        self.figures.whole = time.perf_counter()
+        self._check_alive()
+
+    async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         await transfer(
-            lambda: src.call("send", host=landing.host, port=landing.port, token=landing.token),
+            lambda: src.call("send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token),
             lambda: dst.call(
                 "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
                 timeout_s=RECEIVE_TIMEOUT,
             ),
             self.figures,
         )
-        self.figures.whole = time.perf_counter()
-        self._check_alive()
 
-    async def _prepare(self, dst: Engine) -> Landing | None:
-        await self._enter(Phase.PREPARE)
-        return await self.prepare(dst)
+    async def _look(self, src: Engine) -> Externals | None:
+        try:
+            reply = await src.call("look", pid=await self.source.hostpid(self.proc))
+        except BpfsError:
+            return None  # the freeze will meet the obstacle again, and name it
+        return list(reply["externals"])
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
         await self._enter(Phase.FREEZE)
         hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
-        await src.call("freeze", pid=hostpid, writing=writer is not None)
-        if writer is not None:
-            await writer.answer()
-            await src.call("settle")
-        return await self._inspect(src)
+        if writer is None:
+            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, moving=True))
+        await src.call("freeze", pid=hostpid, writing=True)
+        await writer.answer()
+        return await self._inspected(await src.call("inspect", moving=True))
 
-    async def _inspect(self, src: Engine) -> dict[str, Any]:
+    async def _inspected(self, summary: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)
-        summary = await src.call("inspect")
         refuse(summary["refusals"])
         return summary
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+from abc import abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
-from bpfs.procs.migration import Landing, Migration
+from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, together
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, Stdio, attach, detach, drop_files
 from bpfs.procs.terminal import in_foreground, on_terminal
-from bpfs.wire.mux import ghost_table
+from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
 
 _log = log.get("procs")
@@ -54,46 +57,116 @@ class Surroundings:
             return False
 
 
-class Leave(Migration):
-    """From the master to a node."""
+class ToNode(Migration):
+    """To a node, wherever from."""
 
     destination: NodePlace
 
     def __init__(self, proc: Process, source: Place, destination: NodePlace, around: Surroundings) -> None:
         super().__init__(proc, source, destination)
         self._around = around
+        self._externals: Externals | None = None  # what `_attached` was made for
+        self._attached: Attached | None = None
+        self._landing: Landing | None = None
+
+    @abstractmethod
+    def channels(self, externals: Externals) -> list[Channel]:
+        """The channels that these are. Raises BpfsError."""
+
+    async def make_ready(self, dst: Engine, look: Look) -> None:
+        if on_terminal(self.proc.pid):  # it is to be born with the terminal
+            await self._foresee(look)
+            await self._prepare(dst)
+        else:
+            await together(lambda: self._prepare(dst), lambda: self._foresee(look))
+
+    async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        if self._attached is None or self._externals != summary["externals"]:
+            await self._attach_anew(dst, summary["externals"])
+        assert self._attached is not None and self._landing is not None
+        self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
+        return self._landing
+
+    async def stay(self) -> None:
+        await self._detach()
+
+    async def _foresee(self, look: Look) -> None:
+        externals = await look()
+        if externals is not None:
+            with suppress(BpfsError):  # it is tried again when the process stands still, and counts then
+                await self._attach(externals)
+
+    async def _attach(self, externals: Externals) -> None:
+        await self._enter(Phase.ATTACH)
+        identity, channels = self.proc.identity, self.channels(externals)
+        self._externals = externals
+        self._attached = await attach(
+            self.destination, self._around.streams, channels, identity.uid, identity.gid
+        )
+
+    async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
+        # It has opened or closed something, or changed its terminal, since it was looked at.
+        before = self._attached.terminal if self._attached is not None else ""
+        await self._detach()
+        await self._attach(externals)
+        assert self._attached is not None
+        if self._attached.terminal != before:
+            await dst.call("discard")
+            await self._prepare(dst)
+
+    async def _detach(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.connection.close()
+            await detach(self.destination, attached.number)
+
+    async def _prepare(self, dst: Engine) -> None:
+        """Has the node make the empty process, under placeholders for its parent, group and session."""
+        proc, place = self.proc, self.destination
+        identity = proc.identity
+        address = place.address(self.source)
+        reply = await dst.call(
+            "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
+            place=place.target(proc.pid), address=address, front=in_foreground(proc.pid),
+            terminal=self._attached.terminal if self._attached is not None else "",
+        )  # fmt: skip
+        self._landing = Landing(address, reply["port"], reply["token"])
+
+
+class Leave(ToNode):
+    """From the master to a node."""
+
+    def __init__(self, proc: Process, source: Place, destination: NodePlace, around: Surroundings) -> None:
+        super().__init__(proc, source, destination, around)
         self._stdio = Stdio()
         self._program = -1  # of the ghost to be
-        self._attached: Attached | None = None
+        self._control: tuple[socket.socket, socket.socket] | None = None  # of the ghost to be: our end and its own
 
-    async def prepare(self, dst: Engine) -> Landing | None:
-        return await prepare_early(self, dst)
+    def channels(self, externals: Externals) -> list[Channel]:
+        self._stdio = Stdio.of(externals)
+        return list(self._stdio.channels.values())
 
-    async def attach(self, summary: dict[str, Any]) -> None:
-        self._stdio = Stdio.of(summary["externals"])
+    def ghost_fds(self) -> list[int]:
+        self._control = Ghost.pair()
+        return [self._program, self._control[1].fileno()]
+
+    async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        landing = await super().land(dst, summary)
         process = summary["process"]
         self._stdio.comm = os.fsencode(process["comm"])
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
-        channels = list(self._stdio.channels.values())
-        identity = self.proc.identity
-        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-
-    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
-        assert self._attached is not None
-        return await land_on_node(self, dst, landing, self._attached)
+        return landing
 
     async def depart(self, src: Engine) -> None:
-        assert self._attached is not None
-        ours, theirs = Ghost.pair()
+        assert self._attached is not None and self._control is not None
         try:
-            with theirs:
-                fds = [self._program, theirs.fileno()]
-                await src.call("become_ghost", fds, env=self._around.environment)
+            await src.call("become_ghost", env=self._around.environment)
         except BpfsError:
             # The worker may have died right after the exec: what the process is now decides.
             if not self._around.is_ghost(self.proc.pid):
-                ours.close()
                 raise
+        ours, theirs = self._control
+        theirs.close()
         attached, proc = self._attached, self.proc
         proc.place = self.destination.number
         self._stdio.stream, self._stdio.ends = attached.number, attached.ends
@@ -105,40 +178,30 @@ class Leave(Migration):
         self._stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
 
     async def stay(self) -> None:
-        if self._attached is not None:
-            self._attached.connection.close()
-            await detach(self.destination, self._attached.number)
+        for end in self._control or ():
+            end.close()
+        await super().stay()
 
 
-class Hop(Migration):
+class Hop(ToNode):
     """From one node to another, straight; the master only tells both what to do."""
 
     source: NodePlace
-    destination: NodePlace
 
     def __init__(self, proc: Process, source: NodePlace, destination: NodePlace, around: Surroundings) -> None:
-        super().__init__(proc, source, destination)
-        self._around = around
+        super().__init__(proc, source, destination, around)
         self._away = around.ghosts.of(proc)
-        self._attached: Attached | None = None
         self._held = False
 
     def quiet(self) -> trio.Lock:
         return self._away.quiet
 
-    async def prepare(self, dst: Engine) -> Landing | None:
-        return await prepare_early(self, dst)
+    def channels(self, externals: Externals) -> list[Channel]:
+        return self._away.stdio.regroup(externals)
 
-    async def attach(self, summary: dict[str, Any]) -> None:
-        channels = self._away.stdio.regroup(summary["externals"])
+    async def hold(self) -> None:
         self._held = True
         await self._away.ghost.hold()
-        identity = self.proc.identity
-        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
-
-    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
-        assert self._attached is not None
-        return await land_on_node(self, dst, landing, self._attached)
 
     async def depart(self, src: Engine) -> None:
         await vanish(self, src)
@@ -160,9 +223,7 @@ class Hop(Migration):
         await detach(self.destination, self._attached.number)
 
     async def stay(self) -> None:
-        if self._attached is not None:
-            self._attached.connection.close()
-            await detach(self.destination, self._attached.number)
+        await super().stay()
         if self._held:
             await tell(self._away.ghost.resume())
 
@@ -182,16 +243,17 @@ class Return(Migration):
     def quiet(self) -> trio.Lock:
         return self._away.quiet
 
-    async def attach(self, summary: dict[str, Any]) -> None:
+    async def make_ready(self, dst: Engine, look: Look) -> None:
+        return
+
+    async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        await self._enter(Phase.ATTACH)
         away = self._away
-        channels = away.stdio.regroup(summary["externals"])
-        self._ghost_fds = away.stdio.home_numbers(channels)
+        self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(summary["externals"]))
         self._held = True
         held = await away.ghost.hold(home=True)
         if held.pumps:
             await away.ghost.pump()
-
-    async def land(self, dst: Engine, landing: Landing | None) -> Landing:
         # Not before the ghost has answered: the engine stops it.
         address = self.destination.address(self.source)
         reply = await dst.call(
@@ -217,33 +279,6 @@ class Return(Migration):
         # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
         if self._held:
             await tell(self._away.ghost.resume())
-
-
-async def prepare_early(migration: Migration, dst: Engine) -> Landing | None:
-    """Has a node make the empty process now, unless that must wait for the terminal that it is to be born with."""
-    if on_terminal(migration.proc.pid):
-        return None
-    return await prepare_on_node(migration, dst)
-
-
-async def land_on_node(migration: Migration, dst: Engine, landing: Landing | None, attached: Attached) -> Landing:
-    """Completes a landing with the new ends of stdio."""
-    if landing is None:
-        landing = await prepare_on_node(migration, dst, attached.terminal)
-    landing.fds, landing.externals = attached.fds, attached.places
-    return landing
-
-
-async def prepare_on_node(migration: Migration, dst: Engine, terminal: str = "") -> Landing:
-    """Has a node make the empty process, under placeholders for its parent, group and session."""
-    proc, place = migration.proc, migration.destination
-    identity = proc.identity
-    address = place.address(migration.source)
-    reply = await dst.call(
-        "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
-        place=place.target(proc.pid), address=address, terminal=terminal, front=in_foreground(proc.pid),
-    )  # fmt: skip
-    return Landing(address, reply["port"], reply["token"])
 
 
 async def vanish(migration: Migration, src: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,19 +54,43 @@ def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT) -> De
     return found
 
 
+def look(pid: int) -> list[dict[str, Any]]:
+    """The externals of a process that runs: what `inspect` will most likely find of them once it stands still.
+
+    Raises:
+        OSError: the process is gone, or may not be looked at.
+    """
+    found = []
+    with Source(pid) as source:
+        probes = []
+        for fd in _numbers(b"/proc/%d" % pid):
+            with suppress(OSError):  # closed meanwhile
+                probes.append(_probe(b"/proc/%d" % pid, fd))
+        source.probes = _merge(pid, probes)
+        for probe in source.probes:
+            kind = next(kind for kind in KINDS if kind.matches(source, probe))
+            if kind.name == "external":
+                with suppress(OSError, Refusal):
+                    found.append(external.describe_external(source, probe, kind.dump(source, probe)))
+    return found
+
+
+def _numbers(process: bytes) -> list[int]:
+    return sorted(map(int, os.listdir(process + b"/fd")))
+
+
+def _probe(process: bytes, fd: int) -> Probe:
+    path = b"%b/fd/%d" % (process, fd)
+    info = _read(b"%b/fdinfo/%d" % (process, fd))
+    # "pos:\t0\nflags:\t0100002\n…"
+    pos, flags = info.split(b"\n", 2)[:2]
+    bits = int(flags[6:], 8)
+    cloexec = bool(bits & _CLOEXEC)
+    return Probe([(fd, cloexec)], os.readlink(path), bits & ~_CLOEXEC, int(pos[4:]), info, statx.of_path(path))
+
+
 def _probe_all(process: bytes) -> list[Probe]:
-    probes = []
-    for fd in sorted(map(int, os.listdir(process + b"/fd"))):
-        path = b"%b/fd/%d" % (process, fd)
-        info = _read(b"%b/fdinfo/%d" % (process, fd))
-        # "pos:\t0\nflags:\t0100002\n…"
-        pos, flags = info.split(b"\n", 2)[:2]
-        bits = int(flags[6:], 8)
-        cloexec = bool(bits & _CLOEXEC)
-        probes.append(
-            Probe([(fd, cloexec)], os.readlink(path), bits & ~_CLOEXEC, int(pos[4:]), info, statx.of_path(path))
-        )
-    return probes
+    return [_probe(process, fd) for fd in _numbers(process)]
 
 
 def _read(path: bytes) -> bytes:

@@ -283,3 +283,27 @@ def test_a_shared_input_file_is_read_on_where_the_job_stopped(it, tmp_path):
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout.split(), done.stderr) == (["two", "one", "three"], "")
+
+
+RESTLESS = """
+import os, select, sys
+n = 0
+while not select.select([0], [], [], 0)[0]:
+    n += 1
+    for fd in [os.dup(n % 3) for _ in range(n % 5)]:
+        os.close(fd)
+print("end", os.getpid(), sys.stdin.readline().strip(), flush=True)
+"""
+
+
+def test_descriptors_that_come_and_go_while_it_is_looked_at(it):
+    """Its stdio is made ready while it still runs: what it has when it stands still is what counts."""
+    command = [sys.executable, "-c", RESTLESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(5):
+            for node in (0, 1, -1):
+                move(it, process.pid, node)
+        move(it, process.pid, 1)
+        out, _ = process.communicate("enough\n", timeout=60)
+    assert out == f"end {process.pid} enough\n"
+    assert process.returncode == 0
