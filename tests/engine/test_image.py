@@ -24,7 +24,8 @@ def sample() -> bytes:
         frozen = freeze(pid)
         try:
             out = io.BytesIO()
-            dump.write(dump.inspect(frozen), out.write)
+            inspection = dump.inspect(frozen)
+            dump.write(inspection, dump.build(inspection), out.write)
             return out.getvalue()
         finally:
             frozen.release()
