@@ -18,6 +18,7 @@ NEEDED = [
     "bpfs/bin/iorelay",
     "bpfs/bin/bpsh",
     "engine/bin/nodeinit",
+    "boot/bin/bpfs-init",
 ]
 
 

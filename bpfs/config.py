@@ -24,6 +24,11 @@ DEFAULT_PORT = 932
 DEFAULT_LEASE = 30.0
 """Seconds that a slave lives on without hearing from the master."""
 DEFAULT_NODES = 1024
+DEFAULT_BOOTPORT = 933
+"""TCP port from which nodes fetch their images: beside `DEFAULT_PORT`, and one that only root can listen on."""
+DEFAULT_BOOTIMAGES = Path("/var/lib/beowulf/boot")
+DEFAULT_COMMAND_LINE = "panic=10 quiet"
+"""A node whose kernel panics starts again after 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,11 @@ class Config:
     pingtimeout: float | None = None  # seconds of silence after which a node is down; None: lease + margin
     key: Path = DEFAULT_KEY
     mount: str = "/bpfs"
+    bootserver: bool = False  # bpmaster starts bpbootd
+    bootport: int = DEFAULT_BOOTPORT
+    bootimages: Path = DEFAULT_BOOTIMAGES
+    nodeassign: str = "manual"  # one of NODEASSIGN
+    kernelcommandline: str = DEFAULT_COMMAND_LINE
 
     @property
     def margin(self) -> float:
@@ -70,6 +80,20 @@ class Config:
             if any(mac in entry.macs for mac in macs):
                 return entry.number
         return None
+
+    def address_for(self, number: int) -> str | None:
+        """The address that `iprange` has for a number: the ranges are counted through; None where they end before."""
+        for first, last in self.ranges:
+            low, high = ipaddress.ip_address(first), ipaddress.ip_address(last)
+            size = int(high) - int(low) + 1
+            if number < size:
+                return str(low + number)
+            number -= size
+        return None
+
+
+NODEASSIGN = ("append", "manual", "locked")
+"""Of a machine that asks and is no node: it gets the next number, is listed in boot/unknown, or is ignored."""
 
 
 # -- the keywords: one table -----------------------------------------------------------------------
@@ -179,6 +203,32 @@ def _mount(config: Config, args: list[str]) -> None:
     config.mount = args[0]
 
 
+def _bootserver(config: Config, args: list[str]) -> None:
+    config.bootserver = _one_of(args[0], ("yes", "no"), "bootserver") == "yes"
+
+
+def _bootport(config: Config, args: list[str]) -> None:
+    config.bootport = _number(args[0], 1, 65535, "bootport")
+
+
+def _bootimages(config: Config, args: list[str]) -> None:
+    config.bootimages = Path(args[0])
+
+
+def _nodeassign(config: Config, args: list[str]) -> None:
+    config.nodeassign = _one_of(args[0], NODEASSIGN, "nodeassign")
+
+
+def _kernelcommandline(config: Config, args: list[str]) -> None:
+    config.kernelcommandline = " ".join(args)
+
+
+def _one_of(word: str, known: tuple[str, ...], what: str) -> str:
+    if word not in known:
+        raise ValueError(f"{what} must be one of {' '.join(known)}, not {word!r}")
+    return word
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -189,6 +239,13 @@ KEYWORDS = {
     "pingtimeout": Keyword("SECONDS", 1, 1, _pingtimeout, "silence after which a node is down; more than the lease"),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
+    "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
+    "bootport": Keyword("PORT", 1, 1, _bootport, f"TCP port of bpbootd (default {DEFAULT_BOOTPORT})"),
+    "bootimages": Keyword("FOLDER", 1, 1, _bootimages, f"where images are (default {DEFAULT_BOOTIMAGES})"),
+    "nodeassign": Keyword("append|manual|locked", 1, 1, _nodeassign, "what becomes of unknown machines (manual)"),
+    "kernelcommandline": Keyword(
+        "WORD...", 1, 99, _kernelcommandline, f"for the kernel of nodes (default {DEFAULT_COMMAND_LINE})"
+    ),
 }
 """Every keyword of /etc/beowulf/config."""
 

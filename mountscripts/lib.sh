@@ -148,6 +148,21 @@ build_helpers() {
     make -s -j"$(nproc)" -C mountscripts helpers || die "the C helpers could not be built"
 }
 
+# What the tests of network boot take: an emulator, and a kernel that is not this machine's. The package is kept beside the
+# environment. Elsewhere than on Debian there is none of this name, and these tests are skipped.
+install_boot() {
+    local name folder=$VENV/boot
+    LOG=$(mktemp)
+    install_packages qemu-system-x86 zstd
+    rm -f "$LOG"
+    if compgen -G "$folder/linux-image-*-cloud-amd64_*.deb" >/dev/null; then return 0; fi
+    name=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p')
+    if [ -z "$name" ]; then say "no package of a cloud kernel: the tests that boot one are skipped"; return 0; fi
+    mkdir -p "$folder"
+    (cd "$folder" && apt-get download -q "$name") >"$folder/log" 2>&1 ||
+        { rm -f "$folder"/*.deb; say "the kernel package $name cannot be fetched: the tests that boot it are skipped"; }
+}
+
 # Everything up to a working tree: packages, environment, helpers. Arguments: extras of pyproject.toml.
 install_all() {
     need_root
@@ -155,5 +170,6 @@ install_all() {
     need_fuse
     install_system
     install_venv "$@"
+    if [[ " $* " == *" test "* ]]; then install_boot; fi
     build_helpers
 }

@@ -16,13 +16,16 @@ PAGES = {path.name.removesuffix(".md"): path for path in (TOP / "bpfs" / "man").
 COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")))
 
 
+VERBS = {"bpcluster": [["up"], ["status"], ["down"]], "bpboot": [["image"]]}
+
+
 def help_of(command: str) -> str:
     if command == "bpsh":
         program = [str(TOP / "bpfs" / "bin" / "bpsh")]
     else:
         program = [sys.executable, "-m", f"bpfs.cli.{command}"]
     texts = []
-    for verb in [["up"], ["status"], ["down"], []] if command == "bpcluster" else [[]]:
+    for verb in [*VERBS.get(command, []), []]:
         run = subprocess.run([*program, *verb, "--help"], cwd=TOP, capture_output=True, text=True, check=True)
         texts.append(run.stdout)
     return "\n".join(texts)

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * pid 1 of a node that was booted from one of our images: mounts what the kernel offers, keeps the node's one program
+ * running, reaps orphans, and feeds the watchdog. The program (python -m boot.node) looks for the network and becomes
+ * bpslave; when it ends, however, it is started again.
+ *
+ * The name matters: bpslave takes a machine for a real node only where pid 1 is called bpfs-init (bpfs/slave/machine.py).
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NAME "bpfs-init"
+#define PYTHON "/usr/lib/bpfs/bpfs-python"
+
+/* linux/watchdog.h, which musl's compiler does not find */
+#define WDIOC_KEEPALIVE _IOR('W', 5, int)
+#define WDIOC_SETTIMEOUT _IOWR('W', 6, int)
+#define WDIOC_GETTIMEOUT _IOR('W', 7, int)
+
+#define FEED_S 5            /* between two feedings of the watchdog; its own time is at least twice that */
+#define WATCHDOG_S 60       /* after which the hardware resets a machine that does not feed it */
+#define SHORT_S 5           /* a program that lives shorter is started again after a pause that doubles */
+#define PAUSE_MAX_S 30
+
+static const struct {
+	const char *type, *target, *options;
+	unsigned long flags;
+} MOUNTS[] = {
+	{"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+	{"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+	{"devtmpfs", "/dev", "mode=755", MS_NOSUID},
+	{"devpts", "/dev/pts", "mode=620,gid=5,ptmxmode=666", MS_NOSUID | MS_NOEXEC},
+	{"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+	{"tmpfs", "/run", "mode=755", MS_NOSUID | MS_NODEV},
+	{"tmpfs", "/tmp", "mode=1777", MS_NOSUID | MS_NODEV},
+	{"cgroup2", "/sys/fs/cgroup", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+};
+
+static void say(const char *format, ...)
+{
+	va_list list;
+	va_start(list, format);
+	dprintf(2, NAME ": ");
+	vdprintf(2, format, list);
+	dprintf(2, "\n");
+	va_end(list);
+}
+
+static void mount_all(void)
+{
+	for (size_t i = 0; i < sizeof MOUNTS / sizeof *MOUNTS; i++) {
+		mkdir(MOUNTS[i].target, 0755);
+		/* EBUSY: the kernel has mounted devtmpfs itself. */
+		if (mount(MOUNTS[i].type, MOUNTS[i].target, MOUNTS[i].type, MOUNTS[i].flags, MOUNTS[i].options) < 0 && errno != EBUSY)
+			say("%s cannot be mounted: %s", MOUNTS[i].target, strerror(errno));
+	}
+}
+
+static void open_console(void)
+{
+	int fd = open("/dev/console", O_RDWR | O_NOCTTY);
+	if (fd < 0)
+		fd = open("/dev/null", O_RDWR);
+	for (int i = 0; i < 3 && fd >= 0; i++)
+		dup2(fd, i);
+	if (fd > 2)
+		close(fd);
+}
+
+/* Feeds the watchdog when there is one; it may appear later, with its driver. */
+static void feed(void)
+{
+	static int fd = -1;
+	int seconds = WATCHDOG_S;
+	if (fd < 0) {
+		fd = open("/dev/watchdog", O_WRONLY | O_CLOEXEC);
+		if (fd < 0)
+			return;
+		/* A driver that cannot set its time keeps its own. */
+		if (ioctl(fd, WDIOC_SETTIMEOUT, &seconds) < 0 && ioctl(fd, WDIOC_GETTIMEOUT, &seconds) < 0)
+			seconds = 0;
+		say("the watchdog is fed; it resets the machine after %d s", seconds);
+	}
+	ioctl(fd, WDIOC_KEEPALIVE, 0);
+}
+
+static pid_t start(const sigset_t *inherited)
+{
+	static char *const arguments[] = {PYTHON, "-S", "-s", "-B", "-u", "-m", "boot.node", NULL};
+	static char *const environment[] = {
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/", "LANG=C.UTF-8",
+		"PYTHONHOME=/usr/lib/bpfs/python", "PYTHONPATH=/usr/lib/bpfs/python:/usr/lib/bpfs/python/lib-dynload:/usr/lib/bpfs/site",
+		"LD_LIBRARY_PATH=/usr/lib/bpfs/lib", NULL,
+	};
+	pid_t pid = fork();
+	if (pid == 0) {
+		sigprocmask(SIG_SETMASK, inherited, NULL);
+		setsid();
+		execve(PYTHON, arguments, environment);
+		say("%s cannot be run: %s", PYTHON, strerror(errno));
+		_exit(127);
+	}
+	return pid;
+}
+
+/* Until the program has ended, or for some seconds where there is none; gives its wait status. */
+static int watch(pid_t program, const sigset_t *signals, time_t seconds)
+{
+	time_t end = time(NULL) + seconds;
+	for (;;) {
+		int status, number;
+		pid_t pid;
+		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+			if (pid == program)
+				return status;
+		feed();
+		if (program <= 0 && time(NULL) >= end)
+			return 0;
+		struct timespec wait = {program > 0 ? FEED_S : 1, 0};
+		number = sigtimedwait(signals, NULL, &wait);
+		if (number == SIGINT) { /* Ctrl-Alt-Del */
+			say("told by the console to reboot");
+			sync();
+			reboot(RB_AUTOBOOT);
+		}
+	}
+}
+
+int main(void)
+{
+	sigset_t signals, inherited;
+	time_t pause = 0;
+
+	if (getpid() != 1) {
+		fprintf(stderr, NAME ": this is pid 1 of a node image, and nothing else\n");
+		return 1;
+	}
+	prctl(PR_SET_NAME, NAME);
+	mount_all();
+	open_console();
+	reboot(RB_DISABLE_CAD);
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGCHLD);
+	sigaddset(&signals, SIGINT);
+	sigprocmask(SIG_BLOCK, &signals, &inherited);
+	for (;;) {
+		struct timespec began, ended;
+		clock_gettime(CLOCK_MONOTONIC, &began);
+		pid_t program = start(&inherited);
+		int status = program > 0 ? watch(program, &signals, 0) : -1;
+		clock_gettime(CLOCK_MONOTONIC, &ended);
+		say("the node's program ended (%s %d); it is started again",
+		    WIFSIGNALED(status) ? "signal" : "exit code", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+		pause = ended.tv_sec - began.tv_sec >= SHORT_S ? 0 : pause ? (pause * 2 > PAUSE_MAX_S ? PAUSE_MAX_S : pause * 2) : 1;
+		watch(0, &signals, pause);
+	}
+}

@@ -1,0 +1,206 @@
+"""The images of both phases, as entries of an archive, and the folder that the boot server serves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from boot import cpio, python
+from boot.cpio import Entry
+from boot.errors import BootError
+from boot.kernel import Kernel, Module
+from boot.manifest import Blob
+
+FOLDER = Path("/var/lib/beowulf/boot")
+"""Where images are kept and served from."""
+MANIFEST = "manifest"
+
+INIT = Path(__file__).parent / "bin" / "bpfs-init"
+
+PROGRAMS = {1: ("boot.node.__main__",), 2: ("boot.node.__main__", "bpfs.cli.bpslave")}
+"""What is run on a node in each phase."""
+
+HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "sp5100_tco")
+"""Modules beside the network drivers: buses, randomness, watchdogs."""
+SOFTWARE = ("fuse", "unix_diag", "binfmt_misc", "overlay")
+"""Modules that the node's programs want, whatever the hardware."""
+
+DEFAULT_DRIVERS = (
+    "virtio_net", "e1000", "e1000e", "igb", "igc", "ixgbe", "i40e", "ice", "r8169", "tg3", "bnx2", "bnx2x", "bnxt_en",
+    "mlx4_en", "mlx5_core", "forcedeth", "sky2", "atlantic", "vmxnet3", "hv_netvsc", "ena", "gve",
+)  # fmt: skip
+"""The cards of nine machines in ten; `--drivers all` takes every wired one."""
+
+# Standard library modules that nothing on a node uses: with them goes OpenSSL, a third of the image.
+WITHOUT = frozenset({"ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"})
+
+_NO_TLS = '''
+"""Nothing on a node speaks TLS; trio only wants the names."""
+
+
+class _Absent:
+    pass
+
+
+class SSLError(OSError):
+    pass
+
+
+class SSLWantReadError(SSLError):
+    pass
+
+
+class CertificateError(SSLError):
+    pass
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Absent
+'''
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What an image is made of.
+
+    Attributes:
+        phase: 1 or 2.
+        kernel: whose modules.
+        drivers: names of network drivers, or ("all",).
+        boot_key, port: phase 1: how to believe the server, and where it listens.
+    """
+
+    phase: int
+    kernel: Kernel
+    drivers: tuple[str, ...] = DEFAULT_DRIVERS
+    boot_key: bytes = b""
+    port: int = 0
+
+
+def entries(recipe: Recipe) -> list[Entry]:
+    """Everything in the image.
+
+    Raises:
+        BootError: something that it needs is not there.
+    """
+    try:
+        init = INIT.read_bytes()
+    except OSError:
+        raise BootError(f"{INIT} is missing: build it with make -C mountscripts helpers") from None
+    found = [cpio.file("init", init, 0o755), cpio.file("etc/beowulf/phase", b"%d\n" % recipe.phase), *_skeleton()]
+    found += python.entries(PROGRAMS[recipe.phase], WITHOUT)
+    found.append(cpio.file(f"{python.HOME}/ssl.pyc", python.compiled_text(_NO_TLS, "/ssl.py")))
+    found += _modules(recipe)
+    if recipe.phase == 1:
+        found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n", 0o400))
+        found.append(cpio.file("etc/beowulf/bootport", b"%d\n" % recipe.port))
+    else:
+        found += python.helpers()
+    return found
+
+
+def _skeleton() -> list[Entry]:
+    folders = ("proc", "sys", "dev", "run", "tmp", "mnt", "var/tmp", "var/log", "root", "bpfs")
+    devices = {"console": (5, 1), "null": (1, 3), "random": (1, 8), "urandom": (1, 9)}
+    return [
+        *(cpio.directory(name, 0o1777 if name.endswith("tmp") else 0o755) for name in folders),
+        # Python wants randomness before anything is mounted.
+        *(cpio.character_device(f"dev/{name}", *numbers) for name, numbers in devices.items()),
+        cpio.link("etc/mtab", "../proc/self/mounts"),
+        cpio.file("etc/hosts", b"127.0.0.1 localhost\n"),
+        cpio.file("etc/passwd", b"root:*:0:0:root:/root:/bin/sh\n"),
+        cpio.file("etc/group", b"root:*:0:\n"),
+        cpio.file("etc/nsswitch.conf", b"passwd: files\ngroup: files\nhosts: files\n"),
+    ]
+
+
+def _modules(recipe: Recipe) -> Iterable[Entry]:
+    kernel = recipe.kernel
+    if recipe.drivers == ("all",):
+        network = kernel.network_drivers()
+    elif recipe.drivers == DEFAULT_DRIVERS:
+        network = kernel.having(DEFAULT_DRIVERS)
+    else:
+        network = list(recipe.drivers)
+    software = kernel.having(SOFTWARE) if recipe.phase == 2 else []
+    modules = kernel.closure([*network, *kernel.having(HARDWARE), *software])
+    for module in modules:
+        yield cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
+    yield cpio.file("lib/modules/needs", _lines(_need(kernel, module) for module in modules))
+    yield cpio.file("lib/modules/aliases", _lines(f"{a} {module.name}" for module in modules for a in module.aliases))
+    yield cpio.file("lib/modules/always", _lines(software))
+
+
+def _need(kernel: Kernel, module: Module) -> str:
+    return " ".join([module.name, f"{kernel.release}/{module.path}", *module.needs])
+
+
+def _lines(lines: Iterable[str]) -> bytes:
+    return "".join(line + "\n" for line in sorted(lines)).encode()
+
+
+def compress(archive: bytes) -> bytes:
+    """By zstd, which the kernel unpacks fastest. The same bytes for the same archive, whatever the number of cores.
+
+    Raises:
+        BootError: zstd is not installed, or failed.
+    """
+    try:
+        run = subprocess.run(["zstd", "-15", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
+    except FileNotFoundError:
+        raise BootError("zstd is not installed (package zstd)") from None
+    except subprocess.CalledProcessError as error:
+        raise BootError(f"zstd failed: {error.stderr.decode(errors='replace').strip()}") from None
+    return run.stdout
+
+
+def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:
+    """Put an image and its kernel where they are wanted, and drop those that they replace; gives the names.
+
+    Phase 1 is two files of fixed names, for whatever boots them. Phase 2 is served by digest, so that a node never gets
+    half of one and half of another: the manifest, which is replaced last, names kernel and image.
+
+    Raises:
+        BootError: the folder cannot be written.
+    """
+    try:
+        kernel = recipe.kernel.image.read_bytes()
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if recipe.phase == 1:
+            replace(folder / "phase1.img", packed, 0o600)  # it has the boot key
+            replace(folder / "phase1.vmlinuz", kernel)
+            return ["phase1.img", "phase1.vmlinuz"]
+        blobs = {"kernel": store(folder, "kernel", kernel), "image": store(folder, "image", packed)}
+        lines = [f"release {recipe.kernel.release}", *(f"{what} {blob}" for what, blob in blobs.items())]
+        replace(folder / MANIFEST, _lines(lines))
+        names = {blob.name for blob in blobs.values()}
+        for path in (*folder.glob("kernel-*"), *folder.glob("image-*")):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+        return [*sorted(names), MANIFEST]
+    except OSError as error:
+        raise BootError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def store(folder: Path, name: str, data: bytes) -> Blob:
+    """Put a file into the folder, under a name that has its digest. Raises OSError."""
+    digest = hashlib.sha256(data).hexdigest()
+    blob = Blob(f"{name}-{digest[:16]}", len(data), digest)
+    replace(folder / blob.name, data)
+    return blob
+
+
+def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

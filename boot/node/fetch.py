@@ -1,0 +1,103 @@
+"""HTTP as far as a booting node needs it: GET, resumed where it broke, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import random
+import socket
+import time
+
+from boot.errors import BootError
+from boot.manifest import MOST, Blob
+
+TIMEOUT = 10.0
+"""Seconds of silence after which a connection is given up."""
+PATIENCE = 8
+"""Attempts in a row that bring nothing until a download is given up, and the node starts over."""
+CHUNK = 1 << 20
+HEAD_MOST = 16384
+
+
+class Server:
+    """The boot server of this node."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self._address = (address, port)
+
+    def text(self, path: str) -> bytes:
+        """A small document. Raises BootError or OSError."""
+        with self._get(path, 0) as sock:
+            status, body = _head(sock, path)
+            _expect(status, (200,), path)
+            while len(body) <= MOST and (data := sock.recv(CHUNK)):
+                body += data
+        return body
+
+    def blob(self, blob: Blob, what: str) -> int:
+        """A file into memory; gives its descriptor.
+
+        Raises:
+            BootError: what arrived is not what the manifest promised, or it does not arrive.
+        """
+        fd = os.memfd_create(what, os.MFD_CLOEXEC)
+        have, attempts = 0, 0
+        while have < blob.size:
+            before = have
+            try:
+                have = self._more(fd, blob, have)
+            except OSError as error:
+                reason = str(error)
+            else:
+                reason = "the connection ended early"
+            attempts = 0 if have > before else attempts + 1
+            if have < blob.size:
+                have = os.fstat(fd).st_size
+                if attempts >= PATIENCE:
+                    os.close(fd)
+                    raise BootError(f"the {what} cannot be fetched: {reason}")
+                time.sleep(min(0.25 * 2**attempts, 4.0) * random.uniform(0.5, 1.5))
+        with mmap.mmap(fd, blob.size, prot=mmap.PROT_READ) as content:
+            digest = hashlib.sha256(content).hexdigest()
+        if digest != blob.digest:
+            os.close(fd)
+            raise BootError(f"the {what} was damaged on its way")
+        return fd
+
+    def _more(self, fd: int, blob: Blob, have: int) -> int:
+        with self._get(f"/{blob.name}", have) as sock:
+            status, data = _head(sock, blob.name)
+            _expect(status, (206,) if have else (200,), blob.name)
+            while data:
+                data = data[: blob.size - have]
+                os.pwrite(fd, data, have)
+                have += len(data)
+                data = sock.recv(CHUNK) if have < blob.size else b""
+        return have
+
+    def _get(self, path: str, start: int) -> socket.socket:
+        sock = socket.create_connection(self._address, TIMEOUT)
+        ranges = f"Range: bytes={start}-\r\n" if start else ""
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {self._address[0]}\r\nConnection: close\r\n{ranges}\r\n".encode())
+        return sock
+
+
+def _head(sock: socket.socket, path: str) -> tuple[int, bytes]:
+    """Status of an answer, and what came of its body with the head."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = sock.recv(CHUNK)
+        if not more or len(data) > HEAD_MOST:
+            raise BootError(f"the server's answer to {path} makes no sense")
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    words = head.split(b"\r\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        raise BootError(f"the server's answer to {path} makes no sense")
+    return int(words[1]), body
+
+
+def _expect(status: int, good: tuple[int, ...], path: str) -> None:
+    if status not in good:
+        raise BootError(f"the server answers {status} to {path}")

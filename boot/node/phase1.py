@@ -1,0 +1,59 @@
+"""Phase 1: turns any way of booting into this one: find the server, fetch kernel and image from it, switch to them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from boot import cpio, manifest
+from boot.manifest import Blob
+from boot.node import kexec, network
+from boot.node.console import say
+from boot.node.drivers import Drivers
+from boot.node.fetch import Server
+
+KEY = Path("/etc/beowulf/bootkey")
+PORT = Path("/etc/beowulf/bootport")
+
+CONF = "etc/beowulf/node.conf"
+"""What phase 1 learns of this node and phase 2 wants to know: put into the image on its way."""
+
+
+def run() -> None:
+    """Once through all steps; does not return where they work.
+
+    Raises:
+        BootError, OSError: with what failed.
+    """
+    key = KEY.read_bytes().strip()
+    loaded = Drivers().load_for_hardware()
+    say(f"drivers: {' '.join(loaded) or 'none new'}")
+    answer = network.find_server()
+    say(f"{answer.interface} {answer.mac} is {answer.address}, server {answer.server}")
+    network.configure(answer.interface, answer.address, network.common_prefix(answer.address, answer.server))
+    server = Server(answer.server, int(PORT.read_text()))
+    listed = manifest.check(server.text("/manifest"), key, "manifest")
+    node = server.text("/node")
+    say(f"this is node {manifest.check(node, key, 'text about this node').get('node', '?')}")
+    files = {}
+    for what in ("kernel", "image"):
+        blob = Blob.parse(listed.get(what, ""), what)
+        say(f"fetching the {what}, {blob.size / 1e6:.1f} MB")
+        files[what] = server.blob(blob, what)
+    _append(files["image"], cpio.archive([cpio.file(CONF, node, 0o400)]))
+    say("switching kernels")
+    kexec.load(files["kernel"], files["image"], _command_line(listed.get("append", "")))
+    kexec.switch()
+
+
+def _append(fd: int, data: bytes) -> None:
+    # The kernel unpacks one archive after the other, compressed or not; each begins at a multiple of 4.
+    size = os.fstat(fd).st_size
+    os.pwrite(fd, data, size + -size % cpio.ALIGN)
+
+
+def _command_line(append: str) -> str:
+    # Where this phase has shown itself, the next is to show itself, too.
+    own = Path("/proc/cmdline").read_text().split()
+    consoles = [word for word in own if word.startswith(("console=", "earlycon"))]
+    return " ".join([append, *(word for word in consoles if word not in append.split())])

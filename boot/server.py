@@ -1,0 +1,66 @@
+"""The boot server: RARP and HTTP on one named interface, in one event loop of the standard library."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from boot.directory import Directory
+from boot.httpd import HttpServer
+from boot.rarpd import RarpServer
+from boot.reports import Report, Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a boot server runs by.
+
+    Attributes:
+        interface, address: where it serves, and nowhere else.
+        port: of HTTP.
+        folder: manifest, kernel and image.
+        boot_key: proves what it says.
+        directory: gives the nodes; called again at SIGHUP.
+        reports: descriptor for the lines of `boot.reports`.
+    """
+
+    interface: str
+    address: str
+    port: int
+    folder: Path
+    boot_key: bytes
+    directory: Callable[[], Directory]
+    reports: int
+
+
+async def serve(options: ServerOptions, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        OSError: it cannot start.
+    """
+    reporter = Reporter(options.reports)
+    current = options.directory()
+    http = HttpServer(options.folder, options.boot_key, lambda: current, reporter)
+    port = await http.start(options.address, options.port)
+    rarp = RarpServer(options.interface, options.address, lambda: current, reporter)
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def again() -> None:
+        nonlocal current
+        current = options.directory()
+
+    loop.add_signal_handler(signal.SIGHUP, again)
+    for signo in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signo, ended.set)
+    rarp.start()
+    reporter.tell(Report.READY, options.address, port)
+    ready()
+    try:
+        await ended.wait()
+    finally:
+        rarp.close()
+        http.close()

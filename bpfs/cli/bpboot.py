@@ -1,0 +1,125 @@
+"""bpboot: makes the images that nodes boot from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from errno import EINVAL
+from pathlib import Path
+
+from boot import cpio, image, kernel, manifest
+from boot.errors import BootError
+from boot.image import DEFAULT_DRIVERS, Recipe
+from boot.kernel import Kernel
+from bpfs import config as configuration
+from bpfs.cli.common import make_parser, run
+from bpfs.config import DEFAULT_PATH, Config
+from bpfs.errors import BpfsError
+from bpfs.wire.handshake import read_key
+
+PROG = "bpboot"
+
+_EPILOG = """\
+`image 1` makes kernel and initial file system for whatever the machines boot from (disk, stick, PXE); it finds the
+master and fetches from it what `image 2` has made: the kernel and file system that nodes run with. bpbootd serves a
+new phase 2 from the next request on. Exit code: 0, 1 when something failed, 2 for a command line that makes no sense.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run(PROG, _main, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(PROG, "Makes the images that nodes boot from.", _EPILOG)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    make = verbs.add_parser("image", help="make an image", description="Makes the image of phase 1 or 2.")
+    make.add_argument("phase", metavar="PHASE", type=int, choices=(1, 2), help="1 or 2")
+    make.add_argument("-c", "--config", metavar="FILE", type=Path, help=f"configuration ({DEFAULT_PATH} if there)")
+    make.add_argument("-k", "--key", metavar="FILE", type=Path, help="the cluster key (default: the configuration's)")
+    make.add_argument(
+        "--kernel", metavar="WHERE", type=Path, default=Path("/"),
+        help="a Debian kernel package, or the folder with boot/ and lib/modules/ (default: /, the newest installed)",
+    )  # fmt: skip
+    make.add_argument(
+        "--drivers", metavar="NAME,...", default="", help="network drivers, or `all` (default: the commonest twenty)"
+    )
+    make.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="where to (default: the configuration's)")
+    make.set_defaults(body=_image)
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.body(args)
+        return code
+    except BootError as error:
+        raise BpfsError(EINVAL, str(error)) from None
+
+
+def _image(args: argparse.Namespace) -> int:
+    path = args.config or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
+    config = configuration.read(path) if path is not None else Config()
+    key = read_key(args.key or config.key)
+    folder = args.output or config.bootimages
+    drivers = tuple(args.drivers.replace(",", " ").split()) or DEFAULT_DRIVERS
+    began = time.monotonic()
+    with _kernel(args.kernel) as found:
+        progress = Progress(f"phase {args.phase}, kernel {found.release}")
+        recipe = Recipe(args.phase, found, drivers, manifest.boot_key(key), config.bootport)
+        progress.step("Python and drivers")
+        archive = cpio.archive(image.entries(recipe))
+        progress.step("compressing")
+        packed = image.compress(archive)
+        progress.step("writing")
+        names = image.publish(folder, recipe, packed)
+        progress.done()
+    print(f"{len(archive) / 1e6:.1f} MB, compressed {len(packed) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
+    for name in names:
+        print(folder / name)
+    return 0
+
+
+@contextmanager
+def _kernel(where: Path) -> Iterator[Kernel]:
+    if where.is_dir():
+        yield kernel.find(where)
+        return
+    if not where.exists():
+        raise BootError(f"there is no {where}")
+    with tempfile.TemporaryDirectory(prefix="bpboot-") as folder:
+        yield kernel.unpack(where, Path(folder))
+
+
+class Progress:
+    """A bar on a terminal; nothing elsewhere."""
+
+    STEPS = 3
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._count = 0
+        self._shown = os.isatty(sys.stderr.fileno())
+
+    def step(self, what: str) -> None:
+        """The next step begins."""
+        bar = ("#" * (10 * self._count // self.STEPS)).ljust(10)
+        self._count += 1
+        if self._shown:
+            print(f"\r\x1b[K{self._title} [{bar}] {what}", end="", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        """Nothing of it stays."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

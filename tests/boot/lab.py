@@ -1,0 +1,198 @@
+"""A network of our own with a master and a boot server in it, and virtual machines that boot from them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.virtual import TOP, wait_until
+
+PACKAGES = TOP / ".venv" / "boot"
+"""Where mountscripts/lib.sh puts the kernel package for these tests."""
+
+VM_DEADLINE = 90.0
+"""Seconds that a machine may take from power-on to where it is waited for: 10 by itself."""
+
+ADDRESS = "10.54.0.1"
+QEMU = "qemu-system-x86_64"
+
+
+def mac(number: int) -> str:
+    """The hardware address of a machine of ours."""
+    return f"52:54:00:00:00:{number + 1:02x}"
+
+
+def kernel_package() -> Path:
+    """Debian's cloud kernel; skips where there is none."""
+    found = sorted(PACKAGES.glob("linux-image-*-cloud-amd64_*.deb"))
+    if not found:
+        pytest.skip(f"no kernel package in {PACKAGES}: ./mountscripts/check fetches it on Debian")
+    return found[-1]
+
+
+def run(*command: str | Path) -> str:
+    """Runs a command of ours that has to work; gives its output."""
+    done = subprocess.run([*command], capture_output=True, text=True, timeout=120, check=False, cwd=TOP)
+    assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
+    return done.stdout
+
+
+def python(module: str, *arguments: str | Path) -> list[str | Path]:
+    """A command of this tree."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+class Machine:
+    """One virtual machine without a disk; its serial line is kept."""
+
+    def __init__(self, lab: Lab, number: int, kernel: Path, image: Path, card: str = "virtio-net-pci") -> None:
+        device = f"{card},netdev=n0,mac={mac(number)},romfile="
+        command = [
+            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "qemu64,+rdrand", "-m", "256",
+            "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", image,
+            "-append", "console=ttyS0 panic=5 quiet", "-device", device,
+            "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
+        ]  # fmt: skip
+        self.text = ""
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        while data := os.read(self._process.stdout.fileno(), 65536):
+            self.text += data.decode(errors="replace").replace("\r", "")
+
+    def wait_for(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """Waits for what matches on the serial line."""
+        deadline = time.monotonic() + VM_DEADLINE
+        while (found := re.search(pattern, self.text[after:])) is None:
+            assert self._process.poll() is None, f"the machine ended: {self.text[-2000:]}"
+            assert time.monotonic() < deadline, f"no {pattern!r} within {VM_DEADLINE:g} s: {self.text[-2000:]}"
+            time.sleep(0.05)
+        return found
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is switched off."""
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """Pulls the plug."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(10)
+
+
+class Lab:
+    """A network namespace with a bridge and taps, images, a master and its boot server."""
+
+    def __init__(self, folder: Path, machines: int = 2, config: str = "") -> None:
+        self.folder = folder
+        self.mount = folder / "m"
+        self.images = folder / "images"
+        self.config = folder / "config"
+        self.key = folder / "key"
+        self.name = f"bpt{os.getpid()}"
+        self.inside = ["nsenter", f"--net=/run/netns/{self.name}"]
+        self._machines = machines
+        self._lines = config
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def tap(self, number: int) -> str:
+        """The name of a machine's leg."""
+        return f"tap{number}"
+
+    def open(self) -> None:
+        """Network, configuration and key."""
+        self.mount.mkdir(parents=True)
+        run("ip", "netns", "add", self.name)
+        run(*self.inside, "ip", "link", "set", "lo", "up")
+        run(*self.inside, "ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0")
+        run(*self.inside, "ip", "addr", "add", f"{ADDRESS}/24", "dev", "br0")
+        run(*self.inside, "ip", "link", "set", "br0", "up")
+        for number in range(self._machines):
+            run(*self.inside, "ip", "tuntap", "add", self.tap(number), "mode", "tap")
+            run(*self.inside, "ip", "link", "set", self.tap(number), "master", "br0", "up")
+        self.key.write_text("0123456789abcdef" * 4 + "\n")
+        self.key.chmod(0o600)
+        self.configure(self._lines)
+
+    def configure(self, more: str = "", nodes: bool = True) -> None:
+        """Writes the configuration file."""
+        lines = [
+            "interface br0", "iprange 10.54.0.10 10.54.0.99", f"key {self.key}", f"bootimages {self.images}",
+            f"mount {self.mount}", "lease 8", "kernelcommandline panic=5 quiet",
+        ]  # fmt: skip
+        if nodes:
+            lines += [f"node {number} {mac(number)}" for number in range(self._machines)]
+        self.config.write_text("\n".join([*lines, more, ""]))
+
+    def make_images(self, package: Path) -> None:
+        """Both phases, from a kernel package."""
+        for phase in ("1", "2"):
+            run(*python("bpfs.cli.bpboot", "image", phase, "-c", self.config, "--kernel", package))
+
+    def start(self) -> None:
+        """Master and boot server."""
+        self.spawn("bpfs.cli.bpmaster", "-f", "-c", self.config, "--log", self.folder / "master.log")
+        wait_until((self.mount / "status").exists, "the master has not mounted its tree")
+        self.spawn("bpfs.cli.bpbootd", "-f", "-c", self.config, "--log", self.folder / "bpbootd.log")
+
+    def spawn(self, module: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        """A daemon in this network."""
+        daemon = subprocess.Popen([*self.inside, *python(module, *arguments)], cwd=TOP, stdin=subprocess.DEVNULL)
+        self._daemons.append(daemon)
+        return daemon
+
+    def read(self, path: str) -> str:
+        """A file of the tree."""
+        return (self.mount / path).read_text()
+
+    def write(self, path: str, text: str) -> None:
+        """Writes a line to a file of the tree."""
+        (self.mount / path).write_text(text + "\n")
+
+    def wait_state(self, number: int, state: str) -> None:
+        """Waits for a node's state."""
+        deadline = time.monotonic() + VM_DEADLINE
+        while self.read(f"nodes/{number}/state").strip() != state:
+            now = f"{self.read(f'nodes/{number}/state').strip()}: {self.read(f'nodes/{number}/reason').strip()}"
+            assert time.monotonic() < deadline, f"node {number} is not {state} within {VM_DEADLINE:g} s but {now}"
+            time.sleep(0.05)
+
+    @contextmanager
+    def machine(self, number: int, **options: str) -> Iterator[Machine]:
+        """A machine that boots phase 1 from its own kernel and image, as from a disk."""
+        if shutil.which(QEMU) is None:
+            pytest.skip(f"{QEMU} is not installed (package qemu-system-x86)")
+        vm = Machine(self, number, self.images / "phase1.vmlinuz", self.images / "phase1.img", **options)
+        try:
+            yield vm
+        finally:
+            vm.close()
+
+    def close(self) -> None:
+        """Ends it all."""
+        for daemon in reversed(self._daemons):
+            with suppress(ProcessLookupError):
+                daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)

@@ -1,0 +1,164 @@
+"""The parts of network boot that need no machine: frames, texts, requests, archives, modules."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from boot import cpio, httpd, manifest, rarp
+from boot.directory import UNKNOWN_MOST, Assign, Directory
+from boot.elf import Elf, NotElf
+from boot.errors import BootError
+from boot.kernel import plain
+from boot.node.network import common_prefix
+
+MAC = bytes.fromhex("525400000001")
+SERVER = bytes.fromhex("525400000099")
+
+
+def test_a_request_and_its_answer() -> None:
+    asked = rarp.parse(rarp.request(MAC))
+    assert asked is not None and asked.operation is rarp.Operation.REQUEST and asked.target == MAC
+    told = rarp.parse(rarp.reply(SERVER, bytes([10, 0, 0, 1]), MAC, bytes([10, 0, 0, 7])))
+    assert told is not None and told.operation is rarp.Operation.REPLY
+    assert (told.target, told.address, told.sender_address) == (MAC, bytes([10, 0, 0, 7]), bytes([10, 0, 0, 1]))
+
+
+@given(st.binary(max_size=80))
+def test_no_frame_is_too_odd(frame: bytes) -> None:
+    rarp.parse(frame)
+
+
+@given(st.binary(max_size=28), st.integers(0, 42))
+def test_a_frame_that_was_changed_is_no_other_kind(noise: bytes, where: int) -> None:
+    frame = rarp.request(MAC)
+    changed = rarp.parse(frame[:where] + noise + frame[where + len(noise) :])
+    assert changed is None or (changed.target != bytes(6) and not changed.target[0] & 1)
+
+
+@given(st.binary(max_size=300))
+def test_no_request_is_too_odd(head: bytes) -> None:
+    try:
+        request = httpd.parse(head + b"\r\n\r\n")
+    except httpd.Refused as refusal:
+        assert refusal.status in (400, 405)
+    else:
+        assert request.method in ("GET", "HEAD") and request.start >= 0
+
+
+@pytest.mark.parametrize(
+    ("head", "start", "end"),
+    [
+        (b"GET /a HTTP/1.1\r\n\r\n", 0, None),
+        (b"GET /a HTTP/1.1\r\nrange: bytes=5-\r\n\r\n", 5, None),
+        (b"GET /a HTTP/1.1\r\nRange: bytes=5-9\r\n\r\n", 5, 10),
+        (b"GET /a HTTP/1.1\r\nRange: bytes=-9\r\n\r\n", 0, None),
+    ],
+)
+def test_ranges(head: bytes, start: int, end: int | None) -> None:
+    request = httpd.parse(head)
+    assert (request.start, request.end) == (start, end)
+
+
+def test_a_text_is_believed_with_its_proof_only() -> None:
+    key = manifest.boot_key(b"k" * 32)
+    text = manifest.signed({"node": "3", "append": "quiet panic=10"}, key)
+    assert manifest.check(text, key, "text")["append"] == "quiet panic=10"
+    for wrong in (text.replace(b"3", b"4", 1), text[:-2], b"", b"proof ", text + b"x y\n"):
+        with pytest.raises(BootError):
+            manifest.check(wrong, key, "text")
+    with pytest.raises(BootError):
+        manifest.check(text, manifest.boot_key(b"l" * 32), "text")
+
+
+@pytest.mark.parametrize("text", ["", "name 5", f"a/b 5 {'0' * 64}", f"name x {'0' * 64}", f"name 5 {'0' * 63}"])
+def test_a_manifest_that_says_nothing_of_use(text: str) -> None:
+    with pytest.raises(BootError):
+        manifest.Blob.parse(text, "kernel")
+
+
+def test_an_archive_is_the_same_whatever_the_order() -> None:
+    entries = [cpio.file("a/b", b"one"), cpio.link("c", "a/b"), cpio.file("a/d", b"", 0o755)]
+    assert cpio.archive(entries) == cpio.archive(reversed(entries))
+    with pytest.raises(ValueError):
+        cpio.archive([cpio.file("a", b"1"), cpio.file("a", b"2")])
+
+
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="cpio is not installed")
+def test_an_archive_is_read_by_others(tmp_path: Path) -> None:
+    entries = [cpio.file("a/b", b"one", 0o600), cpio.link("c", "a/b"), cpio.directory("tmp", 0o1777)]
+    subprocess.run(["cpio", "-idm", "--quiet"], input=cpio.archive(entries), cwd=tmp_path, check=True)
+    assert (tmp_path / "c").read_bytes() == b"one"
+    assert stat.S_IMODE((tmp_path / "a/b").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "tmp").stat().st_mode) == 0o1777
+
+
+def test_a_program_without_its_symbols_still_runs(tmp_path: Path) -> None:
+    program = Path(shutil.which("true") or "/bin/true").resolve()
+    small = tmp_path / "true"
+    small.write_bytes(Elf(program.read_bytes()).loadable())
+    small.chmod(0o755)
+    assert subprocess.run([small], check=False).returncode == 0
+
+
+@given(st.binary(max_size=200))
+def test_no_elf(noise: bytes) -> None:
+    for data in (noise, b"\x7fELF\x02\x01" + noise):
+        try:
+            Elf(data).needed()
+        except (NotElf, ValueError, IndexError):
+            pass
+
+
+def test_names_of_modules() -> None:
+    assert plain("virtio-net.ko.xz") == plain("virtio_net") == "virtio_net"
+
+
+@pytest.mark.parametrize(("one", "other", "bits"), [("10.0.0.1", "10.0.0.2", 30), ("10.0.0.1", "10.0.1.1", 23)])
+def test_the_smallest_network_with_both(one: str, other: str, bits: int) -> None:
+    assert common_prefix(one, other) == bits
+
+
+def _directory(assign: Assign) -> Directory:
+    numbers = {"52:54:00:00:00:01": 4}
+
+    def append(mac: str) -> int:
+        numbers[mac] = 5
+        return 5
+
+    return Directory(numbers, lambda number: f"10.0.0.{number}", assign, append, lambda number: {"node": str(number)})
+
+
+def test_what_becomes_of_unknown_machines() -> None:
+    assert _directory(Assign.LOCKED).number("52:54:00:00:00:01") == 4
+    locked, manual, append = (_directory(assign) for assign in (Assign.LOCKED, Assign.MANUAL, Assign.APPEND))
+    for number in range(2 * UNKNOWN_MOST):
+        mac = f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}"
+        if number != 1:
+            assert locked.number(mac) is None and manual.number(mac) is None
+    assert not locked.unknown and len(manual.unknown) == UNKNOWN_MOST
+    assert append.number("52:54:00:00:00:07") == 5 and append.by_address("10.0.0.5") == 5
+
+
+def test_the_same_text_is_compiled_to_the_same_bytes() -> None:
+    program = (
+        "import sys; from boot import python; import hashlib;"
+        "text = open(python.__file__).read();"
+        "sys.stdout.write(hashlib.sha256(python.compiled_text(text, 'x')).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True,
+            cwd=Path(__file__).parents[2],
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(digests) == 1 and len(digests.pop()) == len(hashlib.sha256().hexdigest())
