@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import EBUSY, EIO, ENOENT
 
-from bpfs import kernel
+from bpfs import kernel, pidspace
 from bpfs.cli import virtualnet
 from bpfs.errors import BpfsError
 from bpfs.rundir import Recorded, RunDir, process_start
@@ -71,6 +71,7 @@ def take_down(mount: str) -> None:
     if made is not None:
         with suppress(OSError):
             os.rmdir(made.rstrip("\n"))
+    pidspace.restore()
     rundir.remove()
 
 

@@ -29,6 +29,7 @@ from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
 from bpfs.nodes.registry import MASTER
+from bpfs.pidspace import own_pids
 from bpfs.rundir import RunDir
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.wire.handshake import read_key
@@ -70,7 +71,8 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     zygote = Zygote.start()
     complaint = ""
     try:
-        trio.run(_serve, options, ready, key, port, Workers(zygote))
+        with own_pids():
+            trio.run(_serve, options, ready, key, port, Workers(zygote))
     except* BpfsError as group:
         complaint = first_error(group).sentence
         if ready.told:

@@ -14,7 +14,8 @@ from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.master.cluster import Cluster
 from bpfs.nodes.admission import NotAdmitted
 from bpfs.nodes.registry import Node
-from bpfs.nodes.session import Session, pid_block
+from bpfs.nodes.session import Session
+from bpfs.pidspace import pid_block
 from bpfs.wire.handshake import TIMEOUT, admit
 from bpfs.wire.link import Link
 from bpfs.wire.messages import Hello, Join, Refused, StreamOpen, Welcome

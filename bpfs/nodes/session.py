@@ -42,18 +42,6 @@ NodeHandlers: TypeAlias = Mapping[type[Message], NodeHandler]
 FENCE_TIMEOUT = 10.0
 """Seconds that a slave may take to kill its jobs on command; then its link is closed, and its lease is waited for."""
 
-BLOCK_SIZE = 2048
-"""Pids that a node hands out itself."""
-BLOCK_BASE = 2 << 20
-"""First pid of node 0's block: the upper half of the kernel's pid space (PID_MAX_LIMIT is 4 << 20) holds 1,024
-blocks."""
-
-
-def pid_block(number: int) -> range:
-    """The pids that a node hands out itself."""
-    first = BLOCK_BASE + number % 1024 * BLOCK_SIZE
-    return range(first, first + BLOCK_SIZE)
-
 
 class Session:
     """The conversation with one slave."""
