@@ -19,6 +19,7 @@ from bpfs.errors import ConfigError
 
 DEFAULT_PATH = Path("/etc/beowulf/config")
 DEFAULT_KEY = Path("/etc/beowulf/key")
+DEFAULT_STATE = Path("/var/lib/bpfs")
 DEFAULT_PORT = 932
 """`bprocport` of Scyld's configuration: the port its bpmaster listened on."""
 DEFAULT_LEASE = 30.0
@@ -58,6 +59,7 @@ class Config:
     bootimages: Path = DEFAULT_BOOTIMAGES
     nodeassign: str = "manual"  # one of NODEASSIGN
     kernelcommandline: str = DEFAULT_COMMAND_LINE
+    state: Path | None = None  # what administrators set on nodes; None: below DEFAULT_STATE, named after the mount
 
     @property
     def margin(self) -> float:
@@ -229,6 +231,10 @@ def _one_of(word: str, known: tuple[str, ...], what: str) -> str:
     return word
 
 
+def _state(config: Config, args: list[str]) -> None:
+    config.state = Path(args[0])
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -246,6 +252,7 @@ KEYWORDS = {
     "kernelcommandline": Keyword(
         "WORD...", 1, 99, _kernelcommandline, f"for the kernel of nodes (default {DEFAULT_COMMAND_LINE})"
     ),
+    "state": Keyword("FILE", 1, 1, _state, f"settings of nodes that outlast bpmaster (default below {DEFAULT_STATE})"),
 }
 """Every keyword of /etc/beowulf/config."""
 

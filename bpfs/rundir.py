@@ -84,6 +84,11 @@ class RunDir:
         return self.path / "key"
 
     @property
+    def virtual(self) -> bool:
+        """Whether it is that of a virtual cluster, which is known by its key."""
+        return self.key.exists()
+
+    @property
     def control(self) -> Path:
         """The master's control socket."""
         return self.path / "control"
@@ -166,9 +171,9 @@ class RunDir:
     def leave(self) -> None:
         """A master that was started by hand has ended: nothing of it is needed any more.
 
-        That of a virtual cluster is left to `bpcluster down`, and is known by its key.
+        That of a virtual cluster is left to `bpcluster down`.
         """
-        if not self.key.exists():
+        if not self.virtual:
             self.remove()
 
     def remove(self) -> None:

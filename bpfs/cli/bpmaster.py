@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("-p", "--port", metavar="PORT", type=int, help="port to listen on; 0: any free one")
     own.add_argument("-k", "--key", metavar="FILE", type=Path, help="the cluster key")
     own.add_argument("--lease", metavar="SECONDS", type=float, help="how long a node lives without the master")
+    own.add_argument("--state", metavar="FILE", type=Path, help="settings of nodes that outlast the master")
     own.add_argument("-f", "--foreground", action="store_true", help="stay on the terminal, log to stderr")
     own.add_argument("--log", metavar="FILE", type=Path, help="log to this file (default: master.log below /run/bpfs)")
     own.add_argument("--verbose", action="store_true", help="log more")
@@ -63,6 +64,7 @@ def read_config(args: argparse.Namespace) -> tuple[Config, Path | None]:
     config.address = args.address or config.address
     config.port = config.port if args.port is None else args.port
     config.key = args.key or config.key
+    config.state = args.state or config.state
     if args.lease is not None:
         if not 0.1 <= args.lease <= 86400:
             raise ConfigError("--lease must be seconds from 0.1 to 86400")

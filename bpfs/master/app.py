@@ -20,7 +20,7 @@ import trio
 
 from bpfs import config as configuration
 from bpfs import daemon, kernel, log
-from bpfs.config import Config
+from bpfs.config import DEFAULT_STATE, Config
 from bpfs.daemon import Ready
 from bpfs.engines import Workers
 from bpfs.errors import BpfsError, ConfigError, first_error
@@ -29,8 +29,9 @@ from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
 from bpfs.nodes.registry import MASTER
+from bpfs.nodes.settings import Settings
 from bpfs.pidspace import own_pids
-from bpfs.rundir import RunDir
+from bpfs.rundir import RunDir, escape
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.wire.handshake import read_key
 from engine.zygote import Zygote
@@ -100,6 +101,11 @@ def listen_address(config: Config) -> str:
             raise BpfsError(ENODEV, f"interface {config.interface} has no address: {error.strerror}") from None
 
 
+def state_file(rundir: RunDir) -> Path:
+    """Where settings of nodes are kept: what a virtual cluster has goes with it."""
+    return rundir.path / "nodes" if rundir.virtual else DEFAULT_STATE / escape(rundir.mount)
+
+
 async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.socket, workers: Workers) -> None:
     rundir = RunDir(options.config.mount)
     async with AsyncExitStack() as stack:
@@ -110,6 +116,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         host, number = port.getsockname()
         cluster.nodes.set_address(cluster.nodes.get(MASTER), host)
         cluster.reconfigure(options.config)
+        Settings(cluster.nodes, cluster.admission, options.config.state or state_file(rundir)).load()
         rundir.make()
         stack.callback(rundir.leave)
         rundir.record("master", os.getpid())

@@ -60,8 +60,8 @@ class Cluster:
         self.handlers[kind] = handler
 
     def reconfigure(self, config: Config) -> None:
-        """Take a configuration that was read again; what needs a restart (port, interface, mount, key) stays."""
-        for name in ("interface", "address", "port", "mount", "key"):
+        """Take a configuration that was read again; what needs a restart (port, interface, mount, key, state) stays."""
+        for name in ("interface", "address", "port", "mount", "key", "state"):
             setattr(config, name, getattr(self.config, name))
         self.config = config
         self.nodes.limit = config.nodes

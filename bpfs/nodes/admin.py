@@ -10,6 +10,7 @@ import trio
 from bpfs.errors import BpfsError
 from bpfs.nodes.admission import BARRED, Admission
 from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.nodes.session import RESERVED
 from bpfs.nodes.states import Cause, NodeState, check
 
 UP_TIMEOUT = 15.0
@@ -58,12 +59,13 @@ class Administrator:
         await node.wait_fenced()
 
     async def _up(self, node: Node) -> None:
+        if node.state is NodeState.DOWN and not node.barred:
+            raise BpfsError(EHOSTDOWN, f"node {node.number} is not connected: {node.reason}")
+        node.reserved = False
         if node.state in (NodeState.UNAVAILABLE, NodeState.ERROR):
             self._table.set_state(node, NodeState.UP, Cause.ADMIN)
         if node.state is NodeState.UP:
             return
-        if node.state is NodeState.DOWN and not node.barred:
-            raise BpfsError(EHOSTDOWN, f"node {node.number} is not connected: {node.reason}")
         if node.barred:
             node.barred = False
             self._table.set_reason(node, "waits for its slave")
@@ -80,7 +82,9 @@ class Administrator:
             raise BpfsError(EHOSTDOWN, f"node {node.number} has not come up: it is {node.state.value}, {node.reason}")
 
     async def _unavailable(self, node: Node) -> None:
-        self._table.set_state(node, NodeState.UNAVAILABLE, Cause.ADMIN, "unavailable by the administrator")
+        check(node.number, node.state, NodeState.UNAVAILABLE, Cause.ADMIN)
+        node.reserved = True
+        self._table.set_state(node, NodeState.UNAVAILABLE, Cause.ADMIN, RESERVED)
 
     async def _error(self, node: Node) -> None:
         self._table.set_state(node, NodeState.ERROR, Cause.ADMIN, "error by the administrator")

@@ -65,6 +65,14 @@ class Admission:
         known.identity = (join.hostname, join.macs)
         return node
 
+    def known(self, number: int) -> tuple[str, tuple[str, ...]]:
+        """Host name and hardware addresses of a number's last slave; empty where there was none."""
+        return self._known.get(number, _Known()).identity
+
+    def remember(self, number: int, hostname: str, macs: tuple[str, ...]) -> None:
+        """Have that slave get this number again."""
+        self._known[number] = _Known((hostname, macs))
+
     def _number(self, join: Join) -> int:
         configured = self.config().number_for(join.macs)
         if configured is not None:

@@ -46,6 +46,7 @@ class Node:
     since: float = field(default_factory=time.time)  # when the state changed, seconds since the epoch
     sample: Sample | None = None  # the last figures, kept when the node goes down
     barred: bool = False  # the administrator wants it down
+    reserved: bool = False  # the administrator wants it unavailable whenever it is there
     real: bool = False  # its machine may be rebooted
     init: int = 0  # HostPid of its job space's init, as the workers there see it
     session: Session | None = None  # the conversation with its slave, as long as there is one

@@ -39,6 +39,8 @@ _log = log.get("nodes")
 NodeHandler: TypeAlias = Callable[[Node, Any], "Message | Awaitable[Message | None] | None"]
 NodeHandlers: TypeAlias = Mapping[type[Message], NodeHandler]
 
+RESERVED = "unavailable by the administrator"
+
 FENCE_TIMEOUT = 10.0
 """Seconds that a slave may take to kill its jobs on command; then its link is closed, and its lease is waited for."""
 
@@ -99,8 +101,9 @@ class Session:
     def _ready(self, message: Ready) -> None:
         self.node.init = message.init
         if self.node.state is NodeState.BOOT:
-            self._table.set_state(self.node, NodeState.UP, Cause.READY)
-            _log.info("node %d is up, at %s", self.node.number, self.node.address)
+            state = NodeState.UNAVAILABLE if self.node.reserved else NodeState.UP
+            self._table.set_state(self.node, state, Cause.READY, RESERVED)
+            _log.info("node %d is %s, at %s", self.node.number, state.value, self.node.address)
 
     def _fault(self, message: Fault) -> None:
         if self.node.state.linked:

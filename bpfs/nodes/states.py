@@ -56,6 +56,7 @@ def _transitions() -> dict[tuple[NodeState, NodeState], frozenset[Cause]]:
     rules: list[tuple[frozenset[NodeState], NodeState, set[Cause]]] = [
         (frozenset({s.DOWN}), s.BOOT, {c.JOINED}),
         (frozenset({s.BOOT}), s.UP, {c.READY}),
+        (frozenset({s.BOOT}), s.UNAVAILABLE, {c.READY}),  # as the administrator has wished before
         (frozenset({s.BOOT, s.UP, s.UNAVAILABLE}), s.ERROR, {c.FAULT}),
         (frozenset({s.UP, s.ERROR}), s.UNAVAILABLE, {c.ADMIN}),
         (frozenset({s.UNAVAILABLE}), s.UP, {c.ADMIN}),

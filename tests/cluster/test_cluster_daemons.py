@@ -70,7 +70,7 @@ def place(tmp_path: Path) -> Iterator[VirtualCluster]:
 
 def test_master_and_slave_by_hand(place, key, log, tmp_path):
     config = tmp_path / "config"
-    config.write_text(f"bprocport 0\nlease 20\nnodes 8\nkey {key}\nmount {place.mount}\n")
+    config.write_text(f"bprocport 0\nlease 20\nnodes 8\nkey {key}\nmount {place.mount}\nstate {tmp_path}/state/m\n")
     master = run("bpmaster", "--config", str(config), "--address", "127.0.0.1")
     assert (master.returncode, master.stdout, master.stderr) == (0, "", "")
     host, port = (place.rundir.read("port") or "").split()
@@ -94,6 +94,8 @@ def test_master_and_slave_by_hand(place, key, log, tmp_path):
     wait_until(lambda: (place.mount / "nodes/7").exists(), "node 7 should be there")
     assert place.state(7) == "down" and place.state(0) == "up"
 
+    os.chown(place.mount / "nodes/0", 1234, -1)
+
     # SIGTERM: the slave's jobs end, the tree is unmounted; the slave goes on looking for a master.
     everybody = place.processes()
     os.kill(place.pid("master"), signal.SIGTERM)
@@ -103,10 +105,11 @@ def test_master_and_slave_by_hand(place, key, log, tmp_path):
     assert not place.rundir.path.exists()
     again = run("bpmaster", "--config", str(tmp_path / "none"))
     assert again.returncode == 2
-    config.write_text(f"key {key}\nmount {place.mount}\nbprocport {port}\n")
+    config.write_text(f"key {key}\nmount {place.mount}\nbprocport {port}\nstate {tmp_path}/state/m\n")
     assert run("bpmaster", "--config", str(config), "--address", host).returncode == 0
-    wait_until(lambda: (place.mount / "nodes/0").exists(), "the slave should have found it")
-    place.wait_state(0, "up")
+    assert place.read("nodes/0/owner") == "1234\n"
+    place.wait_state(0, "up")  # the slave has found it, and has its number again
+    assert place.read("status").splitlines() == [f"0 up 111 1234 root {host}"]
     # `halt` is the end of a slave that is no real node.
     place.write("nodes/0/state", "halt")
     place.wait_state(0, "down")

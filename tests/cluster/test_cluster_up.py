@@ -157,8 +157,15 @@ def test_a_killed_node_is_down_and_the_rest_is_well(tmp_path):
 
 
 def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
-    """A killed master leaves slaves that fence themselves; `bpmaster` with the same port and key has them back."""
+    """A killed master leaves slaves that fence themselves; `bpmaster` with the same port and key has them back, and
+    nodes are what administrators made them."""
     with cluster(tmp_path / "m", "--lease", "5", nodes=3) as it:
+        os.chown(it.mount / "nodes/1", 1234, 4321)
+        it.write("nodes/1/mode", "110")
+        it.write("nodes/1/state", "unavailable")
+        it.write("nodes/2/state", "down")
+        wait_until(lambda: it.slave(2), "the slave of node 2 should have started afresh")
+        before = it.read("status").splitlines()
         first_lives = [it.slave(number) for number in range(3)]
         port = it.rundir.read("port")
         assert port is not None
@@ -173,9 +180,18 @@ def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
             command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done.stderr
-        for number in range(3):
+        for number, state in enumerate(["up", "unavailable", "down"]):
             wait_until(lambda n=number: (it.mount / f"nodes/{n}").exists(), f"node {number} should be back")
-            it.wait_state(number, "up")
+            it.wait_state(number, state)
+        assert [line.split()[:5] for line in it.read("status").splitlines()] == [line.split()[:5] for line in before]
+        assert it.read("nodes/1/reason") == "unavailable by the administrator\n"
+        assert it.read("nodes/2/reason") == "down by the administrator\n"
+        for number in (1, 2):
+            it.write(f"nodes/{number}/state", "up")
+            assert it.state(number) == "up"
+        # What is as it would be by itself needs no line.
+        (line,) = (it.rundir.path / "nodes").read_text().splitlines()
+        assert line.startswith("1 - 110 1234 4321 n1 ")
 
 
 def test_a_stopped_slave_is_killed_when_its_lease_is_over(tmp_path):

@@ -15,6 +15,7 @@ ALLOWED = {
     "down": {"boot": "JOINED"},
     "boot": {
         "up": "READY",
+        "unavailable": "READY",
         "error": "FAULT",
         "down": "ADMIN LOST LEFT",
         "reboot": "ADMIN",
