@@ -21,6 +21,7 @@ from engine import image as img
 from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Passed, become_ghost
+from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets, ptrace
 from engine.onexec import Armed, end
 from engine.restore import Builder
@@ -319,6 +320,7 @@ def serve(control: socket.socket) -> bool:
     """
     clean = True
     source, destination = Source(control), Destination(control)
+    keeper, giver = Keeper(control), Giver(control)
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
         "hello": lambda request, fds: {"pid": os.getpid()},
         "look": source.look,
@@ -335,6 +337,13 @@ def serve(control: socket.socket) -> bool:
         "receive": destination.receive,
         "resume": destination.resume,
         "discard": destination.discard,
+        "keep": keeper.keep,
+        "keep_image": keeper.keep_image,
+        "keep_done": keeper.keep_done,
+        "load": giver.load,
+        "load_as": giver.load_as,
+        "give": giver.give,
+        "bear": bear_ghost,
     }
     try:
         while (packet := packets.receive(control)) is not None:
@@ -355,7 +364,7 @@ def serve(control: socket.socket) -> bool:
     except OSError:
         clean = False  # the daemon is gone
     finally:
-        clean = not (source.undo() | destination.undo()) and clean
+        clean = not (source.undo() | destination.undo() | keeper.undo() | giver.undo()) and clean
     return clean
 
 

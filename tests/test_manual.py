@@ -16,7 +16,11 @@ PAGES = {path.name.removesuffix(".md"): path for path in (TOP / "bpfs" / "man").
 COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")))
 
 
-VERBS = {"bpcluster": [["up"], ["status"], ["down"]], "bpboot": [["image"]]}
+VERBS = {
+    "bpcluster": [["up"], ["status"], ["down"]],
+    "bpboot": [["image"]],
+    "bpckpt": [["save"], ["restart"], ["info"], ["verify"], ["merge"]],
+}
 
 
 def help_of(command: str) -> str:

@@ -35,10 +35,17 @@ class ProcFiles:
             names=lambda _: [str(proc.pid) for proc in self._procs.table if proc.away],
             lookup=lambda _, name: self._lookup(name),
             table=self.process_table(),
+            fixed=Table(
+                File("restart", "write PATH [NODE] [anypid]: brings a checkpointed process back; read: the last ones",
+                     read=lambda _: self._procs.restarts.show(), write=self._restart, mode=0o666),
+            ),
             member_access=lambda proc: Access(proc.identity.uid, proc.identity.gid, 0o555),
             member_key=lambda proc: (proc.pid, proc.identity.uid, proc.identity.gid),
             member_lasting=False,
         )
+
+    async def _restart(self, _: NodeTable, request: WriteRequest) -> None:
+        await self._procs.restarts.write(request)
 
     def _lookup(self, name: str) -> Process | None:
         try:
@@ -78,6 +85,9 @@ class ProcFiles:
             File("history", "a line a place: node, since when, freeze_ms, bytes", read=_history),
             File("cantmove", "why it cannot move now, a line an obstacle; empty if it can", read=cantmove,
                  access=owned(0o400), sized=False),
+            File("checkpoint", "write PATH [stop] [since NAME] [every 60s] [keep 3], or off; read: the last images",
+                 read=lambda proc: procs.checkpoints.show(proc), access=owned(0o600),
+                 write=lambda proc, request: procs.checkpoints.write(proc, request)),
             File("wait", "blocks until it ended, then `exit 3` or `signal 15`", read=wait, blocks=True),
         )
 

@@ -20,7 +20,9 @@ from bpfs.wire.link import Link
 
 CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
-BULK_TIMEOUT = 3600.0  # seconds: sending and receiving take as long as the image is large
+BULK = ("send", "receive", "give", "keep_image")  # operations that take as long as the image is large
+LOOPBACK = "127.0.0.1"
+BULK_TIMEOUT = 3600.0  # seconds
 
 
 class Engine(Protocol):
@@ -72,8 +74,7 @@ class MasterPlace:
 
     def address(self, peer: Place) -> str:
         """The address that the peer's slave uses for this master."""
-        assert isinstance(peer, NodePlace)
-        return peer.master_address
+        return peer.master_address if isinstance(peer, NodePlace) else LOOPBACK
 
     async def hostpid(self, proc: Process) -> int:
         """The master's pids are the cluster's."""
@@ -158,7 +159,7 @@ class _RemoteEngine:
 
     async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
         body = pack_call(op, args)
-        timeout = BULK_TIMEOUT if op in ("send", "receive") else CALL_TIMEOUT
+        timeout = BULK_TIMEOUT if op in BULK else CALL_TIMEOUT
         answer = await self.request(messages.EngineCall(self._session, body, tuple(fds)), timeout)
         assert isinstance(answer, messages.EngineReply)
         reply = unpack_reply(answer.body)

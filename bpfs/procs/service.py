@@ -12,14 +12,16 @@ import trio
 from bpfs import log
 from bpfs.engines import Workers
 from bpfs.errors import BpfsError
-from bpfs.nodes.registry import MASTER, Node, NodeTable
-from bpfs.nodes.states import NodeState
+from bpfs.nodes.registry import MASTER, NodeTable
 from bpfs.procs import usage
+from bpfs.procs.checkpoint import Checkpoints
 from bpfs.procs.exits import listening
 from bpfs.procs.migration import Migration
 from bpfs.procs.onexec import OnExec
 from bpfs.procs.places import MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
+from bpfs.procs.restart import Restarts
+from bpfs.procs.rights import admits, may_control, writes_itself
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.table import ProcTable, read_identity
 from bpfs.procs.verbs import MoveVerb
@@ -39,6 +41,8 @@ class Procs:
         self._master = MasterPlace(workers)
         self._onexec = OnExec(self, around)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
+        self.checkpoints = Checkpoints(self, around.ghosts, self._master)
+        self.restarts = Restarts(self, around, self._master)
 
     # -- moving ------------------------------------------------------------------------------------------------
 
@@ -72,6 +76,8 @@ class Procs:
             await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
             raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
+        if proc.busy:
+            raise BpfsError(errno.EBUSY, f"process {pid} is busy: {proc.busy}")
         if proc.place != node:
             admits(target, caller, proc)
         return proc
@@ -175,34 +181,3 @@ class Procs:
     async def rusage(self, proc: Process) -> str:
         """`key value` lines about what the process used. Raises BpfsError."""
         return usage.render(await self.ghosts.status_files(proc))
-
-
-def writes_itself(caller: Caller, proc: Process) -> bool:
-    """Whether the caller is the process that it wants moved, waiting in its own write."""
-    return caller.pid == proc.pid and caller.node == proc.place
-
-
-def may_control(caller: Caller, proc: Process, code: int = errno.EACCES) -> None:
-    """Raises BpfsError where the caller is neither root nor the process's owner."""
-    if caller.uid not in (0, proc.identity.uid):
-        raise BpfsError(code, f"process {proc.pid} belongs to another user")
-
-
-def admits(node: Node, caller: Caller, proc: Process) -> None:
-    """Checks that a node takes a process now.
-
-    Raises:
-        BpfsError: EHOSTDOWN; EACCES where its x bits, or its being unavailable, keep the caller out.
-    """
-    if node.number == MASTER or caller.uid == 0:
-        if node.number != MASTER and not node.state.holds_jobs:
-            raise BpfsError(errno.EHOSTDOWN, f"node {node.number} is {node.state.value}: {node.reason}".rstrip(": "))
-        return
-    if not node.state.holds_jobs:
-        raise BpfsError(errno.EHOSTDOWN, f"node {node.number} is {node.state.value}: {node.reason}".rstrip(": "))
-    if node.state is NodeState.UNAVAILABLE:
-        raise BpfsError(errno.EACCES, f"node {node.number} is unavailable: {node.reason}")
-    groups = proc.identity.groups | {caller.gid}
-    bit = 0o100 if caller.uid == node.uid else 0o010 if node.gid in groups else 0o001
-    if not node.mode & bit:
-        raise BpfsError(errno.EACCES, f"node {node.number} does not admit this user (mode {node.mode:03o})")

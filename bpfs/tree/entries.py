@@ -176,6 +176,8 @@ class Collection(Entry[T]):
     names: Callable[[T], Iterable[str]]
     lookup: Callable[[T, str], Any]
     table: Table[Any] | None = None
+    fixed: Table[T] | None = None
+    """Entries that are always there, beside the members; they get the collection's own object."""
     link: Callable[[Any, Caller], str] | None = None
     member_access: Callable[[Any], Access] | None = None
     member_change: Callable[[Any, Caller, Changes], Awaitable[None] | None] | None = None

@@ -56,6 +56,25 @@ def parse_number(text: str, least: int, most: int, what: str = "number") -> int:
     return number
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", re.ASCII)
+
+
+def parse_duration(text: str, least: float) -> float:
+    """Seconds of a time like ``60``, ``60s``, ``1.5m``, ``2h`` or ``1d``.
+
+    Raises:
+        BpfsError: EINVAL, it is no time, or less than `least` seconds.
+    """
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise BpfsError(EINVAL, f"'{text[:40]}' is no time such as 60s, 5m or 1h")
+    seconds = float(found[1]) * _UNITS[found[2] or "s"]
+    if seconds < least:
+        raise BpfsError(EINVAL, f"{text} is less than {least:g} s")
+    return seconds
+
+
 def number_of_name(name: str) -> int | None:
     """The number that a file name is, in its one way of writing it (``07`` and ``+7`` are no 7), or None."""
     return int(name) if _CANONICAL.fullmatch(name) else None

@@ -85,7 +85,8 @@ class LocalTree:
             children = [(entry.name, _child(entry, node.target)) for entry in node.table]
         elif isinstance(node.entry, Collection) and not node.member:
             members = ((name, node.entry.lookup(node.target, name)) for name in node.entry.names(node.target))
-            children = [(name, _Node(node.entry, found, member=True)) for name, found in members if found is not None]
+            children = [(entry.name, _child(entry, node.target)) for entry in node.entry.fixed or ()]
+            children += [(name, _Node(node.entry, found, member=True)) for name, found in members if found is not None]
         else:
             raise BpfsError(ENOTDIR, f"/{'/'.join(path)} is no directory")
         return [(name, self._attributes(child, caller)) for name, child in children]
@@ -128,10 +129,7 @@ class LocalTree:
                     raise BpfsError(ENOENT, f"there is no /{'/'.join(path)}")
                 node = _child(entry, node.target)
             elif isinstance(node.entry, Collection) and not node.member:
-                found = node.entry.lookup(node.target, name)
-                if found is None:
-                    raise BpfsError(ENOENT, f"there is no /{'/'.join(path)}")
-                node = _Node(node.entry, found, member=True)
+                node = _member(node, name, path)
             else:
                 raise BpfsError(ENOTDIR, f"/{'/'.join(path)} leads through something that is no directory")
         return node
@@ -165,6 +163,18 @@ class LocalTree:
             lasting=entry.lasting,
             control=entry.write is not None,
         )
+
+
+def _member(node: _Node, name: str, path: Path) -> _Node:
+    collection = node.entry
+    assert isinstance(collection, Collection)
+    fixed = collection.fixed.get(name) if collection.fixed is not None else None
+    if fixed is not None:
+        return _child(fixed, node.target)
+    found = collection.lookup(node.target, name)
+    if found is None:
+        raise BpfsError(ENOENT, f"there is no /{'/'.join(path)}")
+    return _Node(collection, found, member=True)
 
 
 def _child(entry: Entry[Any], target: Any) -> _Node:

@@ -1,0 +1,258 @@
+"""Checkpoints: an image of a process goes into a file while the process goes on, wherever it runs.
+
+The source is frozen and inspected as for a move, and streams its image to a worker of the master's, which writes the
+file with the rights of the user who asked. Once the worker has all of it the process runs on; digests, compaction,
+fsync and the rename come after that.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.procs.ghosts import Ghosts, carefully
+from bpfs.procs.migration import Figures, refuse, transfer
+from bpfs.procs.places import Engine, MasterPlace, Place
+from bpfs.procs.process import Process, ProcState
+from bpfs.procs.rights import Rights, may_control, writes_itself
+from bpfs.procs.table import read_identity
+from bpfs.tree.base import WriteRequest
+from bpfs.tree.formats import parse_duration, parse_number
+
+if TYPE_CHECKING:
+    from bpfs.procs.service import Procs
+
+SHORTEST_PERIOD = 1.0  # seconds between periodic images
+MOST_KEPT = 100
+LINES_KEPT = 32
+TAKE_TIMEOUT = 30.0  # seconds that the keeper waits for the source, and for each piece
+
+_log = log.get("procs")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One line written to procs/PID/checkpoint.
+
+    Attributes:
+        stop: the process ends when its image is safe.
+        since: name of an image in the same folder; only what differs from it is written.
+        every: seconds between images; 0: just one.
+        keep: how many images stay of a periodic one.
+    """
+
+    path: str
+    stop: bool = False
+    since: str = ""
+    every: float = 0.0
+    keep: int = 1
+
+
+def parse_order(text: str) -> Order:
+    """Reads `PATH [stop] [since NAME] [every 60s] [keep 3]`.
+
+    Raises:
+        BpfsError: EINVAL with a sentence.
+    """
+    path, *words = split(text)
+    values: dict[str, str] = {}
+    while words:
+        word = words.pop(0)
+        if word not in ("stop", "since", "every", "keep") or word in values:
+            raise BpfsError(errno.EINVAL, f"'{word[:40]}' is unknown; known: stop, since NAME, every 60s, keep 3")
+        if word != "stop" and not words:
+            raise BpfsError(errno.EINVAL, f"'{word}' needs a value")
+        values[word] = "" if word == "stop" else words.pop(0)
+    every = parse_duration(values["every"], SHORTEST_PERIOD) if "every" in values else 0.0
+    keep = parse_number(values["keep"], 1, MOST_KEPT, "number of images") if "keep" in values else 1
+    if every and ("stop" in values or "since" in values):
+        raise BpfsError(errno.EINVAL, "a periodic checkpoint goes neither with 'stop' nor with 'since'")
+    return Order(path, "stop" in values, values.get("since", ""), every, keep)
+
+
+def split(text: str) -> list[str]:
+    """The words of a line that begins with a file's path, which may be quoted as in a shell.
+
+    Raises:
+        BpfsError: EINVAL.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise BpfsError(errno.EINVAL, f"'{text[:80]}': {error}") from None
+    if not words or not words[0].startswith("/") or not os.path.basename(words[0]):
+        raise BpfsError(errno.EINVAL, f"'{text[:80]}' does not begin with the absolute path of a file")
+    return words
+
+
+@dataclass(slots=True)
+class _Record:
+    """What procs/PID/checkpoint shows of one process."""
+
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
+    periodic: trio.CancelScope | None = None
+    order: Order | None = None
+
+
+class Checkpoints:
+    """The checkpoints of all processes."""
+
+    def __init__(self, procs: Procs, ghosts: Ghosts, master: MasterPlace) -> None:
+        self._procs = procs
+        self._ghosts = ghosts
+        self._master = master
+        self._records: dict[Process, _Record] = {}
+
+    def show(self, proc: Process) -> str:
+        """The content of procs/PID/checkpoint: what is periodic, then the last images."""
+        record = self._records.get(proc)
+        if record is None:
+            return ""
+        order = record.order
+        head = f"every {order.every:g}s keep {order.keep} {order.path}\n" if order is not None else ""
+        return head + "".join(f"{line}\n" for line in record.lines)
+
+    async def write(self, proc: Process, request: WriteRequest) -> None:
+        """Carries out a write to procs/PID/checkpoint.
+
+        Raises:
+            BpfsError: EINVAL; EACCES the caller may not; EBUSY it moves or is being checkpointed; EOPNOTSUPP it cannot
+                be dumped; else what opening or writing the file said.
+        """
+        may_control(request.caller, proc)
+        if request.text == "off":
+            self._cancel(proc)
+            return
+        order, rights = parse_order(request.text), Rights.of(request.caller)
+        itself = writes_itself(request.caller, proc)
+        await self._take(proc, order, rights, request if itself else None)
+        if order.every:
+            self._cancel(proc)
+            self._ghosts.nursery.start_soon(carefully, proc.pid, self._repeat(proc, order, rights))
+
+    def _record(self, proc: Process) -> _Record:
+        for known in [one for one in self._records if one is not proc and not self._alive(one)]:
+            del self._records[known]
+            self._procs.table.forget(known)
+        return self._records.setdefault(proc, _Record())
+
+    def _cancel(self, proc: Process) -> None:
+        record = self._record(proc)
+        if record.periodic is not None:
+            record.periodic.cancel()
+        record.periodic = record.order = None
+
+    async def _repeat(self, proc: Process, order: Order, rights: Rights) -> None:
+        record = self._record(proc)
+        with trio.CancelScope() as record.periodic:
+            record.order = order
+            while True:
+                await trio.sleep(order.every)
+                if not self._alive(proc):
+                    break
+                try:
+                    await self._take(proc, order, rights, None)
+                except BpfsError as error:  # the last good one stays; the next may do better
+                    _log.warning("process %d: periodic checkpoint: %s", proc.pid, error)
+
+    @staticmethod
+    def _alive(proc: Process) -> bool:
+        try:
+            return proc.state is not ProcState.ENDED and read_identity(proc.pid).start == proc.identity.start
+        except BpfsError:
+            return False
+
+    async def _take(self, proc: Process, order: Order, rights: Rights, writer: WriteRequest | None) -> None:
+        if proc.state is ProcState.MIGRATING or proc.busy:
+            raise BpfsError(errno.EBUSY, f"process {proc.pid} is busy: {proc.busy or proc.progress}")
+        self._procs.table.add(proc)  # from now on one object is this process
+        figures, outcome, size = Figures(time.perf_counter()), "ok", 0
+        proc.busy = f"checkpoint to {order.path}"
+        try:
+            size = await _Taking(self._procs.place(proc.place), self._master, proc, order, rights, figures).run(writer)
+        except BpfsError as error:
+            outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
+            raise
+        finally:
+            proc.busy = ""
+            when = time.strftime("%Y-%m-%dT%H:%M:%S")
+            self._record(proc).lines.append(
+                f"{when} {order.path} freeze_ms={figures.freeze_ms:.1f} total_ms={figures.total_ms:.1f} "
+                f"bytes={size} {outcome}"
+            )
+
+
+@dataclass(slots=True)
+class _Taking:
+    """One checkpoint."""
+
+    source: Place
+    master: MasterPlace
+    proc: Process
+    order: Order
+    rights: Rights
+    figures: Figures
+
+    async def run(self, writer: WriteRequest | None) -> int:
+        """Takes it. Returns the size of the file. Raises BpfsError; the process runs on."""
+        async with self.master.engine() as keeper, self.source.engine() as src:
+            listening = await keeper.call(
+                "keep", path=self.order.path, since=self.order.since, address=self.master.address(self.source),
+                **self.rights.arguments,
+            )  # fmt: skip
+            try:
+                await self._freeze(src, writer)
+                await transfer(
+                    lambda: src.call(
+                        "send", host=self.master.address(self.source), port=listening["port"],
+                        token=listening["token"],
+                    ),
+                    lambda: keeper.call("keep_image", timeout_s=TAKE_TIMEOUT),
+                    self.figures,
+                )  # fmt: skip
+            except BpfsError as error:
+                await self._release(src, error.code if writer is not None and writer.answered else 0)
+                raise
+            return await self._end(src, keeper, writer)
+
+    async def _freeze(self, src: Engine, writer: WriteRequest | None) -> None:
+        hostpid = await self.source.hostpid(self.proc)
+        self.figures.frozen = time.perf_counter()
+        await src.call("freeze", pid=hostpid, writing=writer is not None)
+        if writer is not None:
+            await writer.answer()
+            await src.call("settle")
+        refuse((await src.call("inspect"))["refusals"])
+
+    async def _end(self, src: Engine, keeper: Engine, writer: WriteRequest | None) -> int:
+        if not self.order.stop:
+            await self._release(src, 0)
+            self.figures.running = time.perf_counter()
+            return await self._complete(keeper)
+        try:  # it may not do anything any more between its image and its end
+            size = await self._complete(keeper)
+        except BpfsError as error:
+            await self._release(src, error.code if writer is not None and writer.answered else 0)
+            raise
+        await src.call("vanish")
+        return size
+
+    async def _complete(self, keeper: Engine) -> int:
+        keep = self.order.keep if self.order.every else 1
+        return int((await keeper.call("keep_done", keep=keep))["size"])
+
+    async def _release(self, src: Engine, code: int) -> None:
+        try:
+            await src.call("release", errno=code)
+        except BpfsError as error:
+            _log.info("process %d: release after a checkpoint: %s", self.proc.pid, error)
+

@@ -1,0 +1,239 @@
+"""Restarts: a process comes back from its checkpoint, on the master or on a node.
+
+A ghost is made first, with the pid, by a worker of the master's. From then on it is a move whose source is a file: on
+the master the process is rebuilt inside the ghost, as one that comes home; on a node the ghost stays and relays.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.nodes.registry import MASTER
+from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, split
+from bpfs.procs.ghost import Ghost
+from bpfs.procs.ghosts import Away, tell
+from bpfs.procs.migration import Figures, transfer
+from bpfs.procs.places import HANDLES, LOOPBACK, Engine, MasterPlace, NodePlace, Place
+from bpfs.procs.process import ExitStatus, Pid, Process, ProcState
+from bpfs.procs.rights import Rights, admits
+from bpfs.procs.routes import Surroundings
+from bpfs.procs.stdio import Attached, Stdio, attach, detach
+from bpfs.procs.table import read_identity
+from bpfs.tree.base import WriteRequest
+from bpfs.tree.formats import parse_number
+from bpfs.wire.mux import ghost_table
+
+if TYPE_CHECKING:
+    from bpfs.procs.service import Procs
+
+ANY_PID = "anypid"
+GHOST_ENDS = 2.0  # seconds for the ghost of a restart that failed
+
+_log = log.get("procs")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One line written to procs/restart. `anypid`: another pid will do where its own is in use."""
+
+    path: str
+    node: int = MASTER
+    anypid: bool = False
+
+
+def parse_restart(text: str) -> Order:
+    """Reads `PATH [NODE] [anypid]`.
+
+    Raises:
+        BpfsError: EINVAL with a sentence.
+    """
+    path, *words = split(text)
+    anypid = ANY_PID in words
+    rest = [word for word in words if word != ANY_PID]
+    if len(rest) > 1 or len(words) - len(rest) > 1:
+        raise BpfsError(errno.EINVAL, f"'{' '.join(words)[:40]}': write PATH [NODE] [anypid]")
+    return Order(path, parse_number(rest[0], MASTER, 2**31 - 1, "node") if rest else MASTER, anypid)
+
+
+class Restarts:
+    """Brings processes back."""
+
+    def __init__(self, procs: Procs, around: Surroundings, master: MasterPlace) -> None:
+        self._procs = procs
+        self._around = around
+        self._master = master
+        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+    def show(self) -> str:
+        """The content of procs/restart: the last ones, oldest first."""
+        return "".join(f"{line}\n" for line in self._lines)
+
+    async def write(self, request: WriteRequest) -> None:
+        """Carries out a write to procs/restart; returns when the process runs.
+
+        Raises:
+            BpfsError: EINVAL; ENOENT, EHOSTDOWN, EACCES of the node; EEXIST its pid is in use; EPERM the image is not
+                the caller's; EBADMSG it is damaged; else what is missing where it should run.
+        """
+        order = parse_restart(request.text)
+        began, pid, outcome = time.perf_counter(), 0, "ok"
+        try:
+            revival = _Revival(self._around, self._master, self._procs, order, request)
+            pid = await revival.run()
+        except BpfsError as error:
+            outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
+            raise
+        finally:
+            total = (time.perf_counter() - began) * 1e3
+            when = time.strftime("%Y-%m-%dT%H:%M:%S")
+            self._lines.append(f"{when} {order.path} pid={pid} node={order.node} total_ms={total:.1f} {outcome}")
+
+
+class _Revival:
+    """One restart."""
+
+    def __init__(
+        self, around: Surroundings, master: MasterPlace, procs: Procs, order: Order, request: WriteRequest
+    ) -> None:
+        self._around, self._master, self._procs = around, master, procs
+        self._order, self._request = order, request
+
+    async def run(self) -> int:
+        """Returns the pid. Raises BpfsError; nothing of it stays."""
+        caller, order = self._request.caller, self._order
+        place = self._procs.place(order.node)
+        async with self._master.engine() as source, place.engine() as dst:
+            image = await self._load(source)
+            away, numbers = await self._bear(source, image)
+            proc = away.proc
+            proc.state, proc.progress = ProcState.MIGRATING, f"restart on node {order.node}"
+            try:
+                if order.node != MASTER:
+                    admits(self._procs.nodes.get(order.node), caller, proc)
+                await self._build(place, source, dst, away, image, numbers)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._abandon(dst, away)
+                raise
+            proc.state = ProcState.RUNNING
+            self._procs.table.changed(proc, f"restarted on node {order.node}")
+            return proc.pid
+
+    async def _load(self, source: Engine) -> dict[str, Any]:
+        rights = Rights.of(self._request.caller)
+        arguments: dict[str, Any] = {"path": self._order.path, "limits_of": self._limits_of(), **rights.arguments}
+        return await source.call("load", **arguments)
+
+    def _limits_of(self) -> int:
+        # Whoever calls from a node has a ghost here, with the same limits; should it be gone, those of init bound him.
+        try:
+            read_identity(self._request.caller.pid)
+        except BpfsError:
+            return 1
+        return self._request.caller.pid
+
+    async def _bear(self, source: Engine, image: dict[str, Any]) -> tuple[Away, list[int]]:
+        numbers = sorted(fd for external in image["externals"] for fd in external["fds"])
+        readers = {fd for external in image["externals"] if external["access"] == 0 for fd in external["fds"]}
+        ours, theirs = Ghost.pair()
+        with theirs:
+            pid = await self._bear_as(source, image, theirs.fileno(), numbers, readers)
+        proc = Process(Pid(pid), read_identity(pid), place=self._order.node)
+        stdio = Stdio.of(image["externals"])
+        stdio.comm = image["comm"]
+        self._procs.table.add(proc)
+        away = self._around.ghosts.adopt(proc, Ghost(pid, ours), stdio)
+        return away, numbers
+
+    async def _bear_as(
+        self, source: Engine, image: dict[str, Any], control: int, numbers: list[int], readers: set[int]
+    ) -> int:
+        output = self._request.caller.pid if self._request.caller.node == MASTER else 0
+        pids = (image["pid"], 0) if self._order.anypid else (image["pid"],)
+        for pid in pids:
+            try:
+                reply = await source.call(
+                    "bear", [self._around.executable, control], pid=pid, uid=image["uid"], gid=image["gid"],
+                    groups=image["groups"], inputs=sorted(readers), outputs=[n for n in numbers if n not in readers],
+                    output_of=output, arguments=[image["name"]], env=self._around.environment,
+                )  # fmt: skip
+            except BpfsError as error:
+                if error.code != errno.EEXIST or pid == pids[-1]:
+                    raise
+                continue
+            if not pid:
+                await source.call("load_as", pid=reply["pid"])
+            return int(reply["pid"])
+        raise AssertionError("unreachable")
+
+    async def _build(
+        self, place: Place, source: Engine, dst: Engine, away: Away, image: dict[str, Any], numbers: list[int]
+    ) -> None:
+        await away.ghost.wait_ready()
+        await tell(away.ghost.name(away.stdio.comm))
+        if isinstance(place, NodePlace):
+            await self._build_on_node(place, source, dst, away)
+            return
+        keys = {external["key"]: external["fds"][0] for external in image["externals"]}
+        reply = await dst.call(
+            "prepare", [self._around.executable], pid=away.proc.pid, ppid=0, pgid=0, sid=0,
+            place=self._master.target(away.proc.pid), address=LOOPBACK,
+        )  # fmt: skip
+        await self._transfer(source, dst, LOOPBACK, reply, {"ghost_fds": keys}, [])
+        away.retired = True
+        await dst.call("resume")
+        self._around.ghosts.retire(away)
+        self._procs.table.forget(away.proc)
+
+    async def _build_on_node(self, place: NodePlace, source: Engine, dst: Engine, away: Away) -> None:
+        proc, identity, stdio = away.proc, away.proc.identity, away.stdio
+        attached = await attach(
+            place, self._around.streams, list(stdio.channels.values()), identity.uid, identity.gid
+        )
+        try:
+            address = place.address(self._master)
+            reply = await dst.call(
+                "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
+                place=place.target(proc.pid), address=address, terminal=attached.terminal, front=True,
+            )  # fmt: skip
+            await self._transfer(source, dst, address, reply, {"externals": attached.places}, attached.fds)
+            running = await dst.call("resume")
+        except BaseException:
+            attached.connection.close()
+            await detach(place, attached.number)
+            raise
+        proc.hostpid = int(running["hostpid"])
+        stdio.files = dict(zip(running["files"], running[HANDLES], strict=True))
+        stdio.stream, stdio.ends = attached.number, attached.ends
+        await self._join(away, attached)
+
+    async def _join(self, away: Away, attached: Attached) -> None:
+        await tell(away.ghost.stream(attached.connection, ghost_table(away.stdio.channels.values())))
+
+    async def _transfer(
+        self, source: Engine, dst: Engine, host: str, landing: dict[str, Any], more: dict[str, Any], fds: list[int]
+    ) -> None:
+        await transfer(
+            lambda: source.call("give", host=host, port=landing["port"], token=landing["token"]),
+            lambda: dst.call("receive", fds, timeout_s=TAKE_TIMEOUT, **({"externals": {}, "ghost_fds": {}} | more)),
+            Figures(time.perf_counter()),
+        )
+
+    async def _abandon(self, dst: Engine, away: Away) -> None:
+        with suppress(BpfsError):
+            await dst.call("discard")
+        away.proc.state, away.retired = ProcState.RUNNING, False
+        _log.info("process %d did not come back from %s", away.proc.pid, self._order.path)
+        await self._around.ghosts.end(away.proc, ExitStatus(signal=signal.SIGKILL))
+        with trio.move_on_after(GHOST_ENDS):
+            await away.ghost.wait_gone()
