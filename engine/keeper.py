@@ -257,8 +257,9 @@ class Giver:
         self._image = image
         return {
             "pid": image.pid, "comm": image.comm, "uid": image.credentials["uids"][0],
-            "gid": image.credentials["gids"][0], "groups": image.credentials["groups"], "externals": externals,
-            "bytes": image.total, "name": os.fsencode(os.path.basename(image.files[image.exe].path)),
+            "gid": image.credentials["gids"][0], "groups": image.credentials["groups"],
+            "rights": image.credentials["permitted"], "externals": externals, "bytes": image.total,
+            "name": os.fsencode(os.path.basename(image.files[image.exe].path)),
         }  # fmt: skip
 
     def load_as(self, request: Reply, fds: list[int]) -> Reply:

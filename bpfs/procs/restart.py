@@ -162,8 +162,9 @@ class _Revival:
         pids = (image["pid"], 0) if self._order.anypid else (image["pid"],)
         for pid in pids:
             try:
+                program = self._around.programs.descriptor(pid, image["uid"], image["rights"])
                 reply = await source.call(
-                    "bear", [self._around.executable, control], pid=pid, uid=image["uid"], gid=image["gid"],
+                    "bear", [program, control], pid=pid, uid=image["uid"], gid=image["gid"],
                     groups=image["groups"], inputs=sorted(readers), outputs=[n for n in numbers if n not in readers],
                     output_of=output, arguments=[image["name"]], env=self._around.environment,
                 )  # fmt: skip
@@ -186,7 +187,7 @@ class _Revival:
             return
         keys = {external["key"]: external["fds"][0] for external in image["externals"]}
         reply = await dst.call(
-            "prepare", [self._around.executable], pid=away.proc.pid, ppid=0, pgid=0, sid=0,
+            "prepare", pid=away.proc.pid, ppid=0, pgid=0, sid=0,
             place=self._master.target(away.proc.pid), address=LOOPBACK,
         )  # fmt: skip
         await self._transfer(source, dst, LOOPBACK, reply, {"ghost_fds": keys}, [])
