@@ -227,10 +227,11 @@ class _Taking:
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> None:
         hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
-        await src.call("freeze", pid=hostpid, writing=writer is not None)
-        if writer is not None:
-            await writer.answer()
-            await src.call("settle")
+        if writer is None:
+            refuse((await src.call("freeze", pid=hostpid, inspect=True))["refusals"])
+            return
+        await src.call("freeze", pid=hostpid, writing=True)
+        await writer.answer()
         refuse((await src.call("inspect"))["refusals"])
 
     async def _end(self, src: Engine, keeper: Engine, writer: WriteRequest | None) -> int:

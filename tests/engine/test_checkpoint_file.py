@@ -25,7 +25,8 @@ def _dumped(pid: int) -> list[bytes]:
     frozen = freeze(pid)
     parts: list[bytes] = []
     try:
-        dump.write(dump.inspect(frozen), lambda data: parts.append(bytes(data)))
+        inspection = dump.inspect(frozen)
+        dump.write(inspection, dump.build(inspection), lambda data: parts.append(bytes(data)))
     finally:
         frozen.release()
     return parts
