@@ -6,13 +6,16 @@ is checked in tests/cluster.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,6 +220,39 @@ def test_same_output_is_told_once(bpsh: Bpsh) -> None:
     )
 
 
+def test_a_job_map_names_nodes_by_rank(bpsh: Bpsh, plain_tree: Path) -> None:
+    run = bpsh("-n", "-s", "--map", "-1:0:0:2", "sh", "-c", "echo $BPROC_RANK")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "0\n1\n2\n3\n", "")
+    assert len((plain_tree / "nodes/-1/migrate").read_text().splitlines()) == 1
+    run = bpsh("--map", "0:up", "true")
+    assert run.returncode == 2
+    assert (
+        run.stderr == "bpsh: --map wants numbers of nodes with colons between them: 0:up (--help tells the options)\n"
+    )
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 128, 130])
+def test_many_nodes(bpsh: Bpsh, plain_tree: Path, count: int) -> None:
+    for number in range(count):
+        node = plain_tree / "nodes" / str(number)
+        node.mkdir(exist_ok=True)
+        (node / "migrate").write_text("")
+    (plain_tree / "status").write_text("".join(f"{n} up 111 root root 10.0.0.1\n" for n in range(count)))
+    run = bpsh("-a", "-p", "sh", "-c", "cksum; exit $((BPROC_RANK == 50))", stdin="x" * 100_000)
+    assert (run.returncode, run.stderr) == (1, "")
+    assert sorted(int(line.split(":")[0]) for line in run.stdout.splitlines()) == list(range(count))
+    assert len({line.split(":")[1] for line in run.stdout.splitlines()}) == 1
+
+
+def test_a_terminal_of_its_own(bpsh: Bpsh) -> None:
+    script = "test -t 0 -a -t 1 -a -t 2 && ps -o sid= -p $$ | grep -qw $$ && stty -a | grep -q ' -echo ' && cat"
+    for text in ("one\ntwo\n", "one\ntwo", ""):
+        run = bpsh("-s", "-T", "0-1", "sh", "-c", script, stdin=text)
+        assert (run.returncode, run.stdout, run.stderr) == (0, text * 2, "")
+    run = bpsh("-n", "-T", "0", "sh", "-c", "cat; test -t 0 || test -t 1 && echo so", stdin="unseen")
+    assert (run.returncode, run.stdout) == (0, "so\n")
+
+
 def test_json(bpsh: Bpsh) -> None:
     script = "printf 'a\"\\\\\\n\\t\\303\\244\\377'; echo err >&2; [ $BPROC_RANK = 1 ] && kill -TERM $$; exit 3"
     run = bpsh("--json", "0-1", "sh", "-c", script)
@@ -346,6 +382,35 @@ def test_control_c_at_a_terminal_reaches_everybody(plain_tree: Path) -> None:
             assert time.monotonic() < deadline, "it should have ended"
             time.sleep(0.01)
         assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGINT
+    finally:
+        os.close(terminal)
+        if ended[0] == 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_the_terminal_of_the_node_has_our_keys_and_size(plain_tree: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["BPFS"] = str(plain_tree)
+        script = (
+            'stty size; until [ "$(stty size)" = "33 77" ]; do sleep 0.02; done; trap "echo heard; exit 3" INT; '
+            "echo sized; cat"
+        )
+        os.execv("/bin/sh", ["sh", "-c", f"{BPSH} -T 0 bash -c '{script}' 2>&1 | cat"])
+    ended = (0, 0)
+    try:
+        read_until(terminal, b"0 0", 1)
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+        read_until(terminal, b"sized", 1)
+        os.write(terminal, b"word\r")
+        read_until(terminal, b"word", 2)  # the terminal's echo, and cat
+        os.write(terminal, b"\x03")
+        read_until(terminal, b"heard", 1)
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline, "it should have ended"
+            time.sleep(0.01)
     finally:
         os.close(terminal)
         if ended[0] == 0:

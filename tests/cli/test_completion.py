@@ -46,6 +46,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bpctl -u roo", ["root"]),
         ("bpsh allu", ["allup"]),
         ("bpsh --tim", ["--time", "--timeout"]),
+        ("bpsh --map 0:1 mkfif", ["mkfifo"]),
         ("bpcluster sta", ["status"]),
         ("bpsh -n 0 mkfif", ["mkfifo"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def test_bpsh_reaches_standard_input(it: VirtualCluster) -> None:
         )
         expected = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout
         assert (run.stdout, run.stderr, run.returncode) == (expected * copies, "", 0)
+
+
+def test_bpsh_gives_a_terminal_on_each_node(it: VirtualCluster) -> None:
+    run = subprocess.run(
+        [BPSH, "-s", "-T", "0-2", "sh", "-c", "tty; uname -n; cat"],
+        input="unfinished",
+        env={**os.environ, "BPFS": str(it.mount)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert re.fullmatch("".join(rf"/dev/pts/\d+\nn{n}\nunfinished" for n in range(3)), run.stdout)
 
 
 def test_client_runs_commands_on_nodes(it: VirtualCluster) -> None:

@@ -35,6 +35,7 @@ static const char usage_text[] =
 	"which nodes\n"
 	"  -a                 all nodes that are up\n"
 	"  -A                 all nodes that are not down\n"
+	"  --map MAP          one command for each number of a job map such as -1:0:0:2, instead of NODES\n"
 	"  --expand NODES     print the numbers of the nodes and exit\n"
 	"input and output\n"
 	"  -n                 standard input is /dev/null\n"
@@ -42,6 +43,7 @@ static const char usage_text[] =
 	"  -I FILE  --stdin FILE   standard input from a file on the node\n"
 	"  -O FILE  --stdout FILE  standard output to a file on the node\n"
 	"  -E FILE  --stderr FILE  standard error to a file on the node\n"
+	"  -T                 a terminal on the node, whatever standard input and output are\n"
 	"several nodes\n"
 	"  -L                 whole lines, never mixed\n"
 	"  -p                 each line with the number of its node before it (implies -L)\n"
@@ -61,10 +63,10 @@ static const char usage_text[] =
 	"  -v, --version      show the version and exit\n"
 	"\n"
 	"A command of one word with blanks or shell characters goes to sh -c on the node, unless -- stands before it.\n"
-	"Exit code: the largest of the commands'; 128+N where one died of signal N; 124 timeout; 126, 127 the program\n"
-	"cannot be run, or found; 255 a node or the cluster failed; 2 a wrong command line.\n";
+	"Exit code: the largest of the commands'; 128+N where one died of signal N; 124 timeout; 125 it could not run\n"
+	"on its node; 126, 127 the program cannot be run, or found; 255 a node or the cluster failed; 2 a wrong command line.\n";
 
-enum { OPT_TIMEOUT = 256, OPT_FANOUT, OPT_JSON, OPT_BPROC_EXIT, OPT_MOUNT, OPT_EXPAND };
+enum { OPT_TIMEOUT = 256, OPT_FANOUT, OPT_JSON, OPT_BPROC_EXIT, OPT_MOUNT, OPT_EXPAND, OPT_MAP };
 
 static const struct option long_options[] = {
 	{"help", no_argument, NULL, 'h'},
@@ -79,6 +81,7 @@ static const struct option long_options[] = {
 	{"json", no_argument, NULL, OPT_JSON},
 	{"bproc-exit", no_argument, NULL, OPT_BPROC_EXIT},
 	{"mount", required_argument, NULL, OPT_MOUNT},
+	{"map", required_argument, NULL, OPT_MAP},
 	{"expand", required_argument, NULL, OPT_EXPAND},
 	{0},
 };
@@ -261,6 +264,18 @@ static double positive(const char *option, const char *text, int whole)
 	return value;
 }
 
+/* The nodespec of a job map, as BEOWULF_JOB_MAP holds one: numbers of nodes and colons. */
+static char *job_map(const char *map)
+{
+	if (!*map || map[strspn(map, "0123456789-:")])
+		wrong_usage("--map wants numbers of nodes with colons between them", map);
+	char *spec = must_alloc(NULL, strlen(map) + 1);
+	strcpy(spec, map);
+	for (char *colon = spec; (colon = strchr(colon, ':'));)
+		*colon = ',';
+	return spec;
+}
+
 static void take_option(struct options *options, int option, const char **spec)
 {
 	switch (option) {
@@ -279,6 +294,7 @@ static void take_option(struct options *options, int option, const char **spec)
 	case 'I': options->file[0] = optarg; break;
 	case 'O': options->file[1] = optarg; break;
 	case 'E': options->file[2] = optarg; break;
+	case 'T': options->terminal = 1; break;
 	case 'L': options->lines = 1; break;
 	case 'p': options->lines = options->prefix = 1; break;
 	case 's': options->sequential = 1; break;
@@ -291,6 +307,7 @@ static void take_option(struct options *options, int option, const char **spec)
 	case OPT_FANOUT: options->fanout = (int)positive("--fanout wants a number", optarg, 1); break;
 	case OPT_JSON: options->json = 1; break;
 	case OPT_BPROC_EXIT: options->bproc_exit = 1; break;
+	case OPT_MAP: *spec = job_map(optarg); break;
 	case OPT_MOUNT: options->mount = optarg; break;
 	default: exit(2); /* getopt has said why */
 	}
@@ -317,7 +334,7 @@ int main(int argc, char **argv)
 
 	/* Options, nodes, more options, command: '+' stops at each word that is none, and we go on behind the nodes. */
 	while (!options.argv) {
-		int option = getopt_long(argc, argv, "+hvV1aAnNI:O:E:Lpsdgtl:b:", long_options, NULL);
+		int option = getopt_long(argc, argv, "+hvV1aAnNI:O:E:TLpsdgtl:b:", long_options, NULL);
 		if (option == OPT_EXPAND) {
 			wanted = optarg;
 		} else if (option != -1) {
@@ -353,7 +370,9 @@ int main(int argc, char **argv)
 	struct numbers found = {0};
 	char error[4400];
 	int single = !options.times && !options.gather && !options.json && !options.timeout && !options.prefix &&
-		     !options.dividers && !options.bproc_exit;
+		     !options.dividers && !options.bproc_exit &&
+		     /* Where ours is a terminal, the command gets it anyway. */
+		     (!options.terminal || (isatty(0) && isatty(1) && isatty(2)));
 	/* The short way: a plain number needs no look at the cluster's status. */
 	if (single && strlen(spec) < 9 && spec[strspn(spec, "0123456789")] == 0 && *spec)
 		return become(&options, atoi(spec), 0);

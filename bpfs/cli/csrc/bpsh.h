@@ -23,6 +23,7 @@ struct options {
 	int null[3];           /* -n, -N: /dev/null instead */
 	int lines, prefix;     /* -L, -p */
 	int sequential, dividers; /* -s, -d */
+	int terminal;          /* -T: a terminal for each */
 	int gather, json;      /* -g, --json */
 	int times;             /* -t */
 	int bproc_exit;        /* 255 for every death by signal */

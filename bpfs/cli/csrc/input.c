@@ -5,6 +5,7 @@
 #include "nodespec.h"
 
 #include <errno.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -43,9 +44,17 @@ int input_idle(void)
 
 void read_input(void)
 {
-	ssize_t got = read(0, input.text, CHUNK);
+	ssize_t got = input.typed_end ? 0 : read(0, input.text, CHUNK);
 	if (got < 0 && (errno == EINTR || errno == EAGAIN))
 		return;
+	if (got <= 0 && input.terminals && !input.typed_end) {
+		/* A terminal's input ends where somebody types ^D: twice behind an unfinished line. */
+		got = input.unfinished ? 2 : 1;
+		memset(input.text, 'D' - '@', (size_t)got);
+		input.typed_end = 1;
+	} else if (got > 0) {
+		input.unfinished = input.text[got - 1] != '\n';
+	}
 	input.length = got > 0 ? (size_t)got : 0;
 	for (size_t i = 0; i < job_count; i++)
 		jobs[i].sent = 0;
@@ -61,6 +70,7 @@ int prepare_input(const struct options *options)
 	struct stat status;
 	if (options->null[0] || options->file[0])
 		return 0;
+	input.terminals = options->terminal;
 	if (!options->fanout || (size_t)options->fanout >= job_count) {
 		input.wanted = 1;
 		input.text = must_alloc(NULL, CHUNK);

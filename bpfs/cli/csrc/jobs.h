@@ -30,6 +30,9 @@ struct input {
 	char *text;
 	size_t length;
 	int wanted, ended;
+	int terminals;  /* it goes to terminals, whose end is typed */
+	int unfinished; /* the last byte was no line's end */
+	int typed_end;
 };
 extern struct input input;
 

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "jobs.h"
 #include "nodespec.h"
+#include "terminal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -28,6 +29,7 @@ static int wake[2]; /* a pipe: handlers write, the loop reads */
 static volatile sig_atomic_t interrupts, interrupt_signal;
 static struct sigaction old_pipe_action;
 static struct rlimit old_files;
+static int apart; /* -T: the commands are in sessions of their own, where no signal of our terminal reaches them */
 
 /* -- signals ---------------------------------------------------------------------------------------------------- */
 
@@ -38,17 +40,39 @@ static void signal_jobs(int number)
 			kill(jobs[i].pid, number);
 }
 
+/* ^Z while the commands are apart: they stop and go on with us. */
+static void on_stop(int number)
+{
+	int saved = errno;
+	(void)number;
+	signal_jobs(SIGSTOP);
+	raise(SIGSTOP);
+	signal_jobs(SIGCONT);
+	errno = saved;
+}
+
+static void on_resize(int number)
+{
+	int saved = errno;
+	(void)number;
+	for (size_t i = 0; i < job_count; i++)
+		if (jobs[i].stream[0].fd >= 0)
+			terminal_resize(jobs[i].stream[0].fd);
+	errno = saved;
+}
+
 static void on_signal(int number, siginfo_t *info, void *context)
 {
 	(void)context;
 	int saved = errno;
 	if (number != SIGCHLD) {
 		interrupt_signal = number;
-		/* The terminal has told the commands already: they are in our process group. */
-		if (info->si_code != SI_KERNEL)
+		/* The terminal has told the commands already where they are in our process group. */
+		if (info->si_code != SI_KERNEL || apart)
 			signal_jobs(number);
 		if (++interrupts > 1) {
 			signal_jobs(SIGKILL);
+			terminal_restore();
 			signal(number, SIG_DFL);
 			raise(number); /* is let in when this handler returns */
 		}
@@ -72,6 +96,12 @@ static void catch_signals(void)
 		if (old.sa_handler != SIG_IGN) /* nohup, or a job in the background of a script */
 			sigaction(number[i], &action, NULL);
 	}
+	if (apart) {
+		struct sigaction stop = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
+		struct sigaction resize = {.sa_handler = on_resize, .sa_flags = SA_RESTART};
+		sigaction(SIGTSTP, &stop, NULL);
+		sigaction(SIGWINCH, &resize, NULL);
+	}
 	struct sigaction ignore = {.sa_handler = SIG_IGN};
 	sigaction(SIGPIPE, &ignore, &old_pipe_action);
 }
@@ -92,6 +122,8 @@ static void raise_file_limit(size_t count)
 
 static void __attribute__((noreturn)) child(const struct options *options, struct job *job, int ends[3], pid_t parent)
 {
+	if (apart && terminal_enter(ends[1]) < 0)
+		_exit(EXIT_FAILED);
 	for (int fd = 0; fd < 3; fd++)
 		if (ends[fd] >= 0 && dup2(ends[fd], fd) < 0)
 			_exit(EXIT_FAILED);
@@ -118,13 +150,33 @@ static int open_input(const struct options *options, int ends[2])
 	return ends[0] < 0 ? -1 : 0;
 }
 
-static int start_job(const struct options *options, struct job *job)
+/* With -T one terminal is all of a command's standard descriptors that are not given otherwise; ours is read as its
+ * standard output, and written to by another descriptor, which can be closed before the terminal hangs up. */
+static int open_terminal(const struct options *options, int in[2], int out[2][2])
 {
-	int in[2] = {-1, -1}, out[2][2] = {{-1, -1}, {-1, -1}}, failed = 0;
-	failed |= open_input(options, in);
+	if (terminal_open(out[0]) < 0)
+		return -1;
+	out[1][1] = fcntl(out[0][1], F_DUPFD_CLOEXEC, 3);
+	if (!input.wanted)
+		return open_input(options, in);
+	in[0] = fcntl(out[0][1], F_DUPFD_CLOEXEC, 3);
+	in[1] = fcntl(out[0][0], F_DUPFD_CLOEXEC, 3);
+	return in[0] < 0 || in[1] < 0 || out[1][1] < 0 ? -1 : 0;
+}
+
+static int open_streams(const struct options *options, int in[2], int out[2][2])
+{
+	int failed = open_input(options, in);
 	for (int i = 0; i < 2; i++)
 		if (!options->null[i + 1] && !options->file[i + 1])
 			failed |= pipe2(out[i], O_CLOEXEC);
+	return failed;
+}
+
+static int start_job(const struct options *options, struct job *job)
+{
+	int in[2] = {-1, -1}, out[2][2] = {{-1, -1}, {-1, -1}};
+	int failed = (apart ? open_terminal : open_streams)(options, in, out);
 	pid_t parent = getpid();
 	pid_t pid = failed ? -1 : fork();
 	if (pid == 0)
@@ -325,10 +377,13 @@ int run_many(const struct options *options, const int *node, size_t count)
 		jobs[i].stream[1] = (struct stream){.fd = -1, .out = 2, .keep = options->json};
 	}
 	job_count = count;
+	apart = options->terminal;
 	if (prepare_input(options) < 0)
 		return 2;
 	raise_file_limit(count);
 	catch_signals();
+	if (apart)
+		terminal_take(count);
 	struct pollfd *ready = must_alloc(NULL, (2 + count * 3) * sizeof *ready);
 	if (options->sequential)
 		divider(options, &jobs[0]);
@@ -366,6 +421,7 @@ int run_many(const struct options *options, const int *node, size_t count)
 	if (options->gather && !options->json)
 		print_gathered();
 	if (interrupts) {
+		terminal_restore();
 		signal(interrupt_signal, SIG_DFL);
 		raise(interrupt_signal);
 	}
