@@ -2,9 +2,9 @@
 
 Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
-The destination answers with frame(HELD) or frame(ERROR). Pages carry no checksum of their own: TCP has one, and END
-repeats
-their number of bytes. Every length is checked before anything is allocated.
+The destination answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
+itself by frame(GO): the copy runs then. Pages carry no checksum of their own: TCP has one, and END repeats their number
+of bytes. Every length is checked before anything is allocated.
 """
 
 import struct
@@ -21,10 +21,11 @@ META: Final = 1
 END: Final = 2
 HELD: Final = 3
 ERROR: Final = 4
+GO: Final = 5
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below
-MAX_SMALL: Final = 1 << 20  # END, HELD, ERROR
+MAX_SMALL: Final = 1 << 20  # END, HELD, ERROR, GO
 PAGE: Final = 4096
 _TOP: Final = 1 << 47
 

@@ -67,6 +67,20 @@ class Stream:
             length -= len(part)
         return b"".join(parts)
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Another longest wait from now on."""
+        self._silence = seconds
+
+    def has_ended(self) -> bool:
+        """Whether the peer has closed the connection (or said something that nobody asked for)."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
     def _wait(self, event: int) -> None:
         wait_for(self._sock, event, self._control, self._silence)
 

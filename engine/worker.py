@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgpack
@@ -31,6 +31,7 @@ from engine.target import Target, place_child, seize_ghost
 TOKEN_SIZE: Final = 32
 _HELD_TIMEOUT_S: Final = 60.0
 _RECEIVE_TIMEOUT_S: Final = 60.0
+_LAST_WORD_S: Final = 5.0  # a source that says nothing for so long after its copy was whole is asked by the daemon
 _ORDER: Final = "out of order"
 FDS: Final = "_fds"  # in an operation's result: descriptors to go with the reply
 
@@ -48,6 +49,7 @@ class Source:
         self._inspection: dump.Inspection | None = None
         self._image: img.Image | None = None
         self._passed: Passed | None = None
+        self._stream: Stream | None = None  # to the worker that holds the copy
         self.afterwards: Callable[[], object] | None = None
 
     def _held(self) -> Frozen:
@@ -136,11 +138,13 @@ class Source:
             if len(fds) == 2:  # while the destination is still at work
                 self._passed = Passed(self._held(), image, fds[0], fds[1])
             kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
-        finally:
+            if kind == img.ERROR:
+                answer = msgpack.unpackb(body)
+                raise OSError(int(answer["errno"]), str(answer["text"]))
+        except BaseException:
             stream.close()
-        if kind == img.ERROR:
-            answer = msgpack.unpackb(body)
-            raise OSError(int(answer["errno"]), str(answer["text"]))
+            raise
+        self._stream = stream
         return {"bytes": total, "ms": ms}
 
     def release(self, request: Reply, fds: list[int]) -> Reply:
@@ -154,30 +158,53 @@ class Source:
         return {}
 
     def become_ghost(self, request: Reply, fds: list[int]) -> Reply:
-        """Run the ghost in its place. fds, unless `send` had them: ghost program, control socket."""
+        """Run the ghost in its place. fds, unless `send` had them: ghost program, control socket.
+
+        `go`: tell the copy that it may run.
+        """
         frozen = self._held()
         if self._inspection is None or (self._passed is None and len(fds) != 2):
             raise OSError(22, f"{_ORDER}: become_ghost wants an inspected process and two descriptors")
-        self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
-        cloexec = [number for entry in self._inspection.descriptors.table for number, closes in entry["fds"] if closes]
-        become_ghost(frozen, cloexec, self._passed, list(request.get("env", [])))
+        with self._last_word(request):
+            self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
+            table = self._inspection.descriptors.table
+            cloexec = [number for entry in table for number, closes in entry["fds"] if closes]
+            become_ghost(frozen, cloexec, self._passed, list(request.get("env", [])))
         self._forget()
         note.erase()
         return {}
 
     def vanish(self, request: Reply, fds: list[int]) -> Reply:
-        """Kill the frozen source: it lives elsewhere now."""
+        """Kill the frozen source: it lives elsewhere now. `go`: tell the copy that it may run."""
         frozen = self._held()
-        self._forget()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(frozen.pid, signal.SIGKILL)
-        for thread in reversed(frozen.threads):  # the leader's end is reported last
-            with contextlib.suppress(OSError):
-                while os.WIFSTOPPED(ptrace.wait(thread.tid)):
-                    pass
+        with self._last_word(request):
+            self._frozen = None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(frozen.pid, signal.SIGKILL)
+            for thread in reversed(frozen.threads):  # the leader's end is reported last
+                with contextlib.suppress(OSError):
+                    while os.WIFSTOPPED(ptrace.wait(thread.tid)):
+                        pass
         frozen.close()
+        self._forget()
         note.erase()
         return {}
+
+    @contextlib.contextmanager
+    def _last_word(self, request: Reply) -> Iterator[None]:
+        """The source ends in this context. Its copy, which must be there up to that moment, is told whether it did: by
+        a word, or by the end of the connection alone."""
+        stream, self._stream = self._stream, None
+        try:
+            if stream is not None and stream.has_ended():
+                raise OSError(32, "the worker that holds the copy is gone")
+            yield
+            if stream is not None and request.get("go"):
+                with contextlib.suppress(OSError):  # the daemon will tell it
+                    stream.send(img.frame(img.GO, b""))
+        finally:
+            if stream is not None:
+                stream.close()
 
     def _take_back(self) -> None:
         if self._passed is not None:
@@ -187,6 +214,9 @@ class Source:
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled = None, None, False
         self._image = self._passed = self.afterwards = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def undo(self) -> bool:
         """The daemon is gone, or gives up. Returns whether there was anything to undo."""
@@ -209,6 +239,7 @@ class Destination:
         self._listener: socket.socket | None = None
         self._token = b""
         self._builder: Builder | None = None
+        self._stream: Stream | None = None  # to the source's worker, once the copy is whole
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
         """Make the stopped child, or seize the ghost, and listen."""
@@ -247,17 +278,31 @@ class Destination:
         try:
             total = self._build(stream, externals, ghost_fds)
             stream.send(img.frame(img.HELD, b""))
+            self._stream = stream
         except BaseException as error:
             if isinstance(error, OSError) and not isinstance(error, Aborted):
                 with contextlib.suppress(OSError):
                     answer = {"errno": error.errno or 5, "text": sentence(error)}
                     stream.send(img.frame(img.ERROR, msgpack.packb(answer)))
+            stream.close()
             self.undo()
             raise
         finally:
-            stream.close()
             self._close_listener()
         return {"bytes": total}
+
+    def follow(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for the source's own word that it is gone, and let the copy run; `running` tells whether it came."""
+        if self._stream is None:
+            raise OSError(22, f"{_ORDER}: nothing is built")
+        self._stream.wait_at_most(_LAST_WORD_S)
+        try:
+            img.read_frame(self._stream.receive, (img.GO,), 0)
+        except Aborted:
+            raise
+        except OSError:
+            return {"running": False}
+        return {"running": True} | self.resume(request, fds)
 
     def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int]) -> int:
         assert self._target is not None
@@ -281,12 +326,18 @@ class Destination:
         hostpid = builder.resume()
         builder.close()
         self._builder = self._target = None
+        self._close_stream()
         return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
 
     def discard(self, request: Reply, fds: list[int]) -> Reply:
         """Undo."""
         self.undo()
         return {}
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _close_listener(self) -> None:
         if self._listener is not None:
@@ -296,6 +347,7 @@ class Destination:
     def undo(self) -> bool:
         """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
         self._close_listener()
+        self._close_stream()
         builder, target = self._builder, self._target
         self._builder = self._target = None
         if builder is not None:
@@ -335,6 +387,7 @@ def serve(control: socket.socket) -> bool:
         "vanish": source.vanish,
         "prepare": destination.prepare,
         "receive": destination.receive,
+        "follow": destination.follow,
         "resume": destination.resume,
         "discard": destination.discard,
         "keep": keeper.keep,

@@ -14,6 +14,11 @@ import trio
 _DIRECTORY = os.environ.get("BPFS_HOLD")
 
 
+def is_held(phase: str) -> bool:
+    """Whether a test wants this phase to last."""
+    return _DIRECTORY is not None and (Path(_DIRECTORY) / phase).exists()
+
+
 async def hold(phase: str) -> None:
     """Waits while a test wants this phase to last."""
     if _DIRECTORY is None:

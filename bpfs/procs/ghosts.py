@@ -60,6 +60,7 @@ class Ghosts:
         self.nursery = nursery
         self._away: dict[int, Away] = {}
         self._adopted = trio.Event()
+        self._early: dict[int, tuple[int, list[tuple[Node, messages.JobReport]]]] = {}  # see `expect`
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
         nodes.listen(self._node_changed)
         nursery.start_soon(self._take_reports, name="job reports")
@@ -91,6 +92,27 @@ class Ghosts:
         away.ghost.close()
         if self._away.get(away.proc.pid) is away:
             del self._away[away.proc.pid]
+
+    def expect(self, proc: Process, node: int) -> None:
+        """A process may run on `node` before we are told that it is gone from where it was: what is reported of it from
+        there waits for `catch_up`."""
+        self._early[proc.pid] = (node, [])
+
+    async def catch_up(self, proc: Process) -> None:
+        """The process is at its new place: takes what was reported from there already."""
+        _, early = self._early[proc.pid]
+        while early:
+            await carefully(proc.pid, self._changed(*early.pop(0)))
+        del self._early[proc.pid]
+
+    def expect_no_more(self, proc: Process) -> None:
+        """The move is off."""
+        self._early.pop(proc.pid, None)
+
+    async def look_after(self, away: Away) -> None:
+        """A ghost that was retired too early; it may have ended meanwhile."""
+        if away.ghost.gone:
+            await carefully(away.proc.pid, self._gone(away))
 
     # -- from the ghost ----------------------------------------------------------------------------------------
 
@@ -179,6 +201,8 @@ class Ghosts:
         async for node, report in self._incoming:
             if report.kind == SIGNAL_REPORT:
                 self.nursery.start_soon(self._forward, report)
+            elif report.pid in self._early and self._early[report.pid][0] == node.number:
+                self._early[report.pid][1].append((node, report))
             else:
                 await carefully(report.pid, self._changed(node, report))
 

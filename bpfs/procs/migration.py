@@ -6,6 +6,10 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
 * up to HELD the source is frozen and whole; whatever fails, it is released as it was;
 * the destination's copy is resumed only when the source is known to be gone: exec'd into the ghost, killed on
   its node, or fenced together with its node;
+* who says so is the source's engine itself, to the destination's, on the connection on which the image went ("go"):
+  it has just seen the exec, or the end. Where it cannot (it died, the connection broke, a fence was waited for), the
+  master says it, once it knows; the destination takes the first word that comes, and there is none after it. An engine
+  that failed to end its source never says it; where one dies after its word, the destination's answer tells;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
@@ -19,7 +23,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -188,8 +192,19 @@ class Migration(ABC):
         return []
 
     @abstractmethod
-    async def depart(self, src: Engine) -> None:
-        """Ends the source. Returns only when it is known to be gone; raises only when it is known to live."""
+    async def depart(self, src: Engine, go: bool) -> None:
+        """Ends the source. Returns only when it is known to be gone.
+
+        Args:
+            go: its engine tells the copy that it may run, as soon as that is so.
+
+        Raises:
+            BpfsError: it is not known to be gone, and lives, unless it has said otherwise to its copy.
+        """
+
+    @abstractmethod
+    async def departed(self) -> None:
+        """The source is gone: the new place is the place. Comes as early as possible: the copy may run already."""
 
     @abstractmethod
     async def arrived(self, reply: dict[str, Any]) -> None:
@@ -261,21 +276,62 @@ class Migration(ABC):
         try:
             if time.perf_counter() - self.figures.whole > FRESH:
                 await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
-            await self.depart(src)
+            reply = await self._hand_over(src, dst)
         except BpfsError as error:
             await self._undo(release(error), dst)
             raise
-        await self._enter(Phase.RESUME)
-        try:
-            reply = await dst.call("resume")
-        except BpfsError:
-            # The only copy died with its worker or its node.
-            self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
-            await self.lost()
-            raise
+        if reply is None:
+            await self._enter(Phase.RESUME)
+            try:
+                reply = await dst.call("resume")
+            except BpfsError:
+                # The only copy died with its worker or its node.
+                self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
+                await self.lost()
+                raise
         self.proc.hostpid = int(reply["hostpid"])
-        self.figures.running = time.perf_counter()
+        self.figures.running = self.figures.running or time.perf_counter()
         await self.arrived(reply)
+
+    async def _hand_over(self, src: Engine, dst: Engine) -> dict[str, Any] | None:
+        """Ends the source, whose engine then tells the destination's that the copy may run.
+
+        Returns:
+            What the destination's engine said; None where the word did not get through, and ours is needed.
+
+        Raises:
+            BpfsError: the source lives.
+        """
+        if faults.is_held(Phase.RESUME.value):
+            await self.depart(src, go=False)
+            await self.departed()
+            return None
+        errors: list[BpfsError] = []
+        replies: list[dict[str, Any]] = []
+
+        async def leave() -> None:
+            try:
+                await self.depart(src, go=True)
+            except BpfsError as error:
+                errors.append(error)
+            else:
+                await self.departed()
+
+        async def follow() -> None:
+            with suppress(BpfsError):  # it died: `resume` will meet that again, if need be
+                reply = await dst.call("follow")
+                if reply["running"]:
+                    self.figures.running = time.perf_counter()
+                    replies.append(reply)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave)
+            nursery.start_soon(follow)
+        if errors and not replies:
+            raise errors[0]
+        if errors:  # the source's engine died right after its last word
+            await self.departed()
+        return replies[0] if replies else None
 
     async def _undo(self, release: Awaitable[object], dst: Engine) -> None:
         # The source first: it is somebody's program that stands still.

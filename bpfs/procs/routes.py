@@ -157,14 +157,17 @@ class Leave(ToNode):
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
         return landing
 
-    async def depart(self, src: Engine) -> None:
-        assert self._attached is not None and self._control is not None
+    async def depart(self, src: Engine, go: bool) -> None:
+        self._around.ghosts.expect(self.proc, self.destination.number)
         try:
-            await src.call("become_ghost", env=self._around.environment)
+            await src.call("become_ghost", env=self._around.environment, go=go)
         except BpfsError:
             # The worker may have died right after the exec: what the process is now decides.
             if not self._around.is_ghost(self.proc.pid):
                 raise
+
+    async def departed(self) -> None:
+        assert self._attached is not None and self._control is not None
         ours, theirs = self._control
         theirs.close()
         attached, proc = self._attached, self.proc
@@ -173,6 +176,7 @@ class Leave(ToNode):
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
+        await self._around.ghosts.catch_up(proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         self._stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
@@ -180,6 +184,7 @@ class Leave(ToNode):
     async def stay(self) -> None:
         for end in self._control or ():
             end.close()
+        self._around.ghosts.expect_no_more(self.proc)
         await super().stay()
 
 
@@ -203,8 +208,13 @@ class Hop(ToNode):
         self._held = True
         await self._away.ghost.hold()
 
-    async def depart(self, src: Engine) -> None:
-        await vanish(self, src)
+    async def depart(self, src: Engine, go: bool) -> None:
+        self._around.ghosts.expect(self.proc, self.destination.number)
+        await vanish(self, src, go)
+
+    async def departed(self) -> None:
+        self.proc.place = self.destination.number
+        await self._around.ghosts.catch_up(self.proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         assert self._attached is not None
@@ -223,6 +233,7 @@ class Hop(ToNode):
         await detach(self.destination, self._attached.number)
 
     async def stay(self) -> None:
+        self._around.ghosts.expect_no_more(self.proc)
         await super().stay()
         if self._held:
             await tell(self._away.ghost.resume())
@@ -262,9 +273,13 @@ class Return(Migration):
         )  # fmt: skip
         return Landing(address, reply["port"], reply["token"], ghost_fds=self._ghost_fds)
 
-    async def depart(self, src: Engine) -> None:
-        await vanish(self, src)
-        self._away.retired = True  # the end of its control socket will mean that it is the process again
+    async def depart(self, src: Engine, go: bool) -> None:
+        # From the engine's word on, the end of the ghost's control socket will mean that it is the process again.
+        self._away.retired = True
+        await vanish(self, src, go)
+
+    async def departed(self) -> None:
+        self.proc.place = self.destination.number
 
     async def lost(self) -> None:
         self._away.retired = False
@@ -276,12 +291,15 @@ class Return(Migration):
         self._around.ghosts.nursery.start_soon(detach, self.source, self._away.stdio.stream)  # nobody need wait for it
 
     async def stay(self) -> None:
+        if self._away.retired:
+            self._away.retired = False
+            await self._around.ghosts.look_after(self._away)
         # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
         if self._held:
             await tell(self._away.ghost.resume())
 
 
-async def vanish(migration: Migration, src: Engine) -> None:
+async def vanish(migration: Migration, src: Engine, go: bool) -> None:
     """Ends the frozen copy on a node. Where the node is lost just then, waits until the copy cannot be alive.
 
     Raises:
@@ -292,7 +310,7 @@ async def vanish(migration: Migration, src: Engine) -> None:
     proc.leaving = True
     try:
         if not proc.source_lost:
-            await src.call("vanish")
+            await src.call("vanish", go=go)
     except BpfsError as error:
         if error.code != errno.EHOSTDOWN:
             raise
@@ -300,7 +318,6 @@ async def vanish(migration: Migration, src: Engine) -> None:
         await place.node.wait_fenced()
     finally:
         proc.leaving = False
-    proc.place = migration.destination.number
 
 
 def route(proc: Process, source: Place, destination: Place, around: Surroundings) -> Migration:
