@@ -100,6 +100,14 @@ install_system() {
     PYTHON_FOUND=$python
 }
 
+# What tests run bpsh under, as people do who take it for rsh or ssh, and look at screens with: about 15 s where none is
+# there. Without them those tests are skipped.
+install_test_tools() {
+    LOG=$(mktemp)
+    (install_packages git rsync parallel pdsh clustershell tmux) || say "tests of what is missing will be skipped"
+    rm -f "$LOG"
+}
+
 # "python3.11-dev" for the interpreter python3.11: only a distribution's own Python has such packages.
 system_python_package() {
     "$1" -c 'import sys; print("python%d.%d-" % sys.version_info[:2] + sys.argv[1])' "$2"

@@ -132,6 +132,11 @@ def test_one_word_with_shell_characters_goes_to_a_shell(bpsh: Bpsh) -> None:
     assert bpsh("0", "echo", "$HOME;").stdout == "$HOME;\n"
 
 
+def test_exec_is_for_shells(bpsh: Bpsh) -> None:
+    assert bpsh("0", "--", "exec", "echo", "a").stdout == "a\n"
+    assert bpsh("0", "exec", "no-such-program").stderr == "bpsh: no-such-program: command not found\n"
+
+
 def test_a_program_of_that_very_name_needs_no_shell(bpsh: Bpsh, tmp_path: Path) -> None:
     program = tmp_path / "odd name"
     program.write_text("echo without an interpreter line: $#\n")
@@ -319,6 +324,15 @@ def test_limits_and_signals_reach_the_command_as_they_were(bpsh: Bpsh) -> None:
     here = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     run = bpsh("-s", "0-1", "sh", "-c", script)
     assert run.stdout == here.stdout * 2
+
+
+def test_signals_that_the_caller_has_blocked(plain_tree: Path) -> None:
+    run = subprocess.run(
+        [BPSH, "0-1", "grep", "SigBlk", "/proc/self/status"], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "BPFS": str(plain_tree)}, stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGUSR1}),
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "SigBlk:\t0000000000010200\n" * 2)
 
 
 def test_a_reader_that_leaves_ends_it(plain_tree: Path) -> None:

@@ -356,6 +356,9 @@ int main(int argc, char **argv)
 		wrong_usage("no command given", NULL);
 
 	options.program = find_program(options.argv[0]);
+	if (!options.program && options.argv[1] && !strcmp(options.argv[0], "exec"))
+		/* GNU parallel and others expect a shell, and save it a process: there is none here to be saved. */
+		options.program = find_program(*++options.argv);
 	if (!options.program && !literal && !options.argv[1] && is_shell_text(options.argv[0])) {
 		static char *shell[] = {"sh", "-c", NULL, NULL};
 		shell[2] = options.argv[0];

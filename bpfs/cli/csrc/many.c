@@ -29,6 +29,7 @@ static int wake[2]; /* a pipe: handlers write, the loop reads */
 static volatile sig_atomic_t interrupts, interrupt_signal;
 static struct sigaction old_pipe_action;
 static struct rlimit old_files;
+static sigset_t old_mask;
 static int apart; /* -T: the commands are in sessions of their own, where no signal of our terminal reaches them */
 
 /* -- signals ---------------------------------------------------------------------------------------------------- */
@@ -91,6 +92,10 @@ static void catch_signals(void)
 		exit(EXIT_FAILED);
 	}
 	sigaction(SIGCHLD, &action, NULL);
+	sigset_t child;
+	sigemptyset(&child);
+	sigaddset(&child, SIGCHLD);
+	sigprocmask(SIG_UNBLOCK, &child, &old_mask); /* pdsh has its commands start with it blocked */
 	for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
 		sigaction(number[i], NULL, &old);
 		if (old.sa_handler != SIG_IGN) /* nohup, or a job in the background of a script */
@@ -128,6 +133,7 @@ static void __attribute__((noreturn)) child(const struct options *options, struc
 		if (ends[fd] >= 0 && dup2(ends[fd], fd) < 0)
 			_exit(EXIT_FAILED);
 	sigaction(SIGPIPE, &old_pipe_action, NULL);
+	sigprocmask(SIG_SETMASK, &old_mask, NULL);
 	setrlimit(RLIMIT_NOFILE, &old_files);
 	/* When bpsh is killed the commands hear what they would hear of a terminal that goes away. */
 	prctl(PR_SET_PDEATHSIG, SIGHUP);
