@@ -240,7 +240,7 @@ class Giver:
 
     def load(self, request: Reply, fds: list[int]) -> Reply:
         """Open the image `path` with the rights of `uid`, `gid`, `groups` and see whether this user, whose limits are
-        those of process `limits_of`, may bring it up.
+        those of process `limits_of`, may bring it up. `relayed`: its ghost still relays what led outside.
         """
         who = user(request)
         folder = os.path.dirname(request["path"])
@@ -252,8 +252,8 @@ class Giver:
 
         self._chain = Chain(open_for(who, request["path"], os.O_RDONLY), beside)
         image = self._chain.newest.image
-        owner = os.fstat(self._chain.newest.fd).st_uid
-        externals = adapt(image, who, owner, procfs.read_limits(int(request["limits_of"])))
+        owner, limits = os.fstat(self._chain.newest.fd).st_uid, procfs.read_limits(int(request["limits_of"]))
+        externals = adapt(image, who, owner, limits, bool(request.get("relayed")))
         self._image = image
         return {
             "pid": image.pid, "comm": image.comm, "uid": image.credentials["uids"][0],

@@ -22,7 +22,9 @@ _SCHED_NORMAL_POLICIES: Final = (0, 3, 5)  # OTHER, BATCH, IDLE: <linux/sched.h>
 _STANDARD: Final = 3
 
 
-def adapt(image: Image, who: Credentials, owner: int, limits: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def adapt(
+    image: Image, who: Credentials, owner: int, limits: list[tuple[int, int]], relayed: bool = False
+) -> list[dict[str, Any]]:
     """Make an image ready to be brought up by a user.
 
     Args:
@@ -30,6 +32,7 @@ def adapt(image: Image, who: Credentials, owner: int, limits: list[tuple[int, in
         who: the user's rights.
         owner: uid of the file's owner.
         limits: (soft, hard) by RLIMIT_ number, of the user's process that asks.
+        relayed: what led outside still does, through a ghost that has lost its process.
 
     Returns:
         The descriptors that lead outside, as the daemons need them (engine/descriptors/external.py): terminals,
@@ -48,7 +51,8 @@ def adapt(image: Image, who: Credentials, owner: int, limits: list[tuple[int, in
             entry["boot"] = b""  # opened by path, with the process's own rights
     image.frozen_ns = 0  # its sleeps go on with what was left of them
     image.ppid, image.pgid, image.sid = 1, image.pid, image.pid
-    image.descriptors = _split(image.descriptors)
+    if not relayed:
+        image.descriptors = _split(image.descriptors)
     return [_external(entry) for entry in image.descriptors if entry["kind"] == "external"]
 
 

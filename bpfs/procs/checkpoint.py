@@ -94,6 +94,15 @@ def split(text: str) -> list[str]:
     return words
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The last image of a periodic checkpoint. `ends`: of its stdio then, see `Stdio`."""
+
+    path: str
+    rights: Rights
+    ends: dict[tuple[int, int], int]
+
+
 @dataclass(slots=True)
 class _Record:
     """What procs/PID/checkpoint shows of one process."""
@@ -101,6 +110,7 @@ class _Record:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
     periodic: trio.CancelScope | None = None
     order: Order | None = None
+    saved: Saved | None = None
 
 
 class Checkpoints:
@@ -121,6 +131,11 @@ class Checkpoints:
         head = f"every {order.every:g}s keep {order.keep} {order.path}\n" if order is not None else ""
         return head + "".join(f"{line}\n" for line in record.lines)
 
+    def saved(self, proc: Process) -> Saved | None:
+        """The last image of a process that has periodic checkpoints."""
+        record = self._records.get(proc)
+        return record.saved if record is not None else None
+
     async def write(self, proc: Process, request: WriteRequest) -> None:
         """Carries out a write to procs/PID/checkpoint.
 
@@ -134,9 +149,10 @@ class Checkpoints:
             return
         order, rights = parse_order(request.text), Rights.of(request.caller)
         itself = writes_itself(request.caller, proc)
-        await self._take(proc, order, rights, request if itself else None)
         if order.every:
             self._cancel(proc)
+        await self._take(proc, order, rights, request if itself else None)
+        if order.every:
             self._ghosts.nursery.start_soon(carefully, proc.pid, self._repeat(proc, order, rights))
 
     def _record(self, proc: Process) -> _Record:
@@ -149,7 +165,7 @@ class Checkpoints:
         record = self._record(proc)
         if record.periodic is not None:
             record.periodic.cancel()
-        record.periodic = record.order = None
+        record.periodic = record.order = record.saved = None
 
     async def _repeat(self, proc: Process, order: Order, rights: Rights) -> None:
         record = self._record(proc)
@@ -177,8 +193,11 @@ class Checkpoints:
         self._procs.table.add(proc)  # from now on one object is this process
         figures, outcome, size = Figures(time.perf_counter()), "ok", 0
         proc.busy = f"checkpoint to {order.path}"
+        ends = dict(self._ghosts.of(proc).stdio.ends) if proc.away else {}
         try:
             size = await _Taking(self._procs.place(proc.place), self._master, proc, order, rights, figures).run(writer)
+            if order.every:
+                self._record(proc).saved = Saved(order.path, rights, ends)
         except BpfsError as error:
             outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
             raise

@@ -88,6 +88,9 @@ class ProcFiles:
             File("checkpoint", "write PATH [stop] [since NAME] [every 60s] [keep 3], or off; read: the last images",
                  read=lambda proc: procs.checkpoints.show(proc), access=owned(0o600),
                  write=lambda proc, request: procs.checkpoints.write(proc, request)),
+            File("onloss", "when its node is lost: kill, or restart from its last periodic checkpoint",
+                 read=lambda proc: f"{proc.onloss.value}\n", access=owned(0o644),
+                 write=lambda proc, request: procs.losses.choose(proc, request)),
             File("wait", "blocks until it ended, then `exit 3` or `signal 15`", read=wait, blocks=True),
         )
 

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import signal
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class Ghosts:
         self._adopted = trio.Event()
         self._early: dict[int, tuple[int, list[tuple[Node, messages.JobReport]]]] = {}  # see `expect`
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
+        self.rescue: Callable[[Away], Awaitable[bool]] | None = None
+        """Asked for every process whose node was lost: whether it lives on elsewhere."""
         nodes.listen(self._node_changed)
         nursery.start_soon(self._take_reports, name="job reports")
         nursery.start_soon(self._watch_stops, name="stops of ghosts")
@@ -306,7 +308,7 @@ class Ghosts:
         _log.info("process %d: %s", away.proc.pid, reason)
         if away.proc.state is ProcState.MIGRATING:
             away.proc.source_lost = True  # the migration may have a whole copy elsewhere
-        else:
+        elif self.rescue is None or not await self.rescue(away):
             await self.end(away.proc, ExitStatus(signal=signal.SIGKILL))
 
     async def end_all(self) -> None:

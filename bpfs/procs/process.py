@@ -25,6 +25,13 @@ class ProcState(enum.Enum):
     ENDED = "ended"  # `status` is final; only open wait files still hold the object
 
 
+class OnLoss(enum.Enum):
+    """What becomes of a process whose node is lost."""
+
+    KILL = "kill"  # its ghost ends as if by SIGKILL
+    RESTART = "restart"  # it comes back from its last periodic checkpoint, on another node
+
+
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
     """How a process ended: an exit code, or the signal that killed it."""
@@ -73,6 +80,7 @@ class Process:
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
+    onloss: OnLoss = OnLoss.KILL
     busy: str = ""  # what keeps it from moving just now: a checkpoint
     status: ExitStatus | None = None
     doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that

@@ -19,7 +19,7 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER
-from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, split
+from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, Saved, split
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Away, tell
 from bpfs.procs.migration import Figures, transfer
@@ -29,9 +29,9 @@ from bpfs.procs.rights import Rights, admits
 from bpfs.procs.routes import Surroundings
 from bpfs.procs.stdio import Attached, Stdio, attach, detach
 from bpfs.procs.table import read_identity
-from bpfs.tree.base import WriteRequest
+from bpfs.tree.base import Caller, WriteRequest
 from bpfs.tree.formats import parse_number
-from bpfs.wire.mux import ghost_table
+from bpfs.wire.mux import Channel, ghost_table
 
 if TYPE_CHECKING:
     from bpfs.procs.service import Procs
@@ -88,7 +88,8 @@ class Restarts:
         order = parse_restart(request.text)
         began, pid, outcome = time.perf_counter(), 0, "ok"
         try:
-            revival = _Revival(self._around, self._master, self._procs, order, request)
+            caller = request.caller
+            revival = _Revival(self._around, self._master, self._procs, order, caller, Rights.of(caller))
             pid = await revival.run()
         except BpfsError as error:
             outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
@@ -99,18 +100,41 @@ class Restarts:
             self._lines.append(f"{when} {order.path} pid={pid} node={order.node} total_ms={total:.1f} {outcome}")
 
 
+    async def rescue(self, away: Away, node: int, saved: Saved) -> None:
+        """Brings back a process whose node was lost, on another node, behind the ghost that it still has.
+
+        Raises:
+            BpfsError: as `write`; nothing of it stays but the ghost.
+        """
+        caller = Caller(away.proc.pid, saved.rights.uid, saved.rights.gid)
+        admits(self._procs.nodes.get(node), caller, away.proc)
+        revival = _Revival(self._around, self._master, self._procs, Order(saved.path, node), caller, saved.rights)
+        await revival.rescue(away, saved)
+
+
 class _Revival:
     """One restart."""
 
     def __init__(
-        self, around: Surroundings, master: MasterPlace, procs: Procs, order: Order, request: WriteRequest
+        self, around: Surroundings, master: MasterPlace, procs: Procs, order: Order, caller: Caller, rights: Rights
     ) -> None:
         self._around, self._master, self._procs = around, master, procs
-        self._order, self._request = order, request
+        self._order, self._caller, self._rights = order, caller, rights
+
+    async def rescue(self, away: Away, saved: Saved) -> None:
+        """See `Restarts.rescue`."""
+        place = self._procs.place(self._order.node)
+        assert isinstance(place, NodePlace)
+        async with away.quiet, self._master.engine() as source, place.engine() as dst:
+            image = await self._load(source, relayed=True)
+            channels = away.stdio.rejoined(image["externals"], saved.ends)
+            away.stdio.files = {}
+            await self._build_on_node(place, source, dst, away, channels)
+            away.proc.arrived(self._order.node, 0.0, image["bytes"])
 
     async def run(self) -> int:
         """Returns the pid. Raises BpfsError; nothing of it stays."""
-        caller, order = self._request.caller, self._order
+        caller, order = self._caller, self._order
         place = self._procs.place(order.node)
         async with self._master.engine() as source, place.engine() as dst:
             image = await self._load(source)
@@ -129,18 +153,18 @@ class _Revival:
             self._procs.table.changed(proc, f"restarted on node {order.node}")
             return proc.pid
 
-    async def _load(self, source: Engine) -> dict[str, Any]:
-        rights = Rights.of(self._request.caller)
-        arguments: dict[str, Any] = {"path": self._order.path, "limits_of": self._limits_of(), **rights.arguments}
-        return await source.call("load", **arguments)
+    async def _load(self, source: Engine, relayed: bool = False) -> dict[str, Any]:
+        return await source.call(
+            "load", path=self._order.path, limits_of=self._limits_of(), relayed=relayed, **self._rights.arguments
+        )
 
     def _limits_of(self) -> int:
         # Whoever calls from a node has a ghost here, with the same limits; should it be gone, those of init bound him.
         try:
-            read_identity(self._request.caller.pid)
+            read_identity(self._caller.pid)
         except BpfsError:
             return 1
-        return self._request.caller.pid
+        return self._caller.pid
 
     async def _bear(self, source: Engine, image: dict[str, Any]) -> tuple[Away, list[int]]:
         numbers = sorted(fd for external in image["externals"] for fd in external["fds"])
@@ -158,7 +182,7 @@ class _Revival:
     async def _bear_as(
         self, source: Engine, image: dict[str, Any], control: int, numbers: list[int], readers: set[int]
     ) -> int:
-        output = self._request.caller.pid if self._request.caller.node == MASTER else 0
+        output = self._caller.pid if self._caller.node == MASTER else 0
         pids = (image["pid"], 0) if self._order.anypid else (image["pid"],)
         for pid in pids:
             try:
@@ -183,7 +207,7 @@ class _Revival:
         await away.ghost.wait_ready()
         await tell(away.ghost.name(away.stdio.comm))
         if isinstance(place, NodePlace):
-            await self._build_on_node(place, source, dst, away)
+            await self._build_on_node(place, source, dst, away, list(away.stdio.channels.values()))
             return
         keys = {external["key"]: external["fds"][0] for external in image["externals"]}
         reply = await dst.call(
@@ -196,11 +220,11 @@ class _Revival:
         self._around.ghosts.retire(away)
         self._procs.table.forget(away.proc)
 
-    async def _build_on_node(self, place: NodePlace, source: Engine, dst: Engine, away: Away) -> None:
+    async def _build_on_node(
+        self, place: NodePlace, source: Engine, dst: Engine, away: Away, channels: list[Channel]
+    ) -> None:
         proc, identity, stdio = away.proc, away.proc.identity, away.stdio
-        attached = await attach(
-            place, self._around.streams, list(stdio.channels.values()), identity.uid, identity.gid
-        )
+        attached = await attach(place, self._around.streams, channels, identity.uid, identity.gid)
         try:
             address = place.address(self._master)
             reply = await dst.call(

@@ -16,6 +16,7 @@ from bpfs.nodes.registry import MASTER, NodeTable
 from bpfs.procs import usage
 from bpfs.procs.checkpoint import Checkpoints
 from bpfs.procs.exits import listening
+from bpfs.procs.losses import Losses
 from bpfs.procs.migration import Migration
 from bpfs.procs.onexec import OnExec
 from bpfs.procs.places import MasterPlace, NodePlace, Place
@@ -43,6 +44,8 @@ class Procs:
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
         self.checkpoints = Checkpoints(self, around.ghosts, self._master)
         self.restarts = Restarts(self, around, self._master)
+        self.losses = Losses(self)
+        around.ghosts.rescue = self.losses.rescue
 
     # -- moving ------------------------------------------------------------------------------------------------
 

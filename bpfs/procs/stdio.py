@@ -69,6 +69,26 @@ class Stdio:
             found.setdefault(number, []).append(external)
         return [replace(self.channels[number], externals=tuple(found[number])) for number in sorted(found)]
 
+    def rejoined(self, externals: Iterable[External], ends: Mapping[tuple[int, int], int]) -> list[Channel]:
+        """The channels of a process that comes back from an image, with what the engine calls them in it.
+
+        Args:
+            ends: as `self.ends`, when the image was made. What was no end of a stream then is told by its number.
+
+        Raises:
+            BpfsError: EOPNOTSUPP, it had something that its ghost does not have.
+        """
+        found: dict[int, list[External]] = {}
+        for external in externals:
+            number = ends.get((external["dev"], external["ino"]))
+            if number not in self.channels:
+                common = [n for n, channel in self.channels.items() if set(channel.fds) & set(external["fds"])]
+                if not common:
+                    raise BpfsError(errno.EOPNOTSUPP, f"its ghost has nothing for fd {external['fds'][0]}")
+                number = common[0]
+            found.setdefault(number, []).append(external)
+        return [replace(self.channels[number], externals=tuple(found[number])) for number in sorted(found)]
+
     def home_numbers(self, channels: Iterable[Channel]) -> dict[int, int]:
         """Which of the ghost's descriptors each external of the process is: its key -> the number in the ghost."""
         return {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine import image as img
-from tests.cluster.moving import echo, move, place
+from tests.cluster.moving import counting, echo, finish, move, place
 from tests.cluster.virtual import cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -201,6 +201,26 @@ def test_periodic_images_and_how_many_stay(it, folder):
     assert sorted(path.name for path in folder.iterdir()) == ["ck", "ck.1", "ck.2", "out"]
     ages = [json.loads(bpckpt("info", "--json", folder / name).stdout)["time"] for name in ("ck", "ck.1", "ck.2")]
     assert ages == sorted(ages, reverse=True)
+
+
+def test_a_process_whose_node_is_lost_comes_back_from_its_last_image(it, folder):
+    assert "Invalid argument" in echo(it, "perhaps", f"procs/{os.getpid()}/onloss").stderr
+    with counting() as process:
+        move(it, process.pid, 0)
+        checkpoint(it, process.pid, f"{folder}/ck every 1h")
+        it.write(f"procs/{process.pid}/onloss", "restart")
+        assert it.read(f"procs/{process.pid}/onloss") == "restart\n"
+        os.kill(it.slave(0), signal.SIGKILL)
+        wait_until(lambda: place(it, process.pid) == "1", "it did not come back")
+        assert process.poll() is None
+        assert len(it.read(f"procs/{process.pid}/history").splitlines()) == 3
+        lines = finish(process)
+    # It counts on from the image, on the very same pipe: what it had said after the image comes again.
+    numbers = [int(line.split()[0]) for line in lines[:-1]]
+    jumps = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    assert len(jumps) <= 1 and all(numbers[i] <= numbers[i - 1] for i in jumps)
+    assert {line.split()[1] for line in lines[:-1]} == {str(process.pid)} and lines[-1] == f"end {numbers[-1]} enough"
+    it.wait_state(0, "up")
 
 
 def test_what_it_wrote_to_a_pipe_comes_to_who_restarts_it(it, folder):

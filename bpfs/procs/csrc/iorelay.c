@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -317,6 +318,9 @@ int main(int argc, char **argv)
 		static const char usage[] = "usage: iorelay CONTROL-DESCRIPTOR (started by bpslave)\n";
 		return write(2, usage, sizeof(usage) - 1) < 0 ? 2 : 2;
 	}
+	/* When bpslave dies the kernel kills this process before the jobs, whose parent was started later: else their ends
+	 * would be told to their ghosts, as if they had closed their files themselves. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGINT, SIG_IGN);
 	signal(SIGHUP, SIG_IGN);
