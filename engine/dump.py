@@ -1,12 +1,12 @@
 """A frozen process as an image: look at everything, say what cannot move, then stream it."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine import cpu, facts, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
@@ -17,10 +17,8 @@ from engine.linux import procfs, ptrace
 from engine.linux.libc import NR, syscall
 from engine.memory import Survey, pack_runs, send_pages
 from engine.obstacles import obstacles
-from engine.runner import VDSO_IMAGE
 from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
 
-VDSO_DIGEST = hashlib.blake2b(VDSO_IMAGE, digest_size=16).digest()
 _IOPRIO_WHO_PROCESS = 1
 
 
@@ -59,17 +57,21 @@ class Inspection:
         }  # fmt: skip
 
 
-def inspect(frozen: Frozen) -> Inspection:
+def inspect(frozen: Frozen, there: dict[str, Any] | None = None) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
+
+    Args:
+        there: of `engine.facts.unlike`, where the destination is not like this machine.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
     """
+    differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat)
     survey = Survey(frozen)
     descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid)
-    refusals += survey.refusals + descriptors.refusals
+    refusals += survey.refusals + descriptors.refusals + differences
     return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
 
 
@@ -108,8 +110,12 @@ def build(inspection: Inspection) -> Image:
         sid=inner[2],
         stopped=frozen.group_stopped,
         comm=stat.comm,
-        vdso=VDSO_DIGEST,
+        vdso=vdso.DIGEST,
+        vdso_code=vdso.PACKED,
         special=survey.special,
+        relics=[relic.plain() for relic in vdso.find_relics(frozen.pid, survey.bare_code)],
+        cpu=cpu.packed(),
+        fresh=frozen.fresh,
         files=survey.files,
         exe=exe,
         cwd=cwd,

@@ -61,6 +61,7 @@ class Frozen:
         self.vmas: list[Vma] = []
         self.memory = -1
         self.injection: Injection | None = None
+        self.fresh = False  # stopped at its exec
         self.settled = 0.0  # time.monotonic() when all stood
 
     @property
@@ -91,6 +92,19 @@ class Frozen:
         self.memory = os.open(f"{self.live}/mem", os.O_RDWR | os.O_CLOEXEC)
         for thread in self.threads if self._sleeps else ():
             adjust(self, thread)
+
+    def run_on(self, threads: list[Thread], pause_s: float) -> None:
+        """Let some threads of the settled process run for a moment, and stop them again. Raises as `settle`."""
+        for thread in threads:
+            thread.stopped = False
+            ptrace.ptrace(ptrace.CONT, thread.tid)
+        time.sleep(pause_s)
+        for thread in threads:
+            with contextlib.suppress(ProcessLookupError):
+                ptrace.interrupt(thread.tid)
+        self.close()
+        self.vmas = []
+        self.settle()
 
     def status_of(self, thread: Thread) -> dict[str, str]:
         """`/proc/PID/task/TID/status`: signal sets differ between threads."""

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 1
+VERSION: Final = 2
 META: Final = 1
 END: Final = 2
 HELD: Final = 3
@@ -95,7 +95,11 @@ class Image:
     stopped: bool
     comm: bytes
     vdso: bytes  # BLAKE2b-128 of the vDSO's code
+    vdso_code: bytes  # that code, deflated
     special: list[list[Any]]  # [name, start, end] of vvar and vdso
+    relics: list[list[Any]]  # vDSOs of former kernels (engine/vdso.py): digest, [[name, start, end], …]
+    cpu: bytes  # engine/cpu.py: what CPU it has seen
+    fresh: bool  # at its exec: nothing of it has run, it has seen no CPU yet
     files: list[MappedFile]
     exe: int  # index into files
     cwd: int  # index into files

@@ -18,6 +18,7 @@ MAP_DROPPABLE: Final = 8
 MAP_ANONYMOUS: Final = 0x20
 MAP_GROWSDOWN: Final = 0x100
 MAP_NORESERVE: Final = 0x4000
+_PROT_EXEC: Final = 4
 SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
 
 # VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
@@ -37,6 +38,7 @@ class Survey:
         refusals: why it cannot move, in words.
         whole: spans of files that are gone: carried as anonymous memory with all their bytes.
         shared: spans of shared anonymous memory.
+        bare_code: executable mappings without a file.
     """
 
     def __init__(self, frozen: Frozen) -> None:
@@ -47,6 +49,7 @@ class Survey:
         self.refusals: list[str] = []
         self.whole: list[tuple[int, int]] = []
         self.shared: list[Vma] = []
+        self.bare_code: list[Vma] = []
         self._index: dict[tuple[int, int, int, bool], int] = {}
         self._spans: list[tuple[int, int]] = []
         scratch = frozen.injection.base if frozen.injection else 0
@@ -73,6 +76,8 @@ class Survey:
         anonymous = vma.path == "" or vma.path.startswith(("[heap]", "[stack", "[anon:"))
         if anonymous:
             flags, file = MAP_PRIVATE | MAP_ANONYMOUS, -1
+            if vma.prot & _PROT_EXEC:
+                self.bare_code.append(vma)
         elif vma.shared and (vma.path == "/dev/zero (deleted)" or vma.path.startswith("[anon_shmem:")):
             flags, file = MAP_SHARED | MAP_ANONYMOUS, -1
             self.shared.append(vma)

@@ -78,6 +78,7 @@ class Armed:
             os.kill(self.pid, number)  # it has them still to get, wherever it runs
         frozen = Frozen(self.pid)
         frozen.threads = [Thread(self.pid, stopped=True)]
+        frozen.fresh = True
         frozen.settle()
         return frozen
 

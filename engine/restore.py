@@ -3,6 +3,8 @@
 import bisect
 import contextlib
 import ctypes
+import functools
+import operator
 import os
 import resource
 import struct
@@ -10,11 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from engine import cpu, note, state, vdso
 from engine import image as img
-from engine import note, state
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
-from engine.dump import VDSO_DIGEST
 from engine.image import Image, ImageError, MappedFile
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
@@ -24,7 +25,7 @@ from engine.memory import receive_pages
 from engine.restart import prime
 from engine.restore_state import credential_rows, process_rows, signal_rows, timer_rows
 from engine.restore_threads import Threads
-from engine.runner import RESUME_DATA, TRAP_SIGNALS, Calls
+from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
 from engine.target import Target
 
 _MAP_FIXED_NOREPLACE: Final = 0x100000
@@ -50,8 +51,12 @@ class Builder:
         self._arrived = time.monotonic() - image.frozen_ns / 1e9
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
         self._made: list[Placed] = []
-        self._bounds = [r.start for r in image.regions]
-        self._writable = [bool(r.prot & _PROT_WRITE) for r in image.regions]
+        self._foreign: vdso.Foreign | None = None
+        self._look_up()
+
+    def _look_up(self) -> None:
+        self._bounds = [r.start for r in self.image.regions]
+        self._writable = [bool(r.prot & _PROT_WRITE) for r in self.image.regions]
 
     # ---- memory layout ----------------------------------------------------------------------------------
 
@@ -63,8 +68,11 @@ class Builder:
             OSError: a file is missing or another one than on the source; names it.
         """
         image, target = self.image, self.target
-        if image.vdso != VDSO_DIGEST:
-            raise ImageError("it comes from another kernel (its vDSO differs)")
+        self._fit_cpu()
+        if image.vdso != vdso.DIGEST:
+            base = target.injection.base
+            self._foreign = vdso.Foreign(image, target.special, [(base, base + SCRATCH_SIZE)])
+            self._look_up()
         local = [self._open(file) for file in image.files]
         rebuilt = self._rebuild_descriptors()
         target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
@@ -83,6 +91,21 @@ class Builder:
         self._describe(calls, numbers)
         calls.run()
         target.injection.vdso = target.special["[vdso]"][0]
+
+    def _fit_cpu(self) -> None:
+        image = self.image
+        if image.cpu == cpu.packed():
+            return
+        try:
+            source, own = cpu.unpack(image.cpu), cpu.here()
+            in_use = functools.reduce(operator.or_, (cpu.used(thread.xstate) for thread in image.threads))
+            lacks = [] if image.fresh else cpu.missing(source, own, in_use)
+            if lacks:
+                raise OSError(95, cpu.sentence(lacks))
+            for thread in image.threads:
+                thread.xstate = cpu.convert(thread.xstate, source.parts, own)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
 
     def _choose_trap(self) -> int:
         # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
@@ -210,12 +233,34 @@ class Builder:
         index = bisect.bisect_right(self._bounds, address) - 1
         return index >= 0 and self._writable[index]
 
+    def _settle_vdso(self, foreign: vdso.Foreign) -> None:
+        # Not before the pages are there: those of a relic that gives way would be written over the real one.
+        target, image = self.target, self.image
+        stacks = [Registers.from_buffer_copy(thread.registers) for thread in image.threads]
+        foreign.check_frames(target.pid, [(r, self._end_of_mapping(r.rsp)) for r in stacks])
+        home = foreign.home()
+        if home is not None:
+            calls = Calls(target.injection)
+            for name, (start, end) in target.special.items():
+                size = end - start
+                calls.add("mremap", start, size, size, _MREMAP_MOVE_FIXED, home[name][0], label=f"moving {name}")
+            calls.run()
+            target.special = home
+            target.injection.vdso = home["[vdso]"][0]
+        foreign.patch(target.pid, target.injection.memory, target.injection.vdso)
+
+    def _end_of_mapping(self, address: int) -> int:
+        index = bisect.bisect_right(self._bounds, address) - 1
+        return max(self.image.regions[index].end, address) if index >= 0 else address
+
     # ---- the rest -----------------------------------------------------------------------------------------
 
     def complete(self) -> None:
         """All other state; afterwards only `resume` is left."""
         image, target = self.image, self.target
         leader = image.threads[0]
+        if self._foreign is not None:
+            self._settle_vdso(self._foreign)
         self._outside()
         calls = Calls(target.injection)
         for r in image.regions:

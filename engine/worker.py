@@ -98,12 +98,13 @@ class Source:
         """Wait for the stops; say what it is, what must be relayed and why it cannot move.
 
         `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
+        `unlike`: of engine/facts.py, where the destination is another kind of machine.
         """
         frozen = self._held()
         if not self._settled:
             frozen.settle()
             self._settled = True
-        self._inspection = dump.inspect(frozen)
+        self._inspection = dump.inspect(frozen, request.get("unlike"))
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
         return {

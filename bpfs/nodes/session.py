@@ -57,6 +57,7 @@ class Session:
         self.node = node
         self.link = link
         self.real = join.real
+        self.facts = join.facts
         self._table = table
         self._config = config
         self._doubts = doubts

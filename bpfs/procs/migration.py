@@ -35,6 +35,7 @@ from bpfs.procs import faults
 from bpfs.procs.places import Engine, Place
 from bpfs.procs.process import ExitStatus, Process
 from bpfs.tree.base import WriteRequest
+from engine.facts import unlike
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
@@ -116,6 +117,9 @@ class Migration(ABC):
         self.source = source
         self.destination = destination
         self.figures = Figures(time.perf_counter())
+        self._looking: dict[str, Any] = {"moving": True}  # what the source's engine is told for its look
+        if differences := unlike(source.facts, destination.facts):
+            self._looking["unlike"] = differences
 
     async def run(self, writer: WriteRequest | None) -> None:
         """Moves the process. `writer` is given where it waits in the write that asked for the move.
@@ -143,7 +147,7 @@ class Migration(ABC):
             summary: dict[str, Any] = {}
 
             async def look() -> Externals:
-                summary.update(await self._inspected(await src.call("inspect", moving=True)))
+                summary.update(await self._inspected(await src.call("inspect", **self._looking)))
                 return list(summary["externals"])
 
             async def stop() -> dict[str, Any]:
@@ -257,10 +261,10 @@ class Migration(ABC):
         hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
         if writer is None:
-            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, moving=True))
+            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, **self._looking))
         await src.call("freeze", pid=hostpid, writing=True)
         await writer.answer()
-        return await self._inspected(await src.call("inspect", moving=True))
+        return await self._inspected(await src.call("inspect", **self._looking))
 
     async def _inspected(self, summary: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)

@@ -17,6 +17,7 @@ from bpfs.nodes.registry import Node
 from bpfs.procs.process import MASTER, Process
 from bpfs.wire import messages
 from bpfs.wire.link import Link
+from engine.facts import facts
 
 CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
@@ -40,6 +41,8 @@ class Place(Protocol):
     """A place where processes run."""
 
     number: int
+    facts: bytes
+    """Of engine/facts.py."""
 
     def engine(self) -> AbstractAsyncContextManager[Engine]:
         """A worker for one move. Leaving the context undoes whatever was not finished."""
@@ -61,6 +64,7 @@ class MasterPlace:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+        self.facts = facts()
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
@@ -103,6 +107,7 @@ class NodePlace:
         self.number = int(node.number)
         self.node = node
         self.link: Link = session.link
+        self.facts = session.facts
         self.master_address: str = self.link.local_address
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ from bpfs.wire import handshake, streams
 from bpfs.wire.handshake import RefusedByMaster
 from bpfs.wire.link import Link, now
 from bpfs.wire.messages import Join, Welcome
+from engine.facts import facts
 
 _log = log.get("wire")
 
@@ -43,7 +44,7 @@ def _own_macs() -> tuple[str, ...]:
 def make_join(number: int | None, identity: bytes) -> Join:
     """What this slave says of itself."""
     system = os.uname()
-    return Join(b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node())
+    return Join(b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node(), facts())
 
 
 class Seeker:

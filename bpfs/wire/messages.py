@@ -77,6 +77,7 @@ class Join(Message):
     kernel: str
     machine: bytes  # 16 random bytes, drawn by the slave's supervisor, the same over all its new starts
     real: bool  # the node image's init says that this machine may be rebooted
+    facts: bytes  # of engine/facts.py: its kernel's vDSO and its CPU
 
 
 @_message(4)

@@ -75,17 +75,22 @@ class Mover:
         self.workers.append(worker)
         return worker
 
-    def away(self, pid: int, stdio: int, finish: str = "vanish", **more: Any) -> int:
+    def away(
+        self, pid: int, stdio: int, finish: str = "vanish", to: "Mover | None" = None, unlike: Any = None, **more: Any
+    ) -> int:
         """Move a process into the namespace; returns its host pid there.
 
         Args:
             stdio: descriptor placed for every external.
             finish: what becomes of the source: vanish or become_ghost.
+            to: whose worker builds it, and in whose namespace.
+            unlike: of engine/facts.py.
         """
-        source, destination = self.worker(), self.worker()
-        place = {"init": self.space.init}
+        target = to or self
+        source, destination = self.worker(), target.worker()
+        place = {"init": target.space.init}
         source.ask("freeze", pid=pid, writing=False)
-        seen = source.ask("inspect")
+        seen = source.ask("inspect", unlike=unlike or {})
         if seen["refusals"]:
             source.ask("release")
             raise Refused({"errno": 95, "text": seen["refusals"][0], "refusals": seen["refusals"]})

@@ -97,7 +97,7 @@ class SimulatedSlave:
             RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
         """
         link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
-        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False)
+        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False, b"")
         try:
             self.welcome = await handshake.enter(link, self.key, join)
             if self.ready:

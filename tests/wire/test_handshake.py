@@ -16,7 +16,7 @@ from bpfs.wire.messages import VERSION, Challenge, Heartbeat, Hello, Join, Refus
 from tests.wire.pairs import tcp_pair
 
 KEY = b"k" * 32
-JOIN = Join(b"", 3, (), "n3", "6.1", bytes(16), False)
+JOIN = Join(b"", 3, (), "n3", "6.1", bytes(16), False, b"")
 WELCOME = Welcome(3, 30.0, 10.0, 1000, 1999, "/bpfs", bytes(16))
 
 
