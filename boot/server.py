@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ class ServerOptions:
         folder: manifest, kernel and image.
         boot_key: proves what it says.
         directory: gives the nodes; called again at SIGHUP.
-        reports: descriptor for the lines of `boot.reports`.
+        reports: descriptor for the lines of `boot.reports`; where it is a socket, its end is the server's, too.
     """
 
     interface: str
@@ -56,6 +58,8 @@ async def serve(options: ServerOptions, ready: Callable[[], None] = lambda: None
     loop.add_signal_handler(signal.SIGHUP, again)
     for signo in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signo, ended.set)
+    if stat.S_ISSOCK(os.fstat(options.reports).st_mode):
+        loop.add_reader(options.reports, ended.set)  # nobody writes to us: the other end was closed
     rarp.start()
     reporter.tell(Report.READY, options.address, port)
     ready()

@@ -28,6 +28,9 @@ DEFAULT_NODES = 1024
 DEFAULT_BOOTPORT = 933
 """TCP port from which nodes fetch their images: beside `DEFAULT_PORT`, and one that only root can listen on."""
 DEFAULT_BOOTIMAGES = Path("/var/lib/beowulf/boot")
+DEFAULT_NODEUP = Path("/etc/beowulf/node_up.d")
+DEFAULT_NODEDOWN = Path("/etc/beowulf/node_down.d")
+DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
 """A node whose kernel panics starts again after 10 s."""
 
@@ -60,6 +63,9 @@ class Config:
     nodeassign: str = "manual"  # one of NODEASSIGN
     kernelcommandline: str = DEFAULT_COMMAND_LINE
     state: Path | None = None  # what administrators set on nodes; None: below DEFAULT_STATE, named after the mount
+    nodeup: Path = DEFAULT_NODEUP
+    nodedown: Path = DEFAULT_NODEDOWN
+    nodeparallel: int = DEFAULT_NODEPARALLEL  # nodes whose steps run at once
 
     @property
     def margin(self) -> float:
@@ -225,6 +231,18 @@ def _kernelcommandline(config: Config, args: list[str]) -> None:
     config.kernelcommandline = " ".join(args)
 
 
+def _nodeup(config: Config, args: list[str]) -> None:
+    config.nodeup = Path(args[0])
+
+
+def _nodedown(config: Config, args: list[str]) -> None:
+    config.nodedown = Path(args[0])
+
+
+def _nodeparallel(config: Config, args: list[str]) -> None:
+    config.nodeparallel = _number(args[0], 1, 1000, "nodeparallel")
+
+
 def _one_of(word: str, known: tuple[str, ...], what: str) -> str:
     if word not in known:
         raise ValueError(f"{what} must be one of {' '.join(known)}, not {word!r}")
@@ -253,6 +271,9 @@ KEYWORDS = {
         "WORD...", 1, 99, _kernelcommandline, f"for the kernel of nodes (default {DEFAULT_COMMAND_LINE})"
     ),
     "state": Keyword("FILE", 1, 1, _state, f"settings of nodes that outlast bpmaster (default below {DEFAULT_STATE})"),
+    "nodeup": Keyword("FOLDER", 1, 1, _nodeup, f"steps before a node is up (default {DEFAULT_NODEUP})"),
+    "nodedown": Keyword("FOLDER", 1, 1, _nodedown, f"steps before it is taken down (default {DEFAULT_NODEDOWN})"),
+    "nodeparallel": Keyword("COUNT", 1, 1, _nodeparallel, f"nodes in their steps at once ({DEFAULT_NODEPARALLEL})"),
 }
 """Every keyword of /etc/beowulf/config."""
 

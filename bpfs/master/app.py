@@ -25,6 +25,7 @@ from bpfs.daemon import Ready
 from bpfs.engines import Workers
 from bpfs.errors import BpfsError, ConfigError, first_error
 from bpfs.master import control, tree
+from bpfs.master.boot import BootDesk
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
@@ -122,18 +123,23 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         rundir.record("master", os.getpid())
         rundir.write("port", f"{host} {number}\n")
         await stack.enter_async_context(processes(cluster))
+        boot = BootDesk(cluster, lambda: _read_again(cluster, options.config_path))
         if options.tree:
             await stack.enter_async_context(tree.mounted(cluster))
         nursery.start_soon(workers.keep_spare, name="spare worker")
         nursery.start_soon(_sample, cluster, name="samples of the master")
         await nursery.start(control.serve, cluster, rundir.control, name="control socket")
         nursery.start_soon(Listener(cluster, port).run, name="cluster port")
+        if options.config.bootserver and options.config_path is not None:
+            nursery.start_soon(boot.watch, name="boots that stop")
+            nursery.start_soon(boot.run, options.config_path.absolute(), number, name="boot server")
         _log.info("ready on %s port %d", host, number)
         ready.ok()
         async for signo in signals:
             if signo != signal.SIGHUP:
                 break
             _read_again(cluster, options.config_path)
+            boot.read_again()
         _log.info("told to end")
         await _farewell(cluster)
 

@@ -14,8 +14,10 @@ from bpfs.engines import Workers
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
 from bpfs.nodes.events import EventLog
+from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import NodeHandler
+from bpfs.nodes.stage import Stage
 from bpfs.nodes.states import NodeState
 from bpfs.tree.entries import Entry
 from bpfs.tree.local import LocalTree
@@ -32,6 +34,7 @@ class Cluster:
     workers: Workers
     nursery: trio.Nursery  # for tasks that last as long as the master
     events: EventLog = field(default_factory=EventLog)
+    logs: NodeLog = field(default_factory=NodeLog)
     streams: StreamBook = field(default_factory=StreamBook)
     handlers: dict[type[Message], NodeHandler] = field(default_factory=dict)
     """What is done with messages of slaves, beside what sessions do themselves: called with the node and the
@@ -44,12 +47,15 @@ class Cluster:
     identity: bytes = field(default_factory=lambda: os.urandom(16))
     nodes: NodeTable = field(init=False)
     admission: Admission = field(init=False)
+    stage: Stage = field(init=False)
     administrator: Administrator = field(init=False)
 
     def __post_init__(self) -> None:
+        self.events.listen(self.logs.add_event)
         self.nodes = NodeTable(self.events, self.config.nodes)
         self.admission = Admission(self.nodes, lambda: self.config)
-        self.administrator = Administrator(self.nodes, self.admission)
+        self.stage = Stage(self.nodes, self.logs, lambda: self.config)
+        self.administrator = Administrator(self.nodes, self.admission, self.stage)
         master = self.nodes.add(MASTER)
         self.nodes.enter(master, NodeState.UP)
 

@@ -122,7 +122,7 @@ class Listener:
             return await self._refuse(link, join, refusal)
         link.name = f"node {node.number}"
         cluster.nodes.set_address(node, host)
-        session = Session(node, link, join, cluster.nodes, cluster.config, cluster.nursery)
+        session = Session(node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up)
         return await session.run(self._welcome_text(node), cluster.handlers)
 
     def _welcome_text(self, node: Node) -> Welcome:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from bpfs.master.cluster import Cluster
 from bpfs.master.fs_service import FsService
-from bpfs.nodes.files import NodeFiles
+from bpfs.nodes.files import NodeFiles, log_file
 from bpfs.tree.local import LocalTree
 from bpfs.tree.mount import FuseMount, mount
 from bpfs.wire.messages import FsRequest
@@ -20,6 +20,7 @@ async def mounted(cluster: Cluster) -> AsyncIterator[FuseMount]:
     Raises:
         BpfsError: it cannot be mounted.
     """
+    cluster.node_entries.append(log_file(cluster.logs))
     files = NodeFiles(cluster.nodes, cluster.administrator, cluster.node_entries, cluster.root_entries)
     cluster.tree = LocalTree(files.root_table, cluster.nodes, cluster.nursery)
     files.attach(cluster.tree)

@@ -11,6 +11,7 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.admission import BARRED, Admission
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import RESERVED
+from bpfs.nodes.stage import Stage
 from bpfs.nodes.states import Cause, NodeState, check
 
 UP_TIMEOUT = 15.0
@@ -21,8 +22,9 @@ moment."""
 class Administrator:
     """Carries out what is written to the state files; a call returns when the thing is done."""
 
-    def __init__(self, table: NodeTable, admission: Admission) -> None:
+    def __init__(self, table: NodeTable, admission: Admission, stage: Stage) -> None:
         self._table = table
+        self._stage = stage
         self._admission = admission
         self._wishes: dict[NodeState, Callable[[Node], Awaitable[None]]] = {
             NodeState.DOWN: self._down,
@@ -49,6 +51,8 @@ class Administrator:
         await wish(node)
 
     async def _down(self, node: Node) -> None:
+        if node.state.holds_jobs:
+            await self._stage.down(node)
         node.barred = True
         if node.state is NodeState.DOWN:
             self._table.set_reason(node, BARRED)
@@ -62,7 +66,11 @@ class Administrator:
         if node.state is NodeState.DOWN and not node.barred:
             raise BpfsError(EHOSTDOWN, f"node {node.number} is not connected: {node.reason}")
         node.reserved = False
-        if node.state in (NodeState.UNAVAILABLE, NodeState.ERROR):
+        if node.state is NodeState.ERROR:
+            session = node.live_session()
+            self._table.set_state(node, NodeState.BOOT, Cause.ADMIN, "its start is finished once more")
+            await session.finish()
+        elif node.state is NodeState.UNAVAILABLE:
             self._table.set_state(node, NodeState.UP, Cause.ADMIN)
         if node.state is NodeState.UP:
             return
@@ -101,6 +109,9 @@ class Administrator:
     async def _end(self, node: Node, state: NodeState, reason: str) -> None:
         check(node.number, node.state, state, Cause.ADMIN)
         session = node.live_session()
+        if node.state.holds_jobs:
+            await self._stage.down(node)
+            check(node.number, node.state, state, Cause.ADMIN)
         self._table.set_state(node, state, Cause.ADMIN, reason)
         await session.fence(reason, state.value)
         await node.wait_fenced()

@@ -30,6 +30,14 @@ class _Known:
     # Who had a number last: a slave without a configured number gets the one back that it had.
     identity: tuple[str, tuple[str, ...]] = ("", ())
     machine: bytes = b""
+    real: bool = False
+
+    def is_same(self, join: Join) -> bool:
+        """Whether no process of who had the number last can be alive when this slave comes: it is the same one, or a
+        real machine that was started anew (it has the same cards, and its kernel kills all jobs with the slave)."""
+        if self.machine == join.machine:
+            return True
+        return self.real and join.real and bool(join.macs) and self.identity[1] == join.macs
 
 
 @dataclass(slots=True)
@@ -53,7 +61,7 @@ class Admission:
         except BpfsError as error:
             raise NotAdmitted(error.sentence) from None
         known = self._known.setdefault(number, _Known())
-        same = known.machine == join.machine
+        same = known.is_same(join)
         if node.barred:
             raise NotAdmitted(BARRED, number, parked=True)
         if node.session is not None and not same:
@@ -63,6 +71,7 @@ class Admission:
             raise NotAdmitted(f"processes of node {number}'s former slave may still run; try again later", number)
         known.machine = join.machine
         known.identity = (join.hostname, join.macs)
+        known.real = join.real
         return node
 
     def known(self, number: int) -> tuple[str, tuple[str, ...]]:

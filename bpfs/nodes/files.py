@@ -11,6 +11,7 @@ from functools import cache, partial
 
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.events import EventLog
+from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.states import parse_state
 from bpfs.sample import Sampler
@@ -145,6 +146,11 @@ class NodeFiles:
         if changes.mode is not None:
             # The directory's own r and x bits are for reading its files; of what chmod says, only x means something.
             self.nodes.set_mode(node, changes.mode & 0o111)
+
+
+def log_file(logs: NodeLog) -> File[Node]:
+    """nodes/N/log."""
+    return File("log", "its boot, its states, and what node_up printed", read=lambda node: logs.text(node.number))
 
 
 def migrate_access(node: Node) -> Access:

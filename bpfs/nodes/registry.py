@@ -58,6 +58,11 @@ class Node:
         """The link to its slave, or None."""
         return self.session.link if self.session is not None else None
 
+    @property
+    def holds_jobs(self) -> bool:
+        """Whether processes may live there: also, root's only, in the final stage of its start."""
+        return self.state.holds_jobs or (self.state is NodeState.BOOT and self.init != 0)
+
     def live_session(self) -> Session:
         """The session of a node that takes requests.
 

@@ -49,10 +49,18 @@ class Session:
     """The conversation with one slave."""
 
     def __init__(
-        self, node: Node, link: Link, join: Join, table: NodeTable, config: Config, doubts: trio.Nursery
+        self,
+        node: Node,
+        link: Link,
+        join: Join,
+        table: NodeTable,
+        config: Config,
+        doubts: trio.Nursery,
+        stage: Callable[[Node], Awaitable[None]],
     ) -> None:
         """Args:
         doubts: outlives the session: there the lease of a lost slave is waited for.
+        stage: what has to be done between a ready slave and `up`; raises BpfsError where it cannot be.
         """
         self.node = node
         self.link = link
@@ -61,6 +69,7 @@ class Session:
         self._table = table
         self._config = config
         self._doubts = doubts
+        self._stage = stage
         self._left = ""  # why the slave left, once it said so (no job lives there any more)
         self._silent = False
         self._ended = trio.Event()
@@ -83,6 +92,7 @@ class Session:
             table.set_fenced(node)
         try:
             table.set_state(node, NodeState.BOOT, Cause.JOINED, "the slave makes its job space")
+            table.set_reason(node, "the slave makes its job space")  # it was in this state where its machine booted
             self.link.notify_nowait(welcome)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_silence, name=f"silence of node {node.number}")
@@ -99,12 +109,31 @@ class Session:
         with suppress(LinkClosed):
             self.link.notify_nowait(HeartbeatSeen(message.count))
 
-    def _ready(self, message: Ready) -> None:
+    async def _ready(self, message: Ready) -> None:
         self.node.init = message.init
-        if self.node.state is NodeState.BOOT:
-            state = NodeState.UNAVAILABLE if self.node.reserved else NodeState.UP
-            self._table.set_state(self.node, state, Cause.READY, RESERVED)
-            _log.info("node %d is %s, at %s", self.node.number, state.value, self.node.address)
+        await self.finish()
+
+    async def finish(self) -> None:
+        """From `boot` to `up` (or unavailable, where the administrator wants that), by way of the final stage."""
+        node, table = self.node, self._table
+        if node.state is not NodeState.BOOT:
+            return
+        failure = ""
+        try:
+            await self._stage(node)
+        except LinkClosed:
+            return  # the end of the session tells
+        except BpfsError as error:
+            failure = error.sentence
+            _log.warning("node %d: %s", node.number, failure)
+        if node.state is not NodeState.BOOT or node.session is not self:
+            return  # something else came in between
+        if failure:
+            table.set_state(node, NodeState.ERROR, Cause.FAULT, failure)
+            return
+        state = NodeState.UNAVAILABLE if node.reserved else NodeState.UP
+        table.set_state(node, state, Cause.READY, RESERVED)
+        _log.info("node %d is %s, at %s", node.number, state.value, node.address)
 
     def _fault(self, message: Fault) -> None:
         if self.node.state.linked:

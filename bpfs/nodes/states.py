@@ -16,7 +16,7 @@ class NodeState(enum.Enum):
     """The state of a node, by the name that `nodes/N/state` shows."""
 
     DOWN = "down"  # no link; no new processes. Left when a slave joins, unless the administrator keeps the node down
-    BOOT = "boot"  # a slave has joined and makes its job space; it moves the node on by Ready or Fault
+    BOOT = "boot"  # its machine boots, or its slave has joined and gets ready; left by Ready, Fault, or the link's end
     UNAVAILABLE = "unavailable"  # linked and sound, takes new processes from root only; the administrator ends it
     UP = "up"  # linked, takes processes from whomever its mode admits
     ERROR = "error"  # linked, but cannot hold jobs; left by a new start of the slave, or the administrator
@@ -39,6 +39,7 @@ class Cause(enum.Enum):
     """Who changes a state."""
 
     ADMIN = "the administrator"  # root wrote to the state file
+    BOOTING = "its machine boots"  # bpbootd answered it
     JOINED = "the slave joined"  # a slave proved the key and was given the number
     READY = "the slave is ready"  # its job space and engine are there
     FAULT = "the slave is at fault"  # it said that it cannot hold jobs
@@ -54,14 +55,14 @@ def _transitions() -> dict[tuple[NodeState, NodeState], frozenset[Cause]]:
     # One line a rule: from, to, causes.
     s, c = NodeState, Cause
     rules: list[tuple[frozenset[NodeState], NodeState, set[Cause]]] = [
-        (frozenset({s.DOWN}), s.BOOT, {c.JOINED}),
+        (frozenset({s.DOWN}), s.BOOT, {c.JOINED, c.BOOTING}),
         (frozenset({s.BOOT}), s.UP, {c.READY}),
         (frozenset({s.BOOT}), s.UNAVAILABLE, {c.READY}),  # as the administrator has wished before
         (frozenset({s.BOOT, s.UP, s.UNAVAILABLE}), s.ERROR, {c.FAULT}),
         (frozenset({s.UP, s.ERROR}), s.UNAVAILABLE, {c.ADMIN}),
         (frozenset({s.UNAVAILABLE}), s.UP, {c.ADMIN}),
-        # The administrator's word for "the fault is mended": the slave was told, and its next migration will tell.
-        (frozenset({s.ERROR}), s.UP, {c.ADMIN}),
+        # The administrator's word for "the fault is mended": the last stage of its start is done once more.
+        (frozenset({s.ERROR}), s.BOOT, {c.ADMIN}),
         (frozenset({s.UP, s.UNAVAILABLE}), s.ERROR, {c.ADMIN, c.FAULT}),
         (_LINKED, s.DOWN, {c.ADMIN, c.LOST, c.LEFT}),
         (_ENDING, s.DOWN, {c.ADMIN, c.LOST, c.LEFT}),

@@ -55,7 +55,7 @@ def admits(node: Node, caller: Caller, proc: Process) -> None:
         BpfsError: EHOSTDOWN; EACCES where its x bits, or its being unavailable, keep the caller out.
     """
     if node.number == MASTER or caller.uid == 0:
-        if node.number != MASTER and not node.state.holds_jobs:
+        if node.number != MASTER and not node.holds_jobs:
             raise BpfsError(errno.EHOSTDOWN, f"node {node.number} is {node.state.value}: {node.reason}".rstrip(": "))
         return
     if not node.state.holds_jobs:

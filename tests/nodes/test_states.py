@@ -12,7 +12,7 @@ from bpfs.nodes.registry import NodeTable
 from bpfs.nodes.states import TRANSITIONS, Cause, NodeState, check, parse_state
 
 ALLOWED = {
-    "down": {"boot": "JOINED"},
+    "down": {"boot": "BOOTING JOINED"},
     "boot": {
         "up": "READY",
         "unavailable": "READY",
@@ -39,7 +39,7 @@ ALLOWED = {
         "pwroff": "ADMIN",
     },
     "error": {
-        "up": "ADMIN",
+        "boot": "ADMIN",
         "unavailable": "ADMIN",
         "down": "ADMIN LOST LEFT",
         "reboot": "ADMIN",

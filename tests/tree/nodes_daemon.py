@@ -17,7 +17,9 @@ from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.files import NodeFiles
+from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import Node, NodeTable
+from bpfs.nodes.stage import Stage
 from bpfs.nodes.states import NodeState
 from bpfs.sample import Sampler
 from bpfs.tree.local import LocalTree
@@ -64,7 +66,8 @@ async def main(mountpoint: str, count: int) -> None:
         nodes.set_address(node, f"10.0.{number >> 8}.{number & 255}")
         nodes.set_sample(node, with_load(sample, f"0.00 0.01 0.05 1/100 {number}"))
         nodes.enter(node, NodeState.UP)
-    files = NodeFiles(nodes, Administrator(nodes, Admission(nodes, lambda: Config())))
+    stage = Stage(nodes, NodeLog(), Config)
+    files = NodeFiles(nodes, Administrator(nodes, Admission(nodes, Config), stage))
     async with trio.open_nursery() as nursery:
         tree = LocalTree(files.root_table, nodes, nursery)
         files.attach(tree)

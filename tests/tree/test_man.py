@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from bpfs.master.boot import directory as boot_directory
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.events import EventLog
-from bpfs.nodes.files import NodeFiles
+from bpfs.nodes.files import NodeFiles, log_file
+from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import Node, NodeId, NodeTable
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.process import Pid, Process
@@ -31,7 +33,12 @@ def section(title: str) -> dict[str, list[str]]:
 
 PROCS = ProcFiles(cast(Any, None))
 NODES = NodeTable(EventLog())
-FILES = NodeFiles(NODES, cast(Administrator, None), PROCS.node_entries(), [PROCS.collection()])
+FILES = NodeFiles(
+    NODES,
+    cast(Administrator, None),
+    [*PROCS.node_entries(), log_file(NodeLog())],
+    [PROCS.collection(), boot_directory(list)],
+)
 NODE = Node(NodeId(1))
 PROCESS = Process(Pid(os.getpid()), read_identity(os.getpid()))
 DIRECTORIES: list[tuple[str, Table[Any], object]] = [
