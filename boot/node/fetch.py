@@ -44,16 +44,14 @@ class Server:
         fd = os.memfd_create(what, os.MFD_CLOEXEC)
         have, attempts = 0, 0
         while have < blob.size:
-            before = have
+            before, reason = have, "the connection ended early"
             try:
-                have = self._more(fd, blob, have)
+                self._more(fd, blob, have)
             except OSError as error:
-                reason = str(error)
-            else:
-                reason = "the connection ended early"
+                reason = error.strerror or str(error)
+            have = os.fstat(fd).st_size
             attempts = 0 if have > before else attempts + 1
             if have < blob.size:
-                have = os.fstat(fd).st_size
                 if attempts >= PATIENCE:
                     os.close(fd)
                     raise BootError(f"the {what} cannot be fetched: {reason}")
@@ -65,16 +63,17 @@ class Server:
             raise BootError(f"the {what} was damaged on its way")
         return fd
 
-    def _more(self, fd: int, blob: Blob, have: int) -> int:
+    def _more(self, fd: int, blob: Blob, have: int) -> None:
         with self._get(f"/{blob.name}", have) as sock:
             status, data = _head(sock, blob.name)
             _expect(status, (206,) if have else (200,), blob.name)
-            while data:
+            while have < blob.size:
+                if not data and not (data := sock.recv(CHUNK)):
+                    break
                 data = data[: blob.size - have]
                 os.pwrite(fd, data, have)
                 have += len(data)
-                data = sock.recv(CHUNK) if have < blob.size else b""
-        return have
+                data = b""
 
     def _get(self, path: str, start: int) -> socket.socket:
         sock = socket.create_connection(self._address, TIMEOUT)

@@ -25,13 +25,31 @@ def run() -> None:
     Raises:
         BootError, OSError: with what failed.
     """
-    key = KEY.read_bytes().strip()
     loaded = Drivers().load_for_hardware()
     say(f"drivers: {' '.join(loaded) or 'none new'}")
+    kernel, image, command_line = fetch(KEY.read_bytes().strip(), int(PORT.read_text()))
+    say("switching kernels")
+    kexec.load(kernel, image, command_line)
+    kexec.switch()
+
+
+def fetch(key: bytes, port: int) -> tuple[int, int, str]:
+    """Find the server and fetch everything from it.
+
+    Args:
+        key: the boot key.
+        port: of its HTTP.
+
+    Returns:
+        Descriptors of kernel and image, and the command line.
+
+    Raises:
+        BootError, OSError: with what failed.
+    """
     answer = network.find_server()
     say(f"{answer.interface} {answer.mac} is {answer.address}, server {answer.server}")
     network.configure(answer.interface, answer.address, network.common_prefix(answer.address, answer.server))
-    server = Server(answer.server, int(PORT.read_text()))
+    server = Server(answer.server, port)
     listed = manifest.check(server.text("/manifest"), key, "manifest")
     node = server.text("/node")
     say(f"this is node {manifest.check(node, key, 'text about this node').get('node', '?')}")
@@ -41,9 +59,7 @@ def run() -> None:
         say(f"fetching the {what}, {blob.size / 1e6:.1f} MB")
         files[what] = server.blob(blob, what)
     _append(files["image"], cpio.archive([cpio.file(CONF, node, 0o400)]))
-    say("switching kernels")
-    kexec.load(files["kernel"], files["image"], _command_line(listed.get("append", "")))
-    kexec.switch()
+    return files["kernel"], files["image"], _command_line(listed.get("append", ""))
 
 
 def _append(fd: int, data: bytes) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from boot import image
 from tests.cluster.virtual import TOP, wait_until
 
 PACKAGES = TOP / ".venv" / "boot"
@@ -55,11 +58,11 @@ def python(module: str, *arguments: str | Path) -> list[str | Path]:
 class Machine:
     """One virtual machine without a disk; its serial line is kept."""
 
-    def __init__(self, lab: Lab, number: int, kernel: Path, image: Path, card: str = "virtio-net-pci") -> None:
+    def __init__(self, lab: Lab, number: int, kernel: Path, initrd: Path, card: str = "virtio-net-pci") -> None:
         device = f"{card},netdev=n0,mac={mac(number)},romfile="
         command = [
             *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "qemu64,+rdrand", "-m", "256",
-            "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", image,
+            "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
             "-append", "console=ttyS0 panic=5 quiet", "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
         ]  # fmt: skip
@@ -96,6 +99,17 @@ class Machine:
         self._reader.join(10)
 
 
+@dataclass(frozen=True)
+class Child:
+    """A process that somebody else waits for."""
+
+    pid: int
+
+    def send_signal(self, number: int) -> None:
+        """As Popen has it."""
+        os.kill(self.pid, number)
+
+
 class Lab:
     """A network namespace with a bridge and taps, images, a master and its boot server."""
 
@@ -109,6 +123,7 @@ class Lab:
         self.inside = ["nsenter", f"--net=/run/netns/{self.name}"]
         self._machines = machines
         self._lines = config
+        self._clients: list[str] = []
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def tap(self, number: int) -> str:
@@ -130,11 +145,29 @@ class Lab:
         self.key.chmod(0o600)
         self.configure(self._lines)
 
+    def add_client(self, number: int) -> str:
+        """A network namespace on the bridge whose eth0 has a machine's hardware address; gives its name."""
+        name = f"{self.name}c{number}"
+        run("ip", "netns", "add", name)
+        self._clients.append(name)
+        leg = f"leg{number}"
+        run(*self.inside, "ip", "link", "add", leg, "type", "veth", "peer", "name", "eth0", "netns", name)
+        run("ip", "-n", name, "link", "set", "eth0", "address", mac(number))
+        run(*self.inside, "ip", "link", "set", leg, "master", "br0", "up")
+        return name
+
+    def client(self, number: int, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Runs tests.boot.client there, with a /sys of that network."""
+        return subprocess.run(
+            ["ip", "netns", "exec", f"{self.name}c{number}", *python("tests.boot.client", *arguments)],
+            capture_output=True, text=True, timeout=timeout, check=False, cwd=TOP,
+        )  # fmt: skip
+
     def configure(self, more: str = "", nodes: bool = True) -> None:
         """Writes the configuration file."""
         lines = [
             "interface br0", "iprange 10.54.0.10 10.54.0.99", f"key {self.key}", f"bootimages {self.images}",
-            f"mount {self.mount}", "lease 8", "kernelcommandline panic=5 quiet",
+            f"mount {self.mount}", "lease 8", "kernelcommandline panic=5 quiet", "bootserver yes",
         ]  # fmt: skip
         if nodes:
             lines += [f"node {number} {mac(number)}" for number in range(self._machines)]
@@ -145,17 +178,42 @@ class Lab:
         for phase in ("1", "2"):
             run(*python("bpfs.cli.bpboot", "image", phase, "-c", self.config, "--kernel", package))
 
+    def make_small_images(self, size: int = 300_000) -> None:
+        """Files that look like kernel and image to everybody but a machine."""
+        self.images.mkdir(exist_ok=True)
+        blobs = {what: image.store(self.images, what, os.urandom(size)) for what in ("kernel", "image")}
+        image.replace(self.images / image.MANIFEST, "".join(f"{k} {v}\n" for k, v in blobs.items()).encode())
+
     def start(self) -> None:
-        """Master and boot server."""
-        self.spawn("bpfs.cli.bpmaster", "-f", "-c", self.config, "--log", self.folder / "master.log")
-        wait_until((self.mount / "status").exists, "the master has not mounted its tree")
-        self.spawn("bpfs.cli.bpbootd", "-f", "-c", self.config, "--log", self.folder / "bpbootd.log")
+        """The master, which starts its boot server."""
+        self.master = self.spawn("bpfs.cli.bpmaster", "-f", "-c", self.config, "--log", self.folder / "master.log")
+        wait_until(lambda: "nodes can boot" in self.log(), "the boot server is not there")
+
+    def log(self) -> str:
+        """What the master has logged."""
+        path = self.folder / "master.log"
+        return path.read_text() if path.exists() else ""
 
     def spawn(self, module: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
         """A daemon in this network."""
         daemon = subprocess.Popen([*self.inside, *python(module, *arguments)], cwd=TOP, stdin=subprocess.DEVNULL)
         self._daemons.append(daemon)
         return daemon
+
+    def processes(self, word: str) -> list[Child]:
+        """The children of the master that have this word in their command line."""
+        found = []
+        for name in Path(f"/proc/{self.master.pid}/task/{self.master.pid}/children").read_text().split():
+            with suppress(OSError):
+                if word in Path(f"/proc/{name}/cmdline").read_text():
+                    found.append(Child(int(name)))
+        return found
+
+    def reload(self) -> None:
+        """Has the configuration read again; returns when it has been."""
+        before = self.log().count("again")
+        self.master.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.log().count("again") > before, "the master has not read its configuration again")
 
     def read(self, path: str) -> str:
         """A file of the tree."""
@@ -195,4 +253,5 @@ class Lab:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
+        for name in (*self._clients, self.name):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -1,0 +1,134 @@
+"""The boot server as bpmaster starts it, asked by the very code that runs on a booting node, over a real network."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bpfs.config import read
+from tests.boot.lab import Lab, mac
+from tests.cluster.virtual import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+KNOWN, STRANGER = 0, 7
+
+
+@pytest.fixture(scope="module")
+def lab(session_folder: Path) -> Iterator[Lab]:
+    lab = Lab(session_folder / "bootd", machines=2)
+    try:
+        lab.open()
+        lab.make_small_images()
+        lab.start()
+        for number in (KNOWN, STRANGER):
+            lab.add_client(number)
+        yield lab
+    finally:
+        lab.close()
+
+
+def blob(lab: Lab, what: str) -> Path:
+    """The file of the present kernel or image."""
+    (found,) = lab.images.glob(f"{what}-*")
+    return found
+
+
+def test_a_node_gets_kernel_image_and_its_own_text(lab: Lab) -> None:
+    done = lab.client(KNOWN, "boot", lab.key.read_text().strip())
+    assert done.returncode == 0, done.stderr
+    kernel, image, proofs = done.stdout.splitlines()
+    data = blob(lab, "kernel").read_bytes()
+    assert kernel == f"{hashlib.sha256(data).hexdigest()} {len(data)}"
+    assert int(image.split()[1]) > blob(lab, "image").stat().st_size and proofs == "1"
+    assert lab.read("nodes/0/state") == "boot\n"
+    wait_until(lambda: lab.read("nodes/0/reason") == "fetching image 100 %\n", "no progress is shown")
+    assert f"{mac(KNOWN)} asked, and is 10.54.0.10" in lab.read("nodes/0/log")
+
+
+def test_a_node_believes_nobody_without_the_key(lab: Lab) -> None:
+    done = lab.client(KNOWN, "boot", "another key that is long enough")
+    assert done.returncode == 1 and "not signed with this cluster's key" in done.stderr
+
+
+def test_what_was_damaged_on_its_way_is_not_taken(lab: Lab) -> None:
+    path = blob(lab, "image")
+    good = path.read_bytes()
+    try:
+        path.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+        done = lab.client(KNOWN, "boot", lab.key.read_text().strip())
+    finally:
+        path.write_bytes(good)
+    assert done.returncode == 1 and "the image was damaged on its way" in done.stderr
+
+
+def test_a_stranger_is_listed_and_gets_nothing(lab: Lab) -> None:
+    assert lab.client(STRANGER, "ask", "0.6").stdout == ""
+    wait_until(lambda: mac(STRANGER) in lab.read("boot/unknown"), "the stranger is not listed")
+    # With a node's address it is still not the node's machine; with none of ours it is nobody.
+    for address in ("10.54.0.11", "10.54.0.200"):
+        done = lab.client(STRANGER, "http", address, r"GET /node HTTP/1.1\r\n\r\n")
+        assert done.stdout == "HTTP/1.1 403 Forbidden\n", done.stderr
+
+
+ODD = {
+    r"GET /../config HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+    r"GET /%2e%2e/key HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+    r"GET //etc/passwd HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+    r"GET /phase1.img HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+    r"GET http://10.54.0.1/manifest HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+    r"POST /manifest HTTP/1.1\r\n\r\n": "HTTP/1.1 405 Method Not Allowed",
+    r"\x00\xff\x16\x03\r\n\r\n": "HTTP/1.1 400 Bad Request",
+    r"GET /manifest": "nothing",
+    "x" * 20000: "nothing",
+    r"GET /manifest HTTP/1.1\r\n\r\n": "HTTP/1.1 200 OK",
+}
+
+
+def test_odd_requests_get_a_status_and_no_file(lab: Lab) -> None:
+    done = lab.client(STRANGER, "http", "10.54.0.200", *ODD)
+    assert done.stdout.splitlines() == list(ODD.values()), done.stderr
+
+
+def test_ranges(lab: Lab) -> None:
+    path = blob(lab, "kernel")
+    size = path.stat().st_size
+    requests = {
+        rf"GET /{path.name} HTTP/1.1\r\nRange: bytes={size - 1}-\r\n\r\n": "HTTP/1.1 206 Partial Content",
+        rf"GET /{path.name} HTTP/1.1\r\nRange: bytes={size}-\r\n\r\n": "HTTP/1.1 416 Range Not Satisfiable",
+        rf"HEAD /{path.name} HTTP/1.1\r\n\r\n": "HTTP/1.1 200 OK",
+    }
+    done = lab.client(STRANGER, "http", "10.54.0.200", *requests)
+    assert done.stdout.splitlines() == list(requests.values()), done.stderr
+
+
+def test_a_flood_of_frames_ends_nothing(lab: Lab) -> None:
+    done = lab.client(STRANGER, "noise", "3000")
+    assert done.returncode == 0, done.stderr
+    assert lab.client(KNOWN, "ask", "20").stdout == "10.54.0.10\n"
+    assert len(lab.read("boot/unknown").splitlines()) <= 256
+
+
+def test_a_killed_server_is_started_again(lab: Lab) -> None:
+    before = lab.log().count("nodes can boot")
+    (server,) = lab.processes("bpfs.cli.bpbootd")
+    server.send_signal(signal.SIGKILL)
+    wait_until(lambda: lab.log().count("nodes can boot") > before, "the boot server is not started again")
+    assert lab.client(KNOWN, "ask", "20").stdout == "10.54.0.10\n"
+
+
+def test_an_unknown_machine_gets_the_next_number_where_that_is_wanted(lab: Lab) -> None:
+    lab.configure("nodeassign append")
+    lab.reload()
+    try:
+        assert lab.client(STRANGER, "ask", "20").stdout == "10.54.0.12\n"
+        wait_until((lab.mount / "nodes/2").exists, "the new node is not there")
+        assert read(lab.config).number_for((mac(STRANGER),)) == 2
+        assert lab.read("nodes/2/state") == "boot\n" and mac(STRANGER) not in lab.read("boot/unknown")
+    finally:
+        lab.configure()
+        lab.reload()
