@@ -94,6 +94,11 @@ class RunDir:
         return self.path / "control"
 
     @property
+    def watch(self) -> Path:
+        """The socket of the virtual nodes' jobwatch."""
+        return self.path / "watch"
+
+    @property
     def master_log(self) -> Path:
         """What bpmaster logs."""
         return self.path / "master.log"

@@ -149,5 +149,3 @@ def _external(entry: Entry) -> dict[str, Any]:
         "flags": entry["flags"], "stdio": min(numbers) < _STANDARD, "termios": None, "winsize": None,
         "dev": entry["dev"], "ino": entry["ino"],
     }  # fmt: skip
-
-

@@ -30,6 +30,7 @@ from bpfs.slave.life import live
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.supervisor import Supervisor
 from bpfs.wire.handshake import make_key
+from engine import jobwatch
 
 UP_TIMEOUT = 60.0
 """Seconds for the whole cluster to come up; 64 nodes take a few."""
@@ -95,6 +96,7 @@ class Up:
             gc.freeze()
             net = virtualnet.VirtualNetwork(self._options.mount) if self._options.netns else None
             port = self._start_master(net.address if net else "127.0.0.1")
+            self._start_watch()
             for number in range(self._options.nodes):
                 self._check_interrupt()
                 self._start_node(number, key, port, net)
@@ -140,11 +142,21 @@ class Up:
         host, port = (rundir.read("port") or "").split()
         return host, int(port)
 
+    def _start_watch(self) -> None:
+        # One for all nodes, and outside of their namespaces, where the kernel would not speak to it.
+        try:
+            watch = jobwatch.open_shared(self._rundir.watch)
+        except OSError as error:
+            raise BpfsError(EIO, f"jobwatch does not start: {error.strerror}") from None
+        self._rundir.record("watch", watch.pid)
+
     def _start_node(
         self, number: int, key: bytes, master: tuple[str, int], net: virtualnet.VirtualNetwork | None
     ) -> None:
         options = self._options
-        slave = SlaveOptions(*master, key, number, options.mount if options.tree else None, options.verbose)
+        slave = SlaveOptions(
+            *master, key, number, options.mount if options.tree else None, options.verbose, self._rundir.watch
+        )
         namespace = net.add_node(number) if net is not None else -1
         try:
             self._starting[number] = started = daemon.start(

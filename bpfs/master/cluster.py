@@ -13,6 +13,7 @@ from bpfs.config import Config
 from bpfs.engines import Workers
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
+from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import MASTER, Node, NodeTable
@@ -36,6 +37,7 @@ class Cluster:
     events: EventLog = field(default_factory=EventLog)
     logs: NodeLog = field(default_factory=NodeLog)
     streams: StreamBook = field(default_factory=StreamBook)
+    blocks: Blocks = field(default_factory=Blocks)
     handlers: dict[type[Message], NodeHandler] = field(default_factory=dict)
     """What is done with messages of slaves, beside what sessions do themselves: called with the node and the
     message."""

@@ -15,7 +15,6 @@ from bpfs.master.cluster import Cluster
 from bpfs.nodes.admission import NotAdmitted
 from bpfs.nodes.registry import Node
 from bpfs.nodes.session import Session
-from bpfs.pidspace import pid_block
 from bpfs.wire.handshake import TIMEOUT, admit
 from bpfs.wire.link import Link
 from bpfs.wire.messages import Hello, Join, Refused, StreamOpen, Welcome
@@ -126,7 +125,7 @@ class Listener:
         return await session.run(self._welcome_text(node), cluster.handlers)
 
     def _welcome_text(self, node: Node) -> Welcome:
-        config, block = self._cluster.config, pid_block(node.number)
+        config, block = self._cluster.config, self._cluster.blocks.of(node.number)
         return Welcome(
             node=node.number,
             lease=config.lease,

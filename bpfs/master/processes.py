@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from bpfs.master.cluster import Cluster
+from bpfs.procs.births import Births
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.programs import Programs
@@ -28,6 +29,8 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     around = Surroundings(ghosts, cluster.streams, programs, mount, cluster.config.lease)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)
+    births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)
+    cluster.handle(messages.JobEvents, births.report)
     cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
     files = ProcFiles(procs)
     cluster.root_entries.append(files.collection())

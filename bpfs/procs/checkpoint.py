@@ -275,4 +275,3 @@ class _Taking:
             await src.call("release", errno=code)
         except BpfsError as error:
             _log.info("process %d: release after a checkpoint: %s", self.proc.pid, error)
-

@@ -36,8 +36,13 @@ class ProcFiles:
             lookup=lambda _, name: self._lookup(name),
             table=self.process_table(),
             fixed=Table(
-                File("restart", "write PATH [NODE] [anypid]: brings a checkpointed process back; read: the last ones",
-                     read=lambda _: self._procs.restarts.show(), write=self._restart, mode=0o666),
+                File(
+                    "restart",
+                    "write PATH [NODE] [anypid]: brings a checkpointed process back; read: the last ones",
+                    read=lambda _: self._procs.restarts.show(),
+                    write=self._restart,
+                    mode=0o666,
+                ),
             ),
             member_access=lambda proc: Access(proc.identity.uid, proc.identity.gid, 0o555),
             member_key=lambda proc: (proc.pid, proc.identity.uid, proc.identity.gid),
@@ -76,21 +81,39 @@ class ProcFiles:
             return await procs.rusage(proc)
 
         return Table(
-            File("node", "where it runs, or `migrating`; write a node's number to move it", read=_node,
-                 write=move, access=owned(0o644)),
+            File(
+                "node",
+                "where it runs, or `migrating`; write a node's number to move it",
+                read=_node,
+                write=move,
+                access=owned(0o644),
+            ),
             File("state", "running, stopped, ended, or `migrating: PHASE for node N`", read=_state),
             File("cmdline", "its command line, as in /proc/PID/cmdline", read=lambda proc: proc.identity.cmdline),
             File("rusage", "CPU time in seconds and memory in kB, `key value` lines", read=rusage, sized=False),
             File("signal", "write a signal's name or number", write=send_signal, access=owned(0o200)),
             File("history", "a line a place: node, since when, freeze_ms, bytes", read=_history),
-            File("cantmove", "why it cannot move now, a line an obstacle; empty if it can", read=cantmove,
-                 access=owned(0o400), sized=False),
-            File("checkpoint", "write PATH [stop] [since NAME] [every 60s] [keep 3], or off; read: the last images",
-                 read=lambda proc: procs.checkpoints.show(proc), access=owned(0o600),
-                 write=lambda proc, request: procs.checkpoints.write(proc, request)),
-            File("onloss", "when its node is lost: kill, or restart from its last periodic checkpoint",
-                 read=lambda proc: f"{proc.onloss.value}\n", access=owned(0o644),
-                 write=lambda proc, request: procs.losses.choose(proc, request)),
+            File(
+                "cantmove",
+                "why it cannot move now, a line an obstacle; empty if it can",
+                read=cantmove,
+                access=owned(0o400),
+                sized=False,
+            ),
+            File(
+                "checkpoint",
+                "write PATH [stop] [since NAME] [every 60s] [keep 3], or off; read: the last images",
+                read=lambda proc: procs.checkpoints.show(proc),
+                access=owned(0o600),
+                write=lambda proc, request: procs.checkpoints.write(proc, request),
+            ),
+            File(
+                "onloss",
+                "when its node is lost: kill, or restart from its last periodic checkpoint",
+                read=lambda proc: f"{proc.onloss.value}\n",
+                access=owned(0o644),
+                write=lambda proc, request: procs.losses.choose(proc, request),
+            ),
             File("wait", "blocks until it ended, then `exit 3` or `signal 15`", read=wait, blocks=True),
         )
 
@@ -105,13 +128,21 @@ class ProcFiles:
             await procs.migrate(verb, int(node.number), request)
 
         return (
-            File("migrate", "the last moves to this node; write a pid to move it here", write=migrate,
-                 read=lambda node: "".join(f"{move}\n" for move in procs.moves_to(int(node.number))),
-                 access=lambda node: Access(node.uid, node.gid, 0o444 | (node.mode & 0o111) << 1)),
-            Collection("procs", "symbolic links to the processes that are here",
-                       names=lambda node: [str(proc.pid) for proc in procs.table.away_on(int(node.number))],
-                       lookup=lambda node, name: self._lookup_on(int(node.number), name),
-                       link=lambda proc, _: f"../../../procs/{proc.pid}", member_lasting=False),
+            File(
+                "migrate",
+                "the last moves to this node; write a pid to move it here",
+                write=migrate,
+                read=lambda node: "".join(f"{move}\n" for move in procs.moves_to(int(node.number))),
+                access=lambda node: Access(node.uid, node.gid, 0o444 | (node.mode & 0o111) << 1),
+            ),
+            Collection(
+                "procs",
+                "symbolic links to the processes that are here",
+                names=lambda node: [str(proc.pid) for proc in procs.table.away_on(int(node.number))],
+                lookup=lambda node, name: self._lookup_on(int(node.number), name),
+                link=lambda proc, _: f"../../../procs/{proc.pid}",
+                member_lasting=False,
+            ),
         )
 
     def _lookup_on(self, node: int, name: str) -> Process | None:

@@ -20,10 +20,11 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.wire.mux import MAX_PACKET, Ctl, Packet, tune_stream, unpack
+from bpfs.wire.mux import BIRTH, MAX_PACKET, MAX_TEXT, Ctl, Packet, tune_stream, unpack
 
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "ghost"
 ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
+BIRTH_SECONDS: Final = 2.0  # for BORN; nothing else waits for it but other births
 ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
 
 _log = log.get("ghost")
@@ -81,6 +82,26 @@ class Held:
 
     pumps: int
     kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What a child's ghost is to be.
+
+    Attributes:
+        orphan: a child of init, not of the ghost that makes it.
+        terminal: the real process has a terminal on its node: signals of keys typed reach it there.
+    """
+
+    pid: int
+    pgid: int
+    sid: int
+    uid: int
+    gid: int
+    orphan: bool
+    terminal: bool
+    comm: bytes
+    cmdline: bytes
 
 
 class Ghost:
@@ -145,7 +166,7 @@ class Ghost:
             case Ctl.STREAM_LOST:
                 await self._answer(Ctl.HELD, None)
                 await self._send_event.send(StreamLost(a))
-            case Ctl.HELD | Ctl.PUMPED:
+            case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:
                 await self._answer(Ctl(packet.type), packet)
             case _:
                 _log.warning("ghost %d sent a packet of type %d", self.pid, packet.type)
@@ -202,6 +223,31 @@ class Ghost:
     async def name(self, comm: bytes) -> None:
         """Sets the name that ps shows (at most 15 bytes count)."""
         await self._send(Packet(Ctl.NAME, text=comm))
+
+    async def arguments(self, cmdline: bytes) -> None:
+        """Sets the command line that ps shows, as in /proc/PID/cmdline."""
+        await self._send(Packet(Ctl.ARGUMENTS, text=cmdline[:MAX_TEXT]))
+
+    async def ids(self, sid: int, pgid: int, uid: int, gid: int) -> None:
+        """Has it take the session, process group and user of its process, as far as the kernel lets it."""
+        await self._send(Packet(Ctl.IDS, sid, pgid, uid, gid))
+
+    async def bear(self, birth: Birth, child: socket.socket) -> None:
+        """Has it make the ghost of a child; `child` is that one's end of its control socket.
+
+        Raises:
+            BpfsError: the ghost's errno; ETIMEDOUT.
+        """
+        text = BIRTH.pack(birth.uid, birth.gid, birth.orphan, birth.terminal, birth.comm[:15])
+        text += birth.cmdline[: MAX_TEXT - len(text)]
+        packet = Packet(Ctl.FORK, birth.pid, birth.pgid, birth.sid, text=text)
+        answer = await self._ask(packet, Ctl.BORN, BIRTH_SECONDS, child.fileno())
+        if answer.b:
+            raise BpfsError(answer.b, f"no ghost can be made for process {birth.pid}: {os.strerror(answer.b)}")
+
+    async def reap(self, pid: int) -> None:
+        """The child's ghost with this pid has been waited for."""
+        await self._send(Packet(Ctl.REAP, pid))
 
     async def stream(self, connection: socket.socket, table: bytes) -> None:
         """Gives it a connected TCP socket whose other end an iorelay has or will have; closes ours.
@@ -274,9 +320,9 @@ class Ghost:
         except (OSError, trio.ClosedResourceError):
             raise BpfsError(ESRCH, f"the ghost of process {self.pid} is gone") from None
 
-    async def _ask(self, packet: Packet, answer: Ctl, timeout: float) -> Packet:
+    async def _ask(self, packet: Packet, answer: Ctl, timeout: float, fd: int = -1) -> Packet:
         self._answers.pop(answer, None)
-        await self._send(packet)
+        await self._send(packet, fd)
         with trio.move_on_after(timeout):
             async with self._answered:
                 while answer not in self._answers and not self._gone.is_set():
@@ -292,6 +338,31 @@ class Ghost:
         async with self._answered:
             self._answers[kind] = packet
             self._answered.notify_all()
+
+
+class NoGhost(Ghost):
+    """In the place of a ghost that could not be made: the process lives on its node, and here nothing shows it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid, self.pair()[0])
+
+    @property
+    def gone(self) -> bool:
+        """Never: there is nothing that could go."""
+        return False
+
+    def state(self) -> str:
+        """Nobody can stop it here."""
+        return "S"
+
+    async def cont(self) -> None:
+        """Nothing is to be continued."""
+
+    async def _send(self, packet: Packet, fd: int = -1) -> None:
+        pass
+
+    async def _ask(self, packet: Packet, answer: Ctl, timeout: float, fd: int = -1) -> Packet:
+        raise BpfsError(ESRCH, f"process {self.pid} has no ghost")
 
 
 async def connect_stream(host: str, port: int, token: bytes, timeout: float = ANSWER_SECONDS) -> socket.socket:

@@ -16,7 +16,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
-from bpfs.procs.ghost import Ghost
+from bpfs.procs.ghost import Ghost, NoGhost
 from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
 from bpfs.procs.table import ProcTable
@@ -48,6 +48,11 @@ class Away:
     quiet: trio.Lock = field(default_factory=trio.Lock)
     asked_stop: bool = False
     retired: bool = False
+
+    @property
+    def real(self) -> bool:
+        """Whether there is a ghost."""
+        return not isinstance(self.ghost, NoGhost)
 
 
 class Ghosts:
@@ -86,6 +91,19 @@ class Ghosts:
         self._adopted.set()
         self.nursery.start_soon(carefully, proc.pid, ghost.run(), name=f"ghost {proc.pid}")
         self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
+        return away
+
+    def stand_in(self, pid: int) -> Away | None:
+        """What stands for the process with this pid, or None."""
+        return self._away.get(pid)
+
+    def in_session(self, sid: int) -> Away | None:
+        """Some ghost of a session, or None."""
+        return next((away for away in self._away.values() if away.proc.identity.sid == sid and away.real), None)
+
+    def adopt_absent(self, proc: Process) -> Away:
+        """Takes charge of a process whose ghost could not be made."""
+        away = self._away[proc.pid] = Away(proc, NoGhost(proc.pid), Stdio())
         return away
 
     def retire(self, away: Away) -> None:
@@ -212,24 +230,34 @@ class Ghosts:
         away = self._away.get(report.pid)
         if away is None or away.proc.place != node.number:
             return
-        proc = away.proc
         match report.code:
             case os.CLD_STOPPED:
-                if proc.state is ProcState.RUNNING:
-                    proc.state = ProcState.STOPPED
-                    self.table.changed(proc, "stopped")
-                away.asked_stop = True
-                await tell(away.ghost.stop(report.status))
+                await self.stopped(away, report.status)
             case os.CLD_CONTINUED:
-                if proc.state is ProcState.STOPPED:
-                    proc.state = ProcState.RUNNING
-                    self.table.changed(proc, "running")
-                away.asked_stop = False
-                await tell(away.ghost.cont())
+                await self.continued(away)
             case os.CLD_EXITED | os.CLD_KILLED | os.CLD_DUMPED:
-                await self._ended(away, _status(report))
+                await self.ended(away, _status(report))
 
-    async def _ended(self, away: Away, status: ExitStatus) -> None:
+    async def stopped(self, away: Away, signo: int) -> None:
+        """The process was stopped on its node: so is its ghost."""
+        proc = away.proc
+        if proc.state is ProcState.RUNNING:
+            proc.state = ProcState.STOPPED
+            self.table.changed(proc, "stopped")
+        away.asked_stop = True
+        await tell(away.ghost.stop(signo))
+
+    async def continued(self, away: Away) -> None:
+        """The process goes on on its node: so does its ghost."""
+        proc = away.proc
+        if proc.state is ProcState.STOPPED:
+            proc.state = ProcState.RUNNING
+            self.table.changed(proc, "running")
+        away.asked_stop = False
+        await tell(away.ghost.cont())
+
+    async def ended(self, away: Away, status: ExitStatus) -> None:
+        """The process has ended on its node; where a migration owns it, that sees to the rest."""
         proc = away.proc
         if proc.state is ProcState.MIGRATING:
             if not proc.leaving:
@@ -239,9 +267,13 @@ class Ghosts:
 
     async def end(self, proc: Process, status: ExitStatus) -> None:
         """The process has ended: so does its ghost, in the same way."""
+        if proc.state is ProcState.ENDED:
+            return
         self.table.end(proc, status)
         away = self._away.get(proc.pid)
-        if away is not None and away.proc is proc:
+        if away is not None and away.proc is proc and not away.real:
+            del self._away[proc.pid]
+        elif away is not None and away.proc is proc:
             await self._carry_offsets(away)
             if status.signal is None:
                 await tell(away.ghost.exit(status.code or 0))
@@ -260,9 +292,7 @@ class Ghosts:
             if report.uid not in (0, target.identity.uid):
                 return
             if target.away:
-                await self._send(
-                    self.of(target), report.status, report.code, report.sender, report.uid, report.value
-                )
+                await self._send(self.of(target), report.status, report.code, report.sender, report.uid, report.value)
             else:
                 os.kill(report.pid, report.status)
         except OSError as error:
@@ -314,7 +344,7 @@ class Ghosts:
     async def end_all(self) -> None:
         """The master ends, and with it the jobs of all nodes: every ghost ends as if killed."""
         for away in list(self._away.values()):
-            await self._ended(away, ExitStatus(signal=signal.SIGKILL))
+            await self.ended(away, ExitStatus(signal=signal.SIGKILL))
         for away in list(self._away.values()):
             with trio.move_on_after(2.0):
                 await away.ghost.wait_gone()

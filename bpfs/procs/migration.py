@@ -228,9 +228,7 @@ class Migration(ABC):
         self.proc.progress = f"{phase.value} for node {self.destination.number}"
         await faults.hold(phase.value)
 
-    async def _make(
-        self, src: Engine, dst: Engine, look: Look, stop: Callable[[], Awaitable[dict[str, Any]]]
-    ) -> None:
+    async def _make(self, src: Engine, dst: Engine, look: Look, stop: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         await self._enter(Phase.PREPARE)
         await self.make_ready(dst, look)
         landing = await self.land(dst, await stop())
@@ -243,7 +241,10 @@ class Migration(ABC):
         await transfer(
             lambda: src.call("send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token),
             lambda: dst.call(
-                "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
+                "receive",
+                landing.fds,
+                externals=landing.externals,
+                ghost_fds=landing.ghost_fds,
                 timeout_s=RECEIVE_TIMEOUT,
             ),
             self.figures,

@@ -170,5 +170,3 @@ class _RemoteEngine:
         reply = unpack_reply(answer.body)
         reply[HANDLES] = list(answer.fds)
         return reply
-
-

@@ -77,6 +77,7 @@ class Process:
     place: int = MASTER
     state: ProcState = ProcState.RUNNING
     hostpid: int = 0  # what the node's engine calls it; 0: not known
+    native: bool = False  # forked where it is: there its parent alone hears of its end
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
@@ -99,8 +100,15 @@ class Process:
     def arrived(self, node: int, freeze_ms: float, sent: int) -> None:
         """Records that the process runs at `node` from now on."""
         self.place = node
+        self.native = False
         self.history.append(Stay(node, time.time(), freeze_ms, sent))
         del self.history[:-MOVES_KEPT]
+
+    async def wait_ended(self) -> ExitStatus:
+        """Waits until it is known how the process ended."""
+        await self.ended.wait()
+        assert self.status is not None
+        return self.status
 
     def end(self, status: ExitStatus) -> None:
         """Records how the process ended; the first word counts."""

@@ -99,7 +99,6 @@ class Restarts:
             when = time.strftime("%Y-%m-%dT%H:%M:%S")
             self._lines.append(f"{when} {order.path} pid={pid} node={order.node} total_ms={total:.1f} {outcome}")
 
-
     async def rescue(self, away: Away, node: int, saved: Saved) -> None:
         """Brings back a process whose node was lost, on another node, behind the ghost that it still has.
 

@@ -100,9 +100,7 @@ class ToNode(Migration):
         await self._enter(Phase.ATTACH)
         identity, channels = self.proc.identity, self.channels(externals)
         self._externals = externals
-        self._attached = await attach(
-            self.destination, self._around.streams, channels, identity.uid, identity.gid
-        )
+        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.

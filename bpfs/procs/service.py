@@ -155,6 +155,9 @@ class Procs:
         """
         if proc.status is not None:
             return proc.status
+        stand_in = self.ghosts.stand_in(proc.pid)
+        if stand_in is not None and not stand_in.real:
+            return await proc.wait_ended()
         try:
             with listening() as exit_of:
                 read_identity(proc.pid)

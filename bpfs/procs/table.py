@@ -62,6 +62,10 @@ class ProcTable:
             return self._still_home(proc)
         return proc
 
+    def known(self, pid: int) -> Process | None:
+        """What the table has under this pid, unchecked."""
+        return self._known.get(Pid(pid))
+
     def find(self, pid: int) -> Process:
         """The process with this pid, known or any other of the master's.
 

@@ -14,6 +14,7 @@ from errno import EBADF, EEXIST, ENOENT
 from bpfs.engines import WorkerChannel, Workers
 from bpfs.errors import BpfsError
 from bpfs.fdinfo import inode_and_offset
+from bpfs.slave.births import BirthWatch
 from bpfs.wire.messages import EngineCall, EngineClose, EngineOpen, EngineReply, FdClose, FdIsWhere, FdWhere
 
 
@@ -73,6 +74,7 @@ class EngineHost:
     def __init__(self, workers: Workers, held: HeldFds) -> None:
         self._workers = workers
         self._held = held
+        self.births: BirthWatch | None = None
         self._sessions: dict[int, WorkerChannel] = {}
         self._failed: dict[int, BpfsError] = {}  # sessions without a worker: the master has not waited to hear it
 
@@ -80,6 +82,7 @@ class EngineHost:
         """Handler: give a session its worker."""
         if message.session in self._sessions:
             raise BpfsError(EEXIST, f"engine session {message.session} is open already")
+        self._expect_jobs()
         try:
             self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
         except BpfsError as error:
@@ -108,6 +111,11 @@ class EngineHost:
         channel = self._sessions.pop(message.session, None)
         if channel is not None:
             channel.close()
+            self._expect_jobs()
+
+    def _expect_jobs(self) -> None:
+        if self.births is not None:
+            self.births.look()
 
     def close_all(self) -> None:
         """End all sessions: the link is gone."""

@@ -12,6 +12,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, LinkClosed
+from bpfs.slave.births import BirthWatch
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
     DropPlaceholder,
@@ -29,6 +30,7 @@ from engine.linux import pidfd
 _log = log.get("jobs")
 
 SI_QUEUE = -1  # sigqueue(3): the value counts
+STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT})
 STATUS_FILES = frozenset({"stat", "status", "cmdline"})
 
 
@@ -40,6 +42,7 @@ class Jobs:
         self._block = block
         self._link = link
         self.closed = False
+        self.births: BirthWatch | None = None
 
     @classmethod
     def start(cls, block: range, link: Link) -> Jobs:
@@ -132,18 +135,10 @@ class Jobs:
                     pidfd.send(process, message.sig)
             finally:
                 os.close(process)
-            if message.sig == signal.SIGCONT:
-                self._continue_forked(message.pid)
+            if self.births is not None and message.sig in STOPS:
+                self.births.look(message.pid)
         except ProcessLookupError:
             raise BpfsError(ESRCH, f"there is no process {message.pid} on this node") from None
-
-    def _continue_forked(self, pid: int) -> None:
-        # A key stopped the whole group over here, and a shell continues the whole group at home: what a job has forked
-        # here has no ghost there that would hear of it.
-        for other in self._space.group_of(pid):
-            if other in self._block:
-                with suppress(ProcessLookupError):
-                    self._space.signal(other, signal.SIGCONT)
 
     def kill_all(self, _message: KillAll) -> None:
         """Handler: kill all jobs; the job space stays."""

@@ -20,6 +20,7 @@ from bpfs.engines import Workers
 from bpfs.errors import BpfsError, LinkClosed, first_error
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.slave import machine
+from bpfs.slave.births import BirthWatch
 from bpfs.slave.connect import Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.jobs import Jobs
@@ -75,6 +76,7 @@ class Slave:
         self.held = HeldFds()
         self.engines = EngineHost(workers, self.held)
         self.jobs: Jobs | None = None
+        self.births: BirthWatch | None = None
         self.end: End = End.AFRESH
         self.handlers: dict[type[Message], Callable[[Any], Any]] = {
             EngineOpen: self.engines.open,
@@ -108,6 +110,8 @@ class Slave:
                 nursery.start_soon(self.workers.keep_spare, name="spare worker")
                 if self.jobs is not None:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
+                    if self.births is not None:
+                        nursery.start_soon(self.births.run, name="births")
                     self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node()))
         except* BpfsError as group:  # the link was closed, or iorelay died
             if not self._stopping:  # else it is a consequence
@@ -146,6 +150,8 @@ class Slave:
             JobStatus: jobs.status,
             DropPlaceholder: jobs.drop_placeholder,
         }
+        births = BirthWatch.start(jobs.init, self.options.watch, self.link)
+        self.births = jobs.births = self.engines.births = births
 
     def _kill_jobs(self) -> None:
         """Kill all jobs; returns when none lives. Waits for nothing that this very task would have to do."""
@@ -158,6 +164,8 @@ class Slave:
                 with suppress(OSError):
                     kernel.umount(self._mounted, kernel.MNT_FORCE)
             self.jobs.close()
+        if self.births is not None:
+            self.births.close()
         self.held.close()
 
     def _stop(self, end: End, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,7 @@ class SlaveOptions:
         number: the node number to ask for; None: the master decides.
         mount: where to mount the tree here; None: nowhere.
         verbose: log more.
+        watch: the socket of this machine's jobwatch; None: the node has one of its own.
     """
 
     host: str
@@ -23,3 +25,4 @@ class SlaveOptions:
     number: int | None = None
     mount: str | None = None
     verbose: bool = False
+    watch: Path | None = None

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 1
+VERSION = 3
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -316,6 +316,13 @@ class JobStatusIs(Message):
     """slave -> master: one text per name asked for."""
 
     texts: tuple[bytes, ...]
+
+
+@_message(38)
+class JobEvents(Message):
+    """slave -> master: a packet of jobwatch (engine/jobwatch.py): what jobs forked, became, and how they ended."""
+
+    records: bytes
 
 
 # -- tree: 40-49 -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from bpfs.errors import BpfsError, ProtocolError
 
 _HEAD: Final = struct.Struct("<Iiiii4xQ")
 _RECORD: Final = struct.Struct("<BBBB")
+BIRTH: Final = struct.Struct("<IIBB2x16s")
 HEAD_BYTES: Final = _HEAD.size
 RECORD_BYTES: Final = _RECORD.size
 MAX_TEXT: Final = 4064
@@ -39,6 +40,10 @@ class Ctl(IntEnum):
     STOP = 7
     CONT = 8
     PUMP = 9
+    FORK = 10
+    REAP = 11
+    IDS = 12
+    ARGUMENTS = 13
     READY = 32
     SIGNAL = 33
     HELD = 34
@@ -46,6 +51,7 @@ class Ctl(IntEnum):
     CONTINUED = 36
     STREAM_LOST = 37
     PUMPED = 38
+    BORN = 39
     ATTACH = 64
     DETACH = 65
     ENDED = 96

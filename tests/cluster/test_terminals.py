@@ -322,7 +322,7 @@ def test_settings_and_window_size(it, at, tmp_path):
     assert not at.local_modes() & termios.ECHO
     at.type("password\r")
     assert "password\r\n" not in at.see("got password\r\n", PROMPT).replace("got password\r\n", "")
-    at.type("sh -c 'trap \"stty size\" WINCH; echo be\"\"gun; while :; do read x; done'\r")
+    at.type('sh -c \'trap "stty size" WINCH; echo be""gun; while :; do read x; done\'\r')
     at.see("begun\r\n")
     at.resize(44, 188)
     at.see("44 188\r\n")

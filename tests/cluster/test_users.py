@@ -263,5 +263,3 @@ def it_pid(it: VirtualCluster, pid: int) -> int:
         if len(inner) > 1 and inner[-1] == str(pid) and words["Name"] != "placeholder":
             return int(entry.parent.name)
     raise AssertionError(f"process {pid} is on no node of {it.mount}")
-
-

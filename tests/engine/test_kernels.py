@@ -69,6 +69,7 @@ def move(source: Mover, target: Mover, pid: int, stdio: int) -> int:
 
 def works(hostpid: int) -> None:
     """Wait until it has used some of the CPU."""
+
     def ticks() -> int:
         return int(Path(f"/proc/{hostpid}/stat").read_text().rpartition(")")[2].split()[11])
 

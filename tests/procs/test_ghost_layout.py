@@ -26,7 +26,7 @@ def test_sizes_and_numbers_are_those_of_the_header(tmp_path: Path) -> None:
     mirror = {f"C_{member.name}": member.value for member in Ctl}
     mirror |= {f"K_{member.name}": member.value for member in ChanKind}
     mirror |= {"MAX_CHANS": mux.MAX_CHANS, "MAX_FDS": mux.MAX_FDS, "ctl": mux.MAX_PACKET, "ctl.head": mux.HEAD_BYTES}
-    mirror |= {"chan_record": mux.RECORD_BYTES, "ctl.value": mux.HEAD_BYTES - 8, "frame": 8}
+    mirror |= {"chan_record": mux.RECORD_BYTES, "ctl.value": mux.HEAD_BYTES - 8, "frame": 8, "birth": mux.BIRTH.size}
     assert mirror == header
 
 

@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +33,9 @@ static int lease_seconds;
 static pid_t master_pid;
 static bool announced_cont; /* C_CONT came: the next SIGCONT of the master's is not the user's */
 bool pumping;        /* this is a child that only pumps; the ghost has ended */
+static bool typed_there; /* the real process has the session's terminal on its node: the kernel there sends what is typed */
+static jmp_buf beginning;
+static int handed_control = -1; /* in a clone: its control socket */
 
 static bool hold_asked, hold_home;
 static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
@@ -58,12 +62,16 @@ static void one_signal(const struct signalfd_siginfo *i)
 
 	if ((pid_t)i->ssi_pid == getpid() && n == SIGPIPE)
 		return; /* our own write to a closed pipe */
-	if (n == SIGCHLD && i->ssi_code > 0)
-		return; /* pump children; the job's own are the master's business */
+	if (n == SIGCHLD && i->ssi_code > 0) { /* children's ghosts; the real ones' ends are told where they live */
+		reap_owed();
+		return;
+	}
 	if (n == SIGWINCH && kernel && the_stream.open) {
 		ttys_winsize();
 		return;
 	}
+	if (kernel && typed_there && n != SIGCONT)
+		return;
 	if (kernel && (n == SIGINT || n == SIGQUIT || n == SIGTSTP) && ttys_signal(n))
 		return;
 	if (n != SIGCONT) {
@@ -261,6 +269,18 @@ static void obey(const struct ctl *m, size_t text, int fd)
 	char name[16] = "";
 
 	switch (m->type) {
+	case C_FORK:
+		bear(m, text, fd);
+		break;
+	case C_REAP:
+		reap(m->a);
+		break;
+	case C_IDS:
+		take_ids(m->a, m->b, m->c, m->d);
+		break;
+	case C_ARGUMENTS:
+		show_arguments(m->text, text);
+		break;
 	case C_NAME:
 		memcpy(name, m->text, text < 15 ? text : 15);
 		prctl(PR_SET_NAME, name);
@@ -381,13 +401,39 @@ void drop_rights(void)
 		syscall(SYS_capset, &head, none);
 }
 
+/* Not raise(3): in a clone the C library takes itself for its parent. */
+void signal_self(int signo)
+{
+	pid_t self = getpid();
+
+	syscall(SYS_tgkill, self, self, signo);
+}
+
+void start_over(int control_fd, bool has_terminal)
+{
+	the_stream = (struct stream){ .tcp.fd = -1, .way = { -1, -1 } };
+	loop_forget();
+	memset(&barrier, 0, sizeof(barrier));
+	control.fd = signals.fd = -1;
+	announced_cont = hold_asked = hold_home = false;
+	hold_deadline = 0;
+	lease_ends = -1;
+	typed_there = has_terminal;
+	handed_control = control_fd;
+	longjmp(beginning, 1);
+}
+
 int main(void)
 {
 	struct ucred peer = { 0 };
 	socklen_t size = sizeof(peer);
-	int fd = number("BPFS_CONTROL", -1);
 	sigset_t all;
+	int fd;
 
+	if (setjmp(beginning))
+		fd = handed_control;
+	else
+		fd = number("BPFS_CONTROL", -1);
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
 	/* Whoever came to a program with rights by himself is not root, and gets nothing of it. */

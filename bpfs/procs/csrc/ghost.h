@@ -1,5 +1,6 @@
 /* ghost.h - the parts of the ghost: ghost.c (control, signals), ghost_life.c (stop, continue, end), ghost_io.c
- * (descriptors), ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost).
+ * (descriptors), ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost),
+ * ghost_child.c (ghosts of the job's children).
  */
 #ifndef BPFS_GHOST_H
 #define BPFS_GHOST_H
@@ -55,6 +56,8 @@ extern bool pumping; /* this is a child that only pumps; the ghost has ended */
 void tell(uint32_t type, int a, int b, int c, int d, uint64_t value);
 void forward(const struct signalfd_siginfo *i);
 void drop_rights(void);
+_Noreturn void start_over(int control_fd, bool has_terminal); /* in a clone */
+void signal_self(int signo);
 
 /* ghost_life.c */
 void barrier_start(enum barrier_what what, int number);
@@ -93,5 +96,12 @@ void ttys_winsize(void);
 /* ghost_pump.c */
 int pump_all(void); /* errno or 0 */
 void core_prepare(void);
+
+/* ghost_child.c */
+void bear(const struct ctl *m, size_t text, int fd);
+void reap(pid_t pid);
+void reap_owed(void);
+void show_arguments(const char *text, size_t length);
+void take_ids(int sid, int pgid, uint32_t uid, uint32_t gid);
 
 #endif

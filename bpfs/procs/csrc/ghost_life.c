@@ -28,7 +28,7 @@ static void die(int signo)
 	signal(signo, SIG_DFL);
 	sigemptyset(&set);
 	sigaddset(&set, signo);
-	raise(signo);
+	signal_self(signo);
 	sigprocmask(SIG_UNBLOCK, &set, NULL);
 	_exit(128 + signo); /* its default is not to end: no such status exists */
 }
@@ -88,7 +88,7 @@ static void stop_now(int signo)
 	sigemptyset(&set);
 	sigaddset(&set, signo);
 	signal(signo, SIG_DFL);
-	raise(signo);
+	signal_self(signo);
 	sigprocmask(SIG_UNBLOCK, &set, NULL); /* stops here */
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	tell(C_CONTINUED, 0, 0, 0, 0, 0);

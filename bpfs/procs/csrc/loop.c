@@ -80,6 +80,11 @@ void loop_init(void)
 		close(fd);
 }
 
+void loop_forget(void)
+{
+	marked = NULL;
+}
+
 void port_open(struct port *p, int fd, void (*call)(struct port *, uint32_t), void *owner)
 {
 	memset(p, 0, sizeof(*p));

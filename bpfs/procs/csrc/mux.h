@@ -39,6 +39,10 @@ enum ctl_type {
 	C_STOP = 7,   /* a: signal */
 	C_CONT = 8,   /* the real process was continued on its node; SIGCONT follows */
 	C_PUMP = 9,   /* give what is held to pump processes, put fresh pipes in place */
+	C_FORK = 10,  /* a: pid, b: process group, c: session, text: struct birth, command line; + its control socket */
+	C_REAP = 11,  /* a: pid of a child's ghost, which the real parent has waited for */
+	C_IDS = 12,   /* a: session, b: process group, c: uid, d: gid */
+	C_ARGUMENTS = 13, /* text: command line */
 	/* ghost -> master */
 	C_READY = 32,
 	C_SIGNAL = 33,      /* a: signo, b: si_code, c: si_pid, d: si_uid, value: si_value */
@@ -47,6 +51,7 @@ enum ctl_type {
 	C_CONTINUED = 36,
 	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file */
 	C_PUMPED = 38,      /* a: errno or 0 */
+	C_BORN = 39,        /* a: pid, b: errno or 0 */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.
 	                * Of a stream that is there already: only a new TCP socket for it */
@@ -54,6 +59,15 @@ enum ctl_type {
 	/* iorelay -> slave */
 	C_ENDED = 96, /* a: stream id: the ghost said goodbye, all is closed */
 	C_LOST = 97,  /* a: stream id: the stream broke; the job's ends stay open until C_DETACH */
+};
+
+/* What a child's ghost is born with. */
+struct birth {
+	uint32_t uid, gid;
+	uint8_t orphan;   /* its parent is init */
+	uint8_t terminal; /* the real one has the session's terminal on its node: what is typed reaches it there */
+	uint16_t zero;
+	char comm[16];
 };
 
 /* One record of a channel table; nfds descriptor numbers (int32_t) follow it. */
@@ -127,6 +141,7 @@ void port_want(struct port *p, uint32_t events);
 void port_forget(struct port *p);
 void port_close(struct port *p);
 void loop_init(void);
+void loop_forget(void); /* no stream waits for service */
 void loop_once(int timeout_ms);
 int64_t now_ms(void);
 

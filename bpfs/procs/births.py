@@ -1,0 +1,176 @@
+"""Ghosts for what jobs fork: made, kept in step and ended as jobwatch on the node tells (engine/jobwatch.py).
+
+A child's ghost is a child of its parent's ghost, which makes it; where there is none (any more) some other ghost of
+its session does, and leaves it to init. It has the pid that the node gave the child. It stays a zombie as long as the
+child does: should the parent come home before it waits, it finds the status there.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import socket
+import struct
+from dataclasses import replace
+
+import trio
+
+from bpfs import log
+from bpfs.errors import BpfsError
+from bpfs.nodes.blocks import Blocks
+from bpfs.nodes.registry import Node, NodeTable
+from bpfs.procs.ghost import Birth, Ghost
+from bpfs.procs.ghosts import Away, Ghosts, carefully, tell
+from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
+from bpfs.procs.stdio import Stdio
+from bpfs.procs.table import read_identity
+from bpfs.wire import messages
+from engine.jobwatch import Kind, Record, parse
+
+AGAIN = 0.002  # seconds until a pid that an ended ghost still has is tried again
+AGAIN_TIMES = 25
+
+_log = log.get("procs")
+
+
+class Births:
+    """What all nodes tell of their jobs, taken one after the other."""
+
+    def __init__(self, ghosts: Ghosts, nodes: NodeTable, blocks: Blocks, nursery: trio.Nursery) -> None:
+        self._ghosts = ghosts
+        self._table = ghosts.table
+        self._nodes = nodes
+        self._blocks = blocks
+        self._parents: dict[int, int] = {}  # child -> whose ghost has its ghost as a child
+        self._complained: set[int] = set()  # nodes of which a child could not be shown
+        self._send, self._incoming = trio.open_memory_channel[tuple[Node, bytes]](math.inf)
+        nursery.start_soon(self._take_all, name="births")
+
+    def report(self, node: Node, message: messages.JobEvents) -> None:
+        """Handler of JobEvents; a plain function, for they must be taken in their order."""
+        self._send.send_nowait((node, message.records))
+
+    async def _take_all(self) -> None:
+        async for node, packet in self._incoming:
+            try:
+                records = list(parse(packet))
+            except (ValueError, struct.error) as error:
+                _log.warning("node %d told nonsense of its jobs: %s", node.number, error)
+                continue
+            for record in records:
+                await carefully(record.pid, self._take(node, record))
+
+    async def _take(self, node: Node, record: Record) -> None:
+        if record.kind is Kind.REAPED:
+            await self._reaped(record.pid)
+            return
+        proc = self._table.known(record.pid)
+        if proc is None:
+            if record.kind is Kind.IS and record.pid in self._blocks.of(node.number):
+                await self._born(node, record)
+            return
+        if proc.place != node.number:
+            return
+        away = self._ghosts.stand_in(record.pid)
+        if away is None or away.proc is not proc:
+            return
+        if record.kind is Kind.ENDED:
+            if proc.native:
+                await self._ghosts.ended(away, status_of(record.code))
+        elif proc.state is not ProcState.MIGRATING:
+            await self._changed(away, record)
+
+    # -- births ------------------------------------------------------------------------------------------------
+
+    async def _born(self, node: Node, record: Record) -> None:
+        parent = self._ghosts.stand_in(record.ppid)
+        groups = frozenset[int]()
+        if parent is not None and parent.proc.identity.uid == record.uid:
+            groups = parent.proc.identity.groups
+        identity = Identity(record.uid, record.gid, record.ppid, record.pgid, record.sid, groups, 0, record.cmdline)
+        proc = Process(Pid(record.pid), identity, int(node.number), native=True)
+        self._table.add(proc)
+        try:
+            await self._make_ghost(proc, parent, record)
+        except BpfsError as error:
+            self._ghosts.adopt_absent(proc)
+            if node.number not in self._complained:
+                self._complained.add(node.number)
+                _log.warning("process %d of node %d, and maybe others, cannot be shown here: %s",
+                             record.pid, node.number, error)  # fmt: skip
+        self._table.changed(proc, f"forked by {record.ppid}")
+        if record.state == "T":
+            await self._ghosts.stopped(self._ghosts.of(proc), signal.SIGSTOP)
+
+    async def _make_ghost(self, proc: Process, parent: Away | None, record: Record) -> None:
+        maker = parent if parent is not None and parent.real else self._ghosts.in_session(record.sid)
+        if maker is None or maker.ghost.state() == "T":
+            raise BpfsError(errno.ESRCH, "no ghost of its session can make one")
+        birth = Birth(
+            record.pid, record.pgid, record.sid, record.uid, record.gid, maker is not parent, record.tty != 0,
+            record.comm, record.cmdline,
+        )  # fmt: skip
+        ours, theirs = Ghost.pair()
+        with theirs:
+            try:
+                async with self._blocks.raised():
+                    await self._bear(maker.ghost, birth, theirs)
+            except BaseException:
+                ours.close()
+                raise
+        proc.identity = replace(proc.identity, start=read_identity(proc.pid).start)
+        self._ghosts.adopt(proc, Ghost(proc.pid, ours), Stdio(comm=record.comm))
+        if maker is parent:
+            self._parents[proc.pid] = parent.proc.pid
+
+    async def _bear(self, maker: Ghost, birth: Birth, child: socket.socket) -> None:
+        for attempt in range(AGAIN_TIMES):
+            try:
+                await maker.bear(birth, child)
+                return
+            except BpfsError as error:
+                if error.code != errno.EEXIST or attempt == AGAIN_TIMES - 1:
+                    raise
+            await trio.sleep(AGAIN)
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    async def _changed(self, away: Away, record: Record) -> None:
+        proc, before = away.proc, away.proc.identity
+        after = proc.identity = replace(
+            before, uid=record.uid, gid=record.gid, ppid=record.ppid if proc.native else before.ppid,
+            pgid=record.pgid or before.pgid, sid=record.sid or before.sid, cmdline=record.cmdline or before.cmdline,
+        )  # fmt: skip
+        if record.comm != away.stdio.comm:
+            away.stdio.comm = record.comm
+            await tell(away.ghost.name(record.comm))
+        if after.cmdline != before.cmdline:
+            await tell(away.ghost.arguments(after.cmdline))
+        if _ids(after) != _ids(before):
+            await tell(away.ghost.ids(*_ids(after)))
+        if proc.native and record.state == "T" and proc.state is ProcState.RUNNING:
+            await self._ghosts.stopped(away, signal.SIGSTOP)
+        elif proc.native and record.state != "T" and proc.state is ProcState.STOPPED:
+            await self._ghosts.continued(away)
+
+    # -- ends --------------------------------------------------------------------------------------------------
+
+    async def _reaped(self, pid: int) -> None:
+        parent = self._ghosts.stand_in(self._parents.pop(pid, 0))
+        if parent is not None:
+            await tell(parent.ghost.reap(pid))
+
+
+def _ids(identity: Identity) -> tuple[int, int, int, int]:
+    return identity.sid, identity.pgid, identity.uid, identity.gid
+
+
+def status_of(code: int) -> ExitStatus:
+    """What a wait status (wait(2)) says; -1: nobody knows, which happens to what a killed parent leaves."""
+    if code < 0:
+        return ExitStatus(signal=signal.SIGKILL)
+    if os.WIFSIGNALED(code):
+        return ExitStatus(signal=os.WTERMSIG(code), core=os.WCOREDUMP(code))
+    return ExitStatus(code=os.WEXITSTATUS(code))

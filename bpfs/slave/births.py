@@ -1,0 +1,62 @@
+"""What jobs of this node fork and become goes to the master, as jobwatch tells it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from bpfs import log
+from bpfs.errors import LinkClosed
+from bpfs.wire.link import Link
+from bpfs.wire.messages import JobEvents
+from engine.jobwatch import JobWatch
+
+_log = log.get("births")
+
+
+class BirthWatch:
+    """The job space of this life, watched."""
+
+    def __init__(self, watch: JobWatch, link: Link) -> None:
+        self._watch = watch
+        self._link = link
+        self._closed = False
+
+    @classmethod
+    def start(cls, init: int, shared: Path | None, link: Link) -> BirthWatch | None:
+        """Begin; None, with a line in the log, where there is no jobwatch: jobs live and fork all the same."""
+        try:
+            return cls(JobWatch(init, shared), link)
+        except OSError as error:
+            _log.error("what jobs fork here stays unknown to the master: no jobwatch: %s", error)
+            return None
+
+    async def run(self) -> None:
+        """Pass records on until the watch ends."""
+        while not self._closed:
+            try:
+                await trio.lowlevel.wait_readable(self._watch.socket)
+            except (trio.ClosedResourceError, OSError):
+                return
+            packet = self._watch.read()
+            if packet:
+                with suppress(LinkClosed):
+                    self._link.notify_nowait(JobEvents(packet))
+            elif packet is not None and not self._closed:
+                _log.error("what jobs fork here stays unknown to the master from now on: jobwatch has died")
+                return
+
+    def look(self, pid: int = 0) -> None:
+        """Have a job looked at now; 0: jobs are about to come."""
+        if not self._closed:
+            self._watch.look(pid)
+
+    def close(self) -> None:
+        """End it."""
+        if not self._closed:
+            self._closed = True
+            with suppress(OSError):
+                trio.lowlevel.notify_closing(self._watch.socket)
+            self._watch.close()

@@ -1,0 +1,171 @@
+"""What jobs fork, exec and become, as csrc/jobwatch.c learns it: the node's side of its socket.
+
+jobwatch has to run in the machine's initial pid and network namespaces, which alone the kernel tells of processes. On
+a machine of its own a node starts one for itself; virtual nodes share the one that was started before them.
+"""
+
+from __future__ import annotations
+
+import array
+import enum
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PROGRAM: Final = Path(__file__).parent / "bin" / "jobwatch"
+PACKET_MAX: Final = 32768  # csrc/jobwatch.h
+_LOOK: Final = struct.Struct("=i")  # struct look
+RECORD: Final = struct.Struct("=HBBiiiiiiIII16s")  # struct record, without the command line
+_BACKLOG: Final = 1024
+
+
+class Kind(enum.IntEnum):
+    """What a record tells (csrc/jobwatch.h)."""
+
+    IS = 1  # how a process is now
+    ENDED = 2
+    REAPED = 3  # its parent has waited for it
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of one process; pids are job pids.
+
+    Attributes:
+        state: letter of /proc/PID/stat.
+        tty: its controlling terminal, as in /proc/PID/stat; 0: none.
+        code: ENDED: its wait status; -1 where nobody knows.
+        uid, gid: the real ones.
+        cmdline: as in /proc/PID/cmdline, its first 3 kB.
+    """
+
+    kind: Kind
+    state: str
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    tty: int
+    code: int
+    uid: int
+    gid: int
+    comm: bytes
+    cmdline: bytes
+
+
+def parse(packet: bytes) -> Iterator[Record]:
+    """The records of one packet. Raises ValueError or struct.error on anything that jobwatch does not send."""
+    at = 0
+    while at < len(packet):
+        size, kind, state, pid, ppid, pgid, sid, tty, code, uid, gid, length, comm = RECORD.unpack_from(packet, at)
+        if size < RECORD.size + length or at + size > len(packet):
+            raise ValueError(f"a record of {size} bytes with {length} of arguments")
+        start = at + RECORD.size
+        yield Record(
+            Kind(kind), chr(state), pid, ppid, pgid, sid, tty, code, uid, gid,
+            comm.split(b"\0", 1)[0], packet[start : start + length],
+        )  # fmt: skip
+        at += size
+
+
+def open_shared(path: Path) -> subprocess.Popen[bytes]:
+    """Start one jobwatch for all nodes of this machine, which connect to it at `path`. Raises OSError."""
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            # The path may be longer than an address: go by the directory's descriptor.
+            listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+            listening.listen(_BACKLOG)
+            return _start(listening)
+    finally:
+        os.close(folder)
+
+
+def _start(sock: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(PROGRAM), str(sock.fileno())], pass_fds=[sock.fileno()], cwd="/", start_new_session=True, env={},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+class JobWatch:
+    """One job space, watched.
+
+    Attributes:
+        socket: non-blocking; a packet of records a message; its end means that jobwatch has died.
+    """
+
+    def __init__(self, init: int, shared: Path | None) -> None:
+        """Begin to watch the namespace whose pid 1 is `init`.
+
+        Args:
+            shared: of `open_shared`; None: start a jobwatch for this one alone, which ends with it.
+
+        Raises:
+            OSError: there is no jobwatch.
+        """
+        self._own: subprocess.Popen[bytes] | None = None
+        self.socket = self._connect(shared) if shared is not None else self._open()
+        try:
+            fds = [os.open(f"/proc/{init}/root/proc", os.O_PATH | os.O_CLOEXEC)]
+            try:
+                fds.append(os.open(f"/proc/{init}/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+                self.socket.sendmsg([_LOOK.pack(0)], [rights])
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            self.socket.setblocking(False)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, path: Path) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.close(folder)
+        return sock
+
+    def _open(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._own = _start(theirs)
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def look(self, pid: int = 0) -> None:
+        """Have a process looked at now; 0: all of them, for the next jobs are about to come."""
+        try:
+            self.socket.send(_LOOK.pack(pid))
+        except OSError:
+            pass  # it is dead, or busy and looks anyway
+
+    def read(self) -> bytes | None:
+        """One packet of records; None: nothing is there; b"": jobwatch has died."""
+        try:
+            return self.socket.recv(PACKET_MAX)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.socket.close()
+        if self._own is not None:
+            self._own.wait()
+            self._own = None
