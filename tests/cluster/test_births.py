@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,10 @@ def on_node(it, script: str, node: int = 1, shell: str = "bash", user: int = 0) 
     finally:
         process.kill()
         process.communicate()
-        wait_until(lambda: not (it.mount / f"procs/{process.pid}/node").exists(), "the job should end")
+        for pid in os.listdir(it.mount / "procs"):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        wait_until(lambda: os.listdir(it.mount / "procs") == [], "the job and its children should end")
 
 
 def ghost_child(parent: int, name: str) -> int:
