@@ -39,6 +39,11 @@ def cmdline(pid: int) -> str:
         return ""
 
 
+def away(it) -> list[int]:
+    """The processes that are on nodes, as /bpfs says."""
+    return [int(name) for name in os.listdir(it.mount / "procs") if name.isdigit()]
+
+
 @contextmanager
 def on_node(it, script: str, node: int = 1, shell: str = "bash", user: int = 0) -> Iterator[subprocess.Popen[str]]:
     """A script on a node: the shell moves itself first. Lines come on stdout."""
@@ -51,10 +56,10 @@ def on_node(it, script: str, node: int = 1, shell: str = "bash", user: int = 0) 
     finally:
         process.kill()
         process.communicate()
-        for pid in os.listdir(it.mount / "procs"):
+        for pid in away(it):
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        wait_until(lambda: os.listdir(it.mount / "procs") == [], "the job and its children should end")
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: away(it) == [], "the job and its children should end")
 
 
 def ghost_child(parent: int, name: str) -> int:
