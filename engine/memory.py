@@ -152,7 +152,7 @@ class Survey:
         try:
             if not self._spans:
                 return []
-            found = pagemap.private_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
+            found = self._private(descriptor)
             runs = list(_clip(found, self._spans, self._cuts()))
             for vma in self.shared:
                 runs += pagemap.present_runs(descriptor, vma.start, vma.end)
@@ -160,6 +160,13 @@ class Survey:
             os.close(descriptor)
         runs += [(start, end - start) for start, end in self.whole]
         return sorted(runs)
+
+    def _private(self, descriptor: int) -> list[tuple[int, int]]:
+        try:
+            return pagemap.private_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
+        except pagemap.NoScan:  # before Linux 6.7: leave out what has no pages, it may be terabytes
+            touched = procfs.touched(procfs.read(f"{self._frozen.live}/smaps"))
+            return [run for start, end in touched for run in pagemap.private_entries(descriptor, start, end)]
 
     def _cuts(self) -> set[int]:
         return {start for start, _ in self.whole} | {vma.start for vma in self.shared}

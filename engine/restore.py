@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from engine import cpu, note, state, vdso
+from engine import cpu, note, state, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
@@ -23,7 +23,7 @@ from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
-from engine.restore_state import credential_rows, process_rows, signal_rows, timer_rows
+from engine.restore_state import credential_rows, process_rows, signal_rows
 from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
 from engine.target import Target
@@ -276,7 +276,8 @@ class Builder:
             calls.run()
             self._threads.create()
             calls = Calls(target.injection)
-        timer_rows(calls, image)
+        if image.timers:
+            timers.restore(target.injection, image)
         credential_rows(calls, image)
         self._queue(calls)
         calls.run()

@@ -7,7 +7,7 @@ from engine import state
 from engine.image import Image, ThreadState
 from engine.runner import ALL_SIGNALS, Calls
 
-_CLOCK_EVENT: Final = 64  # bytes of struct sigevent
+_RSEQ_OLD: Final = 32  # bytes
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _NO_SETUID_FIXUP: Final = 1 << 2
 _CAP_LAST: Final = 63
@@ -38,7 +38,10 @@ def thread_rows(calls: Calls, one: ThreadState) -> None:
         calls.add("set_robust_list", one.robust[0], one.robust[1], label="robust list")
     pointer, size, signature, _ = one.rseq
     if pointer:
-        calls.add("rseq", pointer, size, 0, signature, label="rseq")
+        # Before Linux 6.3 the area has 32 bytes; a C library that knows more of them goes without.
+        calls.add("rseq", pointer, size, 0, signature, must=size <= _RSEQ_OLD, label="rseq")
+        if size > _RSEQ_OLD:
+            calls.add("rseq", pointer, _RSEQ_OLD, 0, signature, must=False)  # no effect after the first
     pointer, flags, size = struct.unpack("<QixxxxQ", one.altstack)
     stack = struct.pack("<QiiQ", pointer, flags & ~_SS_ONSTACK, 0, size)
     calls.add("sigaltstack", calls.data(stack), 0, label="alternate stack")
@@ -48,21 +51,6 @@ def _armed(value: bytes) -> bytes:
     # One whose signal is pending stands at zero until the signal is taken; set like that, it would never go on.
     interval, left = value[:16], value[16:]
     return interval + interval if left == bytes(16) else value
-
-
-def timer_rows(calls: Calls, image: Image) -> None:
-    """POSIX timers; the threads that they signal must be there."""
-    if not image.timers:
-        return
-    # Linux 6.15: ids are the caller's choice. Before, the kernel counts up from 0, which fits programs that never
-    # deleted one.
-    calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0, must=False)
-    for identifier, notify, signal, value, tid, clock, setting, _ in image.timers:
-        event = struct.pack("<Qiii", value, signal, notify, tid).ljust(_CLOCK_EVENT, b"\0")
-        where = calls.data(struct.pack("<i", identifier))
-        calls.add("timer_create", clock, calls.data(event), where, label=f"timer {identifier}")
-        calls.add("timer_settime", identifier, 0, calls.data(setting), 0, label=f"timer {identifier}")
-    calls.add("prctl", state.PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0, must=False)
 
 
 def signal_rows(calls: Calls, image: Image, everything: bool) -> None:

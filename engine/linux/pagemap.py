@@ -3,7 +3,9 @@
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
+from functools import cache
 from typing import Final
 
 PAGE: Final = 4096
@@ -13,6 +15,12 @@ _PRESENT: Final = 8
 _SWAPPED: Final = 16
 _PFNZERO: Final = 32
 _REGIONS: Final = 1024
+# Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 file page or shared anonymous
+_ANY: Final = 3 << 62
+_NOT_FILE: Final = 7 << 61
+_WANTED: Final = (1 << 63, 1 << 62)  # present or swapped
+_PFN: Final = (1 << 55) - 1
+_PIECE: Final = 65536 * PAGE  # bytes of address space in one read
 
 
 class _Argument(ctypes.Structure):
@@ -38,29 +46,34 @@ class _Argument(ctypes.Structure):
 _vector = (ctypes.c_uint64 * (3 * _REGIONS))()
 
 
+class NoScan(OSError):
+    """This kernel has no PAGEMAP_SCAN."""
+
+
 def private_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     """(address, length) of the runs of pages that hold the process's own data: present or swapped, not of a file, not
     the zero page.
 
     Args:
         pagemap: descriptor of `/proc/PID/pagemap`.
+
+    Raises:
+        NoScan: use `private_entries`.
     """
-    try:
-        return _scan(pagemap, start, end, _FILE | _PFNZERO, _PRESENT | _SWAPPED)
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL):
-            raise
-        return _read_entries(pagemap, start, end, True)
+    return _scan(pagemap, start, end, _FILE | _PFNZERO, _PRESENT | _SWAPPED)
 
 
 def present_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     """The same for shared memory: every present or swapped page but the zero page."""
     try:
         return _scan(pagemap, start, end, _PFNZERO, _PRESENT | _SWAPPED)
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL):
-            raise
-        return _read_entries(pagemap, start, end, False)
+    except NoScan:
+        return _entries(pagemap, start, end, _ANY)
+
+
+def private_entries(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
+    """As `private_runs`, by reading 8 bytes a page of the address space: for spans that have pages."""
+    return _entries(pagemap, start, end, _NOT_FILE)
 
 
 def _scan(pagemap: int, start: int, end: int, without: int, anyof: int) -> list[tuple[int, int]]:
@@ -68,7 +81,12 @@ def _scan(pagemap: int, start: int, end: int, without: int, anyof: int) -> list[
     argument = _Argument(96, 0, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, without, without, anyof, anyof)
     address = ctypes.addressof(argument)
     while argument.start < end:
-        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, _at(address))
+        try:
+            count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, _at(address))
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EINVAL):
+                raise NoScan(error.errno, "no PAGEMAP_SCAN") from None
+            raise
         for i in range(count):
             first, last = _vector[3 * i], _vector[3 * i + 1]
             if runs and runs[-1][0] + runs[-1][1] == first:
@@ -86,20 +104,29 @@ def _at(address: int) -> ctypes.Array[ctypes.c_char]:
     return (ctypes.c_char * 96).from_address(address)
 
 
-def _read_entries(pagemap: int, start: int, end: int, private: bool) -> list[tuple[int, int]]:
-    # Bit 63 present, 62 swapped, 61 file page or shared anonymous (Documentation/admin-guide/mm/pagemap.rst).
+@cache
+def _zero_page() -> int:
+    """The entry of the page that all untouched memory reads from; needs CAP_SYS_ADMIN, else no page is it."""
+    memory = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert memory[0] == 0
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE * 8), "little")
+    return entry & _PFN or -1
+
+
+def _entries(pagemap: int, start: int, end: int, mask: int) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
-    position = start
-    while position < end:
-        want = min((end - position) // PAGE, 65536) * 8
-        raw = os.pread(pagemap, want, position // PAGE * 8)
-        if not raw:
-            break
-        for entry in memoryview(raw).cast("Q"):
-            if entry >> 62 and not (private and entry >> 61 & 1):
-                if runs and runs[-1][0] + runs[-1][1] == position:
+    zero = _zero_page()
+    for position in range(start, end, _PIECE):
+        raw = os.pread(pagemap, min(end - position, _PIECE) // PAGE * 8, position // PAGE * 8)
+        if raw.count(0) == len(raw):
+            continue
+        for index, entry in enumerate(memoryview(raw).cast("Q")):
+            if entry & mask in _WANTED and not (entry & _PFN == zero and entry >> 63):
+                address = position + index * PAGE
+                if runs and runs[-1][0] + runs[-1][1] == address:
                     runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)
                 else:
-                    runs.append((position, PAGE))
-            position += PAGE
+                    runs.append((address, PAGE))
     return runs

@@ -130,6 +130,19 @@ def parse_smaps(raw: bytes) -> list[Vma]:
     return found
 
 
+def touched(raw: bytes) -> list[tuple[int, int]]:
+    """(start, end) of the mappings in `/proc/PID/smaps` that have pages in memory or in swap."""
+    found: list[tuple[int, int]] = []
+    span = (0, 0)
+    for line in raw.splitlines():
+        if line[:1] in b"0123456789abcdef":
+            first, last = line.split(b" ", 1)[0].split(b"-")
+            span = (int(first, 16), int(last, 16))
+        elif line.startswith((b"Rss:", b"Swap:")) and line.split()[1] != b"0" and found[-1:] != [span]:
+            found.append(span)
+    return found
+
+
 def read_limits(pid: int) -> list[tuple[int, int]]:
     """`/proc/PID/limits`: (soft, hard) by RLIMIT_ number; 2**64 - 1 is unlimited.
 

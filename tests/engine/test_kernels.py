@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import cpu, vdso
+from engine import cpu, state, vdso
 from engine.jobspace import JobSpace
+from engine.linux import pagemap, procfs
 from engine.zygote import Zygote
 from tests.engine.moves import Mover, Refused, Victim, until
 from tests.engine.test_moves import CLD_EXITED, ended
@@ -28,6 +32,22 @@ def foreign() -> Iterator[Zygote]:
     code[9] = 1  # padding of the ELF header's identification
     patch.setattr(vdso, "DIGEST", hashlib.blake2b(code, digest_size=16).digest())
     patch.setattr(vdso, "PACKED", vdso.zlib.compress(bytes(code)))
+    zygote = Zygote.start()
+    patch.undo()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def older() -> Iterator[Zygote]:
+    """A zygote without what came after Linux 6.1: PAGEMAP_SCAN, and timers with numbers of one's choice."""
+    patch = pytest.MonkeyPatch()
+
+    def no_scan(*_: int) -> list[tuple[int, int]]:
+        raise pagemap.NoScan(errno.ENOTTY, "no PAGEMAP_SCAN")
+
+    patch.setattr(pagemap, "_scan", no_scan)
+    patch.setattr(state, "PR_TIMER_CREATE_RESTORE_IDS", 0x7FFF)
     zygote = Zygote.start()
     patch.undo()
     yield zygote
@@ -115,6 +135,32 @@ def test_victim_finds_everything_under_another_kernel(
     move(there, mover, at, one.output.fileno())
     one.stop()
     assert ended(mover, one.pid) == (CLD_EXITED, 0), one.text()
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-static", "state", "threads"])
+def test_victim_finds_everything_without_newer_calls(
+    older: Zygote, space: JobSpace, mover: Mover, victim: Callable[..., Victim], name: str
+) -> None:
+    one = victim(name, *{"state": ["root"], "threads": ["3"]}.get(name, []))
+    old = Mover(older, space)
+    old.away(one.pid, one.output.fileno())
+    old.close()
+    space.read_reports()
+    one.stop()
+    assert ended(mover, one.pid) == (CLD_EXITED, 0), one.text()
+
+
+def test_entries_find_what_the_scan_finds() -> None:
+    memory = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, 1, 7, 4096, 4097, 9000):
+        memory[page * 4096] = 1
+    assert memory[100 * 4096] == 0  # the zero page
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        scanned = pagemap.private_runs(file.fileno(), start, start + (64 << 20))
+        read = pagemap.private_entries(file.fileno(), start, start + (64 << 20))
+        assert read == scanned
+    assert any(first <= start < last for first, last in procfs.touched(Path("/proc/self/smaps").read_bytes()))
 
 
 def test_entries_that_the_next_kernel_lacks_become_system_calls() -> None:
