@@ -71,11 +71,11 @@ class Source:
         return self.inspect(request, fds) if request.get("inspect") else {}
 
     def arm(self, request: Reply, fds: list[int]) -> Reply:
-        """Seize a process that is to be stopped at its next exec."""
+        """Seize a process that is to be stopped at its next exec; `look` at it."""
         if self._frozen is not None or self._armed is not None:
             raise OSError(16, f"{_ORDER}: a process is held already")
         self._armed = Armed(int(request["pid"]))
-        return {}
+        return self.look(request, fds)
 
     def wait_exec(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for that exec; the process is frozen and settled then."""

@@ -116,6 +116,7 @@ class Ghost:
         self._gone = trio.Event()
         self._answers: dict[Ctl, Packet | None] = {}
         self._answered = trio.Condition()
+        self._streams = 0  # given to this run of the program
         self._pidfd = -1
         self._stat = -1
 
@@ -155,6 +156,7 @@ class Ghost:
         match packet.type:
             case Ctl.READY:
                 if self._ready.is_set():
+                    self._streams = 0
                     await self._send_event.send(Reborn())
                 self._ready.set()
             case Ctl.SIGNAL:
@@ -164,8 +166,10 @@ class Ghost:
             case Ctl.CONTINUED:
                 await self._send_event.send(Continued())
             case Ctl.STREAM_LOST:
-                await self._answer(Ctl.HELD, None)
-                await self._send_event.send(StreamLost(a))
+                # Not where the next stream is on its way to it: the old one may end before that comes.
+                if packet.b == self._streams:
+                    await self._answer(Ctl.HELD, None)
+                    await self._send_event.send(StreamLost(a))
             case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:
                 await self._answer(Ctl(packet.type), packet)
             case _:
@@ -257,6 +261,7 @@ class Ghost:
         """
         try:
             tune_stream(connection)
+            self._streams += 1
             await self._send(Packet(Ctl.STREAM, text=table), connection.fileno())
         finally:
             connection.close()

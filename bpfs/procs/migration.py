@@ -51,6 +51,9 @@ Externals = list[dict[str, Any]]
 Look = Callable[[], Awaitable[Externals | None]]
 """What a process has of them, or, while it runs, will most likely have once it stands still; None: cannot be told."""
 
+Stop = Callable[[], Awaitable[dict[str, Any]]]
+"""Has the process stand still; gives what the engine's `inspect` says of it."""
+
 Release = Callable[[BpfsError], Awaitable[object]]
 """Lets a stopped source go on (or end) because of this error."""
 
@@ -138,31 +141,29 @@ class Migration(ABC):
 
             await self._move(src, dst, lambda: self._look(src), lambda: self._freeze(src, writer), release)
 
-    async def run_stopped(self, src: Engine, release: Release) -> None:
-        """Moves a process that `src` has stopped already; `release` undoes that where the move fails."""
-        self.figures.frozen = time.perf_counter()
+    async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None) -> None:
+        """Moves a process that `src` has stopped already; `release` undoes that where the move fails.
+
+        Args:
+            ready: the destination's engine where `make_ready` has been done with it; else it is done now.
+        """
+        self.figures.began = self.figures.frozen = time.perf_counter()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.quiet())
-            dst = await stack.enter_async_context(self.destination.engine())
+            dst = ready if ready is not None else await stack.enter_async_context(self.destination.engine())
             summary: dict[str, Any] = {}
 
-            async def look() -> Externals:
-                summary.update(await self._inspected(await src.call("inspect", **self._looking)))
-                return list(summary["externals"])
-
             async def stop() -> dict[str, Any]:
+                if not summary:
+                    summary.update(await self._inspected(await src.call("inspect", **self._looking)))
                 return summary
 
-            await self._move(src, dst, look, stop, release)
+            async def look() -> Externals:
+                return list((await stop())["externals"])
 
-    async def _move(
-        self,
-        src: Engine,
-        dst: Engine,
-        look: Look,
-        stop: Callable[[], Awaitable[dict[str, Any]]],
-        release: Release,
-    ) -> None:
+            await self._move(src, dst, None if ready else look, stop, release)
+
+    async def _move(self, src: Engine, dst: Engine, look: Look | None, stop: Stop, release: Release) -> None:
         try:
             await self._make(src, dst, look, stop)
         except BaseException as error:
@@ -180,8 +181,12 @@ class Migration(ABC):
         return nullcontext()
 
     @abstractmethod
-    async def make_ready(self, dst: Engine, look: Look) -> None:
-        """Does what needs no process that stands still: the shorter it will stand."""
+    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
+        """Does what needs no process that stands still, and has it `stop` when it is time.
+
+        Returns:
+            What `stop` said.
+        """
 
     @abstractmethod
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
@@ -228,10 +233,10 @@ class Migration(ABC):
         self.proc.progress = f"{phase.value} for node {self.destination.number}"
         await faults.hold(phase.value)
 
-    async def _make(self, src: Engine, dst: Engine, look: Look, stop: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> None:
         await self._enter(Phase.PREPARE)
-        await self.make_ready(dst, look)
-        landing = await self.land(dst, await stop())
+        summary = await (self.make_ready(dst, look, stop) if look else stop())
+        landing = await self.land(dst, summary)
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
         self.figures.whole = time.perf_counter()

@@ -7,22 +7,25 @@ smallest, and nothing of the old program has to move.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs.ghosts import carefully
+from bpfs.procs.migration import Externals, Migration
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.table import read_identity
+from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.tree.base import WriteRequest
 
 if TYPE_CHECKING:
     from bpfs.procs.service import Procs
 
+READY_FOR = 5.0  # seconds for which a node keeps ready what an armed process will need
 EXIT_CANNOT_MOVE = 125  # what env(1), timeout(1) and others end with when they fail themselves
 
 _log = log.get("procs")
@@ -62,12 +65,21 @@ class OnExec:
     ) -> None:
         with trio.CancelScope() as scope:
             async with self._procs.place(MASTER).engine() as engine:
-                await engine.call("arm", pid=proc.pid)
+                ahead = Ahead(self._route(proc, node))
+                reply = await engine.call("arm", pid=proc.pid)
                 self._armed[proc.pid] = scope
                 task_status.started()
-                await carefully(proc.pid, self._wait_and_move(proc, node, engine, scope))
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(carefully, proc.pid, ahead.run(reply["externals"]))
+                    await carefully(proc.pid, self._wait_and_move(proc, node, engine, scope, ahead))
+                    nursery.cancel_scope.cancel()
 
-    async def _wait_and_move(self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope) -> None:
+    def _route(self, proc: Process, node: int) -> Migration:
+        return route(proc, self._procs.place(MASTER), self._procs.place(node), self._around)
+
+    async def _wait_and_move(
+        self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope, ahead: Ahead
+    ) -> None:
         try:
             await engine.call("wait_exec")
         except BpfsError as error:
@@ -76,20 +88,77 @@ class OnExec:
         finally:
             if self._armed.get(proc.pid) is scope:
                 del self._armed[proc.pid]
-        await self._move(proc, node, engine)
+        await self._move(proc, node, engine, ahead)
 
-    async def _move(self, proc: Process, node: int, engine: Engine) -> None:
+    async def _move(self, proc: Process, node: int, engine: Engine, ahead: Ahead) -> None:
         async def end(error: BpfsError) -> None:
             text = f"bpfs: process {proc.pid} cannot run on node {node}: {error}\n"
             await engine.call("end", code=EXIT_CANNOT_MOVE, message=text.encode())
 
         try:
             proc.identity = read_identity(proc.pid)
-            migration = route(proc, self._procs.place(MASTER), self._procs.place(node), self._around)
+            ready = await ahead.take()
+            migration = ahead.migration if ready is not None else self._route(proc, node)
         except BpfsError as error:
             await end(error)
             return
         try:
-            await self._procs.carry_out(migration, lambda: migration.run_stopped(engine, end))
+            await self._procs.carry_out(migration, lambda: migration.run_stopped(engine, end, ready))
         except BpfsError as error:
             _log.info("process %d did not get to node %d: %s", proc.pid, node, error)
+
+
+class Ahead:
+    """A move that is made ready while its process is still on the way to its exec."""
+
+    def __init__(self, migration: Migration) -> None:
+        self.migration = migration
+        self._birth = _birth(migration.proc)
+        self._engine: Engine | None = None
+        self._settled = trio.Event()
+        self._taken = trio.Event()
+
+    async def run(self, externals: Externals) -> None:
+        """Makes it ready, and holds it so for a while, or, once taken, until it is cancelled.
+
+        Args:
+            externals: what the process has as it is armed.
+        """
+
+        async def look() -> Externals:
+            return externals
+
+        async def stop() -> dict[str, Any]:
+            return {}
+
+        try:
+            async with self.migration.destination.engine() as engine:
+                await self.migration.make_ready(engine, look, stop)
+                self._engine = engine
+                self._settled.set()
+                with trio.move_on_after(READY_FOR):
+                    await self._taken.wait()
+                if self._taken.is_set():
+                    await trio.sleep_forever()
+        except BpfsError as error:
+            _log.info("process %d: nothing is ready before its exec: %s", self.migration.proc.pid, error)
+        finally:
+            self._engine = None
+            self._settled.set()
+            if not self._taken.is_set():
+                with trio.CancelScope(shield=True):
+                    await self.migration.stay()
+
+    async def take(self) -> Engine | None:
+        """The destination's engine where all is ready, and the process still is what it was made ready for."""
+        await self._settled.wait()
+        if self._engine is None or _birth(self.migration.proc) != self._birth:
+            return None
+        self._taken.set()
+        return self._engine
+
+
+def _birth(proc: Process) -> tuple[object, ...]:
+    """What decides how and under whom a process is born on a node."""
+    who = proc.identity
+    return who.uid, who.gid, who.ppid, who.pgid, who.sid, in_foreground(proc.pid), on_terminal(proc.pid)

@@ -11,7 +11,9 @@ import errno
 import os
 import socket
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
-from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, together
+from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process
 from bpfs.procs.programs import Programs
-from bpfs.procs.stdio import Attached, Stdio, attach, detach, drop_files
+from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
@@ -73,15 +75,21 @@ class ToNode(Migration):
     def channels(self, externals: Externals) -> list[Channel]:
         """The channels that these are. Raises BpfsError."""
 
-    async def make_ready(self, dst: Engine, look: Look) -> None:
+    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
             await self._foresee(look)
             await self._prepare(dst)
-        else:
-            await together(lambda: self._prepare(dst), lambda: self._foresee(look))
+            return await stop()
+
+        async def attach_and_stop() -> dict[str, Any]:
+            await self._foresee(look)
+            return await stop()
+
+        _, summary = await together(lambda: self._prepare(dst), attach_and_stop)
+        return summary
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
-        if self._attached is None or self._externals != summary["externals"]:
+        if self._attached is None or not self._has_foreseen(summary["externals"]):
             await self._attach_anew(dst, summary["externals"])
         assert self._attached is not None and self._landing is not None
         self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
@@ -96,6 +104,25 @@ class ToNode(Migration):
             with suppress(BpfsError):  # it is tried again when the process stands still, and counts then
                 await self._attach(externals)
 
+    def _has_foreseen(self, externals: Externals) -> bool:
+        """Whether the ends that were made are for the very objects it has; the numbers under which may have changed: a
+        shell puts a descriptor away while it redirects."""
+        assert self._attached is not None and self._externals is not None
+        if externals == self._externals:
+            return True
+        now = {_object(external): external for external in externals}
+        before = {_object(external): int(external["key"]) for external in self._externals}
+        if now.keys() != before.keys() or not len(now) == len(externals) == len(self._externals):
+            return False
+        renamed = {key: now[what] for what, key in before.items()}
+        self._attached.places = {int(renamed[key]["key"]): index for key, index in self._attached.places.items()}
+        self.rename(renamed)
+        return True
+
+    def rename(self, renamed: Mapping[int, External]) -> None:
+        """The externals that were foreseen, by their keys then, are these."""
+        return
+
     async def _attach(self, externals: Externals) -> None:
         await self._enter(Phase.ATTACH)
         identity, channels = self.proc.identity, self.channels(externals)
@@ -104,11 +131,11 @@ class ToNode(Migration):
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.
-        before = self._attached.terminal if self._attached is not None else ""
+        before = self._attached is not None and self._attached.terminal
         await self._detach()
         await self._attach(externals)
         assert self._attached is not None
-        if self._attached.terminal != before:
+        if before or self._attached.terminal:
             await dst.call("discard")
             await self._prepare(dst)
 
@@ -143,6 +170,11 @@ class Leave(ToNode):
     def channels(self, externals: Externals) -> list[Channel]:
         self._stdio = Stdio.of(externals)
         return list(self._stdio.channels.values())
+
+    def rename(self, renamed: Mapping[int, External]) -> None:
+        for number, channel in self._stdio.channels.items():
+            externals = tuple(renamed[external["key"]] for external in channel.externals)
+            self._stdio.channels[number] = replace(channel, externals=externals)
 
     def ghost_fds(self) -> list[int]:
         self._control = Ghost.pair()
@@ -252,8 +284,8 @@ class Return(Migration):
     def quiet(self) -> trio.Lock:
         return self._away.quiet
 
-    async def make_ready(self, dst: Engine, look: Look) -> None:
-        return
+    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
+        return await stop()
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._enter(Phase.ATTACH)
@@ -295,6 +327,10 @@ class Return(Migration):
         # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
         if self._held:
             await tell(self._away.ghost.resume())
+
+
+def _object(external: External) -> tuple[Any, ...]:
+    return tuple(external[name] for name in ("kind", "access", "flags", "dev", "ino", "termios", "winsize"))
 
 
 async def vanish(migration: Migration, src: Engine, go: bool) -> None:

@@ -37,6 +37,7 @@ static bool typed_there; /* the real process has the session's terminal on its n
 static jmp_buf beginning;
 static int handed_control = -1; /* in a clone: its control socket */
 
+static int streams; /* how many C_STREAM came */
 static bool hold_asked, hold_home;
 static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
 
@@ -133,7 +134,7 @@ void side_lost(struct stream *s, int err)
 {
 	(void)s;
 	if (!pumping)
-		tell(C_STREAM_LOST, err, 0, 0, 0, 0);
+		tell(C_STREAM_LOST, err, streams, 0, 0, 0);
 	if (hold_asked)
 		hold_asked = false;
 }
@@ -231,6 +232,7 @@ static void new_stream(int fd, const struct ctl *m, size_t len)
 	struct frame bye = { .type = F_BYE };
 	int high = fd >= 0 ? high_fd(fd) : -1;
 
+	streams++;
 	if (fd >= 0)
 		close(fd);
 	if (the_stream.open) {
@@ -246,7 +248,7 @@ static void new_stream(int fd, const struct ctl *m, size_t len)
 	}
 	hold_asked = false;
 	if (high < 0 || stream_table((const uint8_t *)m->text, len)) {
-		tell(C_STREAM_LOST, EINVAL, 0, 0, 0, 0);
+		tell(C_STREAM_LOST, EINVAL, streams, 0, 0, 0);
 		return;
 	}
 	stream_init(&the_stream, high);

@@ -49,7 +49,7 @@ enum ctl_type {
 	C_HELD = 34,        /* a: channels that need C_PUMP before a return home, value: input bytes kept */
 	C_STOPPED = 35,     /* a: signal; sent right before the ghost stops */
 	C_CONTINUED = 36,
-	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file */
+	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file; b: how many C_STREAM had come */
 	C_PUMPED = 38,      /* a: errno or 0 */
 	C_BORN = 39,        /* a: pid, b: errno or 0 */
 	/* slave -> iorelay */
