@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 ROUNDS = int(os.environ.get("BPFS_ROUNDS", "2"))
 """How often each program runs each way; 200 for a long look."""
 
-FORKS = TOP / "tests/victims/bin/forks"
+VICTIMS = TOP / "tests/victims"
 MAKEFILE = """
 all: $(foreach n,1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20,part$(n))
 	@cat part* | sort -n
@@ -41,13 +41,13 @@ PROGRAMS = {
                   "echo ${PIPESTATUS[*]}; x=$(seq 10 | wc -l); echo $x; (sleep 0.05; exit 4) & wait $!; exit $?"],
     "background": ["sh", "-c", "seq 5 | sort -r & wait; (exit 2) & wait $!; echo $?"],
     "make": ["make", "-s", "-j8", "-f", "Makefile", "all"],
-    "xargs": ["bash", "-c", "seq 40 | xargs -P 8 -I{} sh -c 'exit 0'; echo $?; seq 5 | xargs -P 4 -n1 sh -c 'exit 1' -; echo $?"],
+    "xargs": ["bash", "-c", "seq 40 | xargs -P 8 -I{} true; echo $?; seq 5 | xargs -P 4 -n1 sh -c 'exit 1' -; echo $?"],
     "perl": ["perl", "-e", 'system("exit 3"); print $? >> 8, "\\n"; print `echo in`; my $p = fork // die; '
              'if (!$p) { exit 9 } waitpid($p, 0); print $? >> 8, "\\n"; exit 6'],
     "subprocess": ["/usr/bin/python3", "-c", SUBPROCESS],
     "fork": ["/usr/bin/python3", "multi_fork.py"],
     "spawn": ["/usr/bin/python3", "multi_spawn.py"],
-    "c": [str(FORKS)],
+    "c": [str(VICTIMS / "bin/forks")],
 }  # fmt: skip
 
 WAYS = {
@@ -59,6 +59,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def it(session_folder):
+    subprocess.run(["make", "-s", "-C", VICTIMS], check=True)
     with cluster(session_folder / "forking", nodes=2) as made:
         yield made
 
