@@ -27,7 +27,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the commands in it, as the PATH of an installation has them."""
     folder = tmp_path_factory.mktemp("bin")
-    for name in ("bpstat", "bpctl"):
+    for name in ("bpstat", "bpctl", "bpcp"):
         program = folder / name
         program.write_text(f'#!/bin/sh\nPYTHONPATH={TOP} exec {sys.executable} -m bpfs.cli.{name} "$@"\n')
         program.chmod(0o755)
@@ -47,6 +47,9 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bpsh allu", ["allup"]),
         ("bpsh --tim", ["--time", "--timeout"]),
         ("bpsh --map 0:1 mkfif", ["mkfifo"]),
+        ("bpcp READ", ["README.md"]),
+        ("bpcp README.md allu", ["allup:"]),
+        ("bpcp --rec", ["--recursive"]),
         ("bpcluster sta", ["status"]),
         ("bpsh -n 0 mkfif", ["mkfifo"]),
     ],
