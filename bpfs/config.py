@@ -33,6 +33,8 @@ DEFAULT_NODEDOWN = Path("/etc/beowulf/node_down.d")
 DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
 """A node whose kernel panics starts again after 10 s."""
+DEFAULT_CACHE_SIZE = 1 << 30
+"""Bytes of a node's object store: programs and libraries of a large job take a tenth of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Config:
     nodeup: Path = DEFAULT_NODEUP
     nodedown: Path = DEFAULT_NODEDOWN
     nodeparallel: int = DEFAULT_NODEPARALLEL  # nodes whose steps run at once
+    exports: list[str] = field(default_factory=list)  # what nodes without files of their own see; empty: the default
+    cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
 
     @property
     def margin(self) -> float:
@@ -253,6 +257,25 @@ def _state(config: Config, args: list[str]) -> None:
     config.state = Path(args[0])
 
 
+def _export(config: Config, args: list[str]) -> None:
+    for path in args:
+        if path != "default" and not path.startswith("/"):
+            raise ValueError(f"an export must be an absolute path, not {path!r}")
+        if ".." in path.split("/") or "\0" in path:
+            raise ValueError(f"an export must be a plain path, not {path!r}")
+    config.exports += args
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _cachesize(config: Config, args: list[str]) -> None:
+    match = re.fullmatch(r"(\d{1,12})([KMGT]?)", args[0], re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"cachesize must be bytes or a number with K, M, G or T, not {args[0]!r}")
+    config.cachesize = int(match[1]) * _UNITS[match[2].upper()]
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -262,6 +285,8 @@ KEYWORDS = {
     "lease": Keyword("SECONDS", 1, 1, _lease, f"how long a node lives without the master (default {DEFAULT_LEASE:g})"),
     "pingtimeout": Keyword("SECONDS", 1, 1, _pingtimeout, "silence after which a node is down; more than the lease"),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
+    "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
+    "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
     "bootport": Keyword("PORT", 1, 1, _bootport, f"TCP port of bpbootd (default {DEFAULT_BOOTPORT})"),

@@ -112,6 +112,10 @@ class RunDir:
         """What the slave of a virtual node logs."""
         return self.path / f"n{number}.log"
 
+    def node_cache(self, number: int) -> Path:
+        """Where a virtual node with an empty root keeps what it has of the master's files."""
+        return self.path / f"n{number}.cache"
+
     def make(self) -> None:
         """Make the directory, for root only; it may exist."""
         BASE.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -97,13 +97,14 @@ class JobSpace:
         self._dropped: set[int] = set()
 
     @classmethod
-    def start(cls, block: range) -> JobSpace:
+    def start(cls, block: range, root: str | None = None) -> JobSpace:
         """Make the namespaces and their pid 1. Blocks for about 3 ms.
 
         Call it from the main thread: the kernel kills nodeinit when the *thread* that started it ends.
 
         Args:
             block: the pids for what jobs fork natively.
+            root: a mount point that is to be the jobs' root, with an empty directory `proc` in it; None: ours.
 
         Raises:
             OSError: no permission, no nodeinit program, or the kernel refused.
@@ -114,7 +115,7 @@ class JobSpace:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                _run_starter(theirs, block)
+                _run_starter(theirs, block, root)
             ours.settimeout(_START_S)
             # The starter's and nodeinit's own packet come in any order.
             first, second = _receive(ours, *_START), None
@@ -257,10 +258,12 @@ class JobSpace:
         self.reports.close()
 
 
-def _run_starter(theirs: socket.socket, block: range) -> None:
+def _run_starter(theirs: socket.socket, block: range, root: str | None) -> None:
     # nodeinit makes the namespaces itself: between fork and exec of a threaded program no Python may run.
     arguments = [str(PROGRAM), str(theirs.fileno()), str(block.start), str(block.stop)]
     environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}"}
+    if root is not None:
+        environment["BPFS_ROOT"] = root
     subprocess.run(
         arguments, env=environment, pass_fds=[theirs.fileno()], cwd="/", check=False, timeout=_START_S,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

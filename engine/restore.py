@@ -16,13 +16,14 @@ from engine import cpu, note, state, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
-from engine.image import Image, ImageError, MappedFile
+from engine.image import Image, ImageError
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
 from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
+from engine.restore_files import open_all
 from engine.restore_state import credential_rows, process_rows, signal_rows
 from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
@@ -73,7 +74,7 @@ class Builder:
             base = target.injection.base
             self._foreign = vdso.Foreign(image, target.special, [(base, base + SCRATCH_SIZE)])
             self._look_up()
-        local = [self._open(file) for file in image.files]
+        local = self._opened = open_all(image, target.pid, self._credentials())
         rebuilt = self._rebuild_descriptors()
         target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
         numbers = target.pass_fds(local + [p.local_fd for p in rebuilt])
@@ -114,37 +115,12 @@ class Builder:
         unfit |= self.target.pending()
         return next((n for n in TRAP_SIGNALS if n not in unfit), 0)
 
-    def _open(self, file: MappedFile) -> int:
-        flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        flags |= os.O_RDWR if file.writable else os.O_RDONLY
-        path = b"/proc/%d/root%s" % (self.target.pid, file.path)
-        try:
-            info = os.stat(path, follow_symlinks=False)
-            if (info.st_dev, info.st_ino) == (file.device, file.inode) and os.path.isdir(path):
-                fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-            else:
-                self._same(file, info)
-                fd = os.open(path, flags)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            raise OSError(error.errno, f"{os.fsdecode(file.path)}: {os.strerror(error.errno or 0)}") from None
-        self._opened.append(fd)
-        if os.fstat(fd).st_ino != file.inode:
-            raise OSError(116, f"{os.fsdecode(file.path)} changed meanwhile")
-        return fd
-
-    def _same(self, file: MappedFile, info: os.stat_result) -> None:
-        # What is mapped as root must be the very object the process had: else it would read what it may not.
-        found = (info.st_dev, info.st_ino)
-        known = (file.device, file.inode)
-        unchanged = file.writable or (info.st_size, info.st_mtime_ns) == (file.size, file.mtime_ns)
-        if found != known or not unchanged:
-            raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
+    def _credentials(self) -> Credentials:
+        c = self.image.credentials
+        return Credentials(c["uids"][3], c["gids"][3], tuple(c["groups"]), c["effective"])
 
     def _rebuild_descriptors(self) -> list[Placed]:
-        c = self.image.credentials
-        who = Credentials(c["uids"][3], c["gids"][3], tuple(c["groups"]), c["effective"])
+        who = self._credentials()
         target = self.target
         self._made = rebuild(
             self.image.descriptors,

@@ -58,6 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("-n", "--nodes", metavar="N", type=_count, default=4, help="how many nodes (default: 4)")
     up.add_argument("--lease", metavar="SECONDS", type=_seconds, default=DEFAULT_LEASE, help="the lease (default: 30)")
     up.add_argument("--netns", action="store_true", help="a network namespace for each node, joined by a bridge")
+    up.add_argument(
+        "--root",
+        choices=("own", "empty"),
+        default="own",
+        help="what jobs on nodes see: this machine's files (the default), or an empty root with what is exported",
+    )
+    up.add_argument(
+        "--export",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="with an empty root: show this, too; may be repeated",
+    )
     up.add_argument("--no-tree", action="store_true", help="do not mount the tree")
     up.add_argument("--verbose", action="store_true", help="log more")
     up.set_defaults(body=_up)
@@ -80,7 +93,8 @@ def _up(args: argparse.Namespace, mount: str) -> int:
     # The daemons' code is for `up` alone: the other verbs answer at once.
     from bpfs.cli.virtual import Up, UpOptions
 
-    Up(UpOptions(mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose)).run()
+    empty, exports = args.root == "empty", ("default", *args.export)
+    Up(UpOptions(mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports)).run()
     return 0
 
 

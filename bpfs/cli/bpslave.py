@@ -16,7 +16,7 @@ from bpfs.daemon import Ready
 from bpfs.errors import ConfigError
 from bpfs.rundir import chosen_mount
 from bpfs.slave.life import live
-from bpfs.slave.options import SlaveOptions
+from bpfs.slave.options import DEFAULT_CACHE, SlaveOptions
 from bpfs.slave.supervisor import Supervisor
 from bpfs.wire.handshake import read_key
 
@@ -45,6 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         "-k", "--key", metavar="FILE", type=Path, default=DEFAULT_KEY, help=f"the cluster key ({DEFAULT_KEY})"
     )
     own.add_argument("--no-mount", action="store_true", help="do not mount the tree on this node")
+    own.add_argument(
+        "--root",
+        choices=("own", "empty"),
+        default="own",
+        help="what jobs see: this machine's own files (the default), or an empty root with the master's programs",
+    )
+    own.add_argument(
+        "--cache", metavar="DIR", type=Path, default=DEFAULT_CACHE, help=f"where those are kept ({DEFAULT_CACHE})"
+    )
     own.add_argument("-f", "--foreground", action="store_true", help="stay on the terminal, log to stderr")
     own.add_argument("--log", metavar="FILE", type=Path, help="log to this file (default: nowhere in the background)")
     own.add_argument("--verbose", action="store_true", help="log more")
@@ -58,7 +67,16 @@ def _options(args: argparse.Namespace) -> SlaveOptions:
     if args.number is not None and args.number < 0:
         raise ConfigError("--number must not be negative")
     mount = None if args.no_mount else chosen_mount(args.mount)
-    return SlaveOptions(host, int(port), read_key(args.key), args.number, mount, args.verbose)
+    return SlaveOptions(
+        host,
+        int(port),
+        read_key(args.key),
+        args.number,
+        mount,
+        args.verbose,
+        empty=args.root == "empty",
+        cache=args.cache.absolute(),
+    )
 
 
 def _main(argv: Sequence[str] | None) -> int:

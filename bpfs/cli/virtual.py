@@ -21,7 +21,7 @@ from pathlib import Path
 from bpfs import daemon, kernel, log
 from bpfs.cli import virtualnet
 from bpfs.cli.virtualdown import is_mounted, node_states, take_down
-from bpfs.config import Config
+from bpfs.config import DEFAULT_CACHE_SIZE, Config
 from bpfs.daemon import Ready, Started
 from bpfs.errors import BpfsError
 from bpfs.master.app import MasterOptions, serve
@@ -46,6 +46,9 @@ class UpOptions:
     netns: bool = False
     tree: bool = True
     verbose: bool = False
+    empty: bool = False
+    exports: tuple[str, ...] = ()
+    cachesize: int = DEFAULT_CACHE_SIZE
 
 
 @contextmanager
@@ -129,6 +132,7 @@ class Up:
     def _start_master(self, address: str) -> tuple[str, int]:
         options, rundir = self._options, self._rundir
         config = Config(address=address, port=0, lease=options.lease, key=rundir.key, mount=options.mount)
+        config.exports, config.cachesize = list(options.exports), options.cachesize
 
         def body(ready: Ready) -> int:
             log.start("bpmaster", None, options.verbose)
@@ -155,7 +159,14 @@ class Up:
     ) -> None:
         options = self._options
         slave = SlaveOptions(
-            *master, key, number, options.mount if options.tree else None, options.verbose, self._rundir.watch
+            *master,
+            key,
+            number,
+            options.mount if options.tree else None,
+            options.verbose,
+            self._rundir.watch,
+            options.empty,
+            self._rundir.node_cache(number),
         )
         namespace = net.add_node(number) if net is not None else -1
         try:

@@ -29,6 +29,7 @@ from bpfs.master.boot import BootDesk
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
+from bpfs.master.view import view
 from bpfs.nodes.registry import MASTER
 from bpfs.nodes.settings import Settings
 from bpfs.pidspace import own_pids
@@ -124,6 +125,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         rundir.write("port", f"{host} {number}\n")
         await stack.enter_async_context(processes(cluster))
         boot = BootDesk(cluster, lambda: _read_again(cluster, options.config_path))
+        files = (await stack.enter_async_context(view(cluster))).server
         if options.tree:
             await stack.enter_async_context(tree.mounted(cluster))
         nursery.start_soon(workers.keep_spare, name="spare worker")
@@ -140,6 +142,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
                 break
             _read_again(cluster, options.config_path)
             boot.read_again()
+            files.export()
         _log.info("told to end")
         await _farewell(cluster)
 

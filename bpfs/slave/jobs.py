@@ -45,14 +45,14 @@ class Jobs:
         self.births: BirthWatch | None = None
 
     @classmethod
-    def start(cls, block: range, link: Link) -> Jobs:
-        """Make the job space; takes about 3 ms.
+    def start(cls, block: range, link: Link, root: str | None = None) -> Jobs:
+        """Make the job space, with `root` as its root where it is not to have ours; takes about 3 ms.
 
         Raises:
             BpfsError: with a sentence.
         """
         try:
-            return cls(JobSpace.start(block), block, link)
+            return cls(JobSpace.start(block, root), block, link)
         except (OSError, RuntimeError) as error:
             raise BpfsError(EIO, f"no job space can be made: {error}") from None
 

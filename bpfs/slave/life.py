@@ -30,8 +30,10 @@ from bpfs.slave.relay import Relay, open_relay
 from bpfs.slave.remote_tree import mounted
 from bpfs.slave.stdio import StdioHost
 from bpfs.slave.supervisor import End, Reporter
+from bpfs.slave.view import NodeView, no_cache
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
+    CacheCall,
     Done,
     DropPlaceholder,
     EngineCall,
@@ -77,6 +79,7 @@ class Slave:
         self.engines = EngineHost(workers, self.held)
         self.jobs: Jobs | None = None
         self.births: BirthWatch | None = None
+        self.view: NodeView | None = None
         self.end: End = End.AFRESH
         self.handlers: dict[type[Message], Callable[[Any], Any]] = {
             EngineOpen: self.engines.open,
@@ -103,9 +106,10 @@ class Slave:
                 self._nursery = nursery
                 self._serve_stdio(relay, nursery)
                 nursery.start_soon(self._until_told, name="signals")
-                self._make_job_space()
                 nursery.start_soon(self._until_link_ends, name="link")
                 nursery.start_soon(self._until_lease_ends, lease, name="lease")
+                await self._start_view(nursery)
+                self._make_job_space()
                 nursery.start_soon(self._send_samples, name="samples")
                 nursery.start_soon(self.workers.keep_spare, name="spare worker")
                 if self.jobs is not None:
@@ -135,10 +139,26 @@ class Slave:
         self.handlers |= {RelayAttach: stdio.attach, RelayDetach: stdio.detach}
         nursery.start_soon(stdio.watch, name="streams")
 
+    async def _start_view(self, nursery: trio.Nursery) -> None:
+        if not self.options.empty:
+            self.handlers[CacheCall] = no_cache
+            return
+        view = NodeView(self.options, self.link)
+        self.handlers[CacheCall] = view.call
+        try:
+            await nursery.start(view.run, name="view")
+            self.view = view
+        except BpfsError as error:
+            _log.error("%s", error)
+            self.link.notify_nowait(Fault(error.sentence))
+
     def _make_job_space(self) -> None:
+        if self.options.empty and self.view is None:
+            return  # jobs without a root of their own would have ours
+        root = str(self.view.root) if self.view is not None else None
         block = range(self.welcome.block_first, self.welcome.block_last + 1)
         try:
-            jobs = self.jobs = Jobs.start(block, self.link)
+            jobs = self.jobs = Jobs.start(block, self.link, root)
         except BpfsError as error:
             _log.error("%s", error)
             self.link.notify_nowait(Fault(error.sentence))
@@ -163,6 +183,8 @@ class Slave:
             if self._mounted is not None:
                 with suppress(OSError):
                     kernel.umount(self._mounted, kernel.MNT_FORCE)
+            if self.view is not None:
+                self.view.abort()
             self.jobs.close()
         if self.births is not None:
             self.births.close()

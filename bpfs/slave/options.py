@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_CACHE = Path("/var/cache/bpfs")
+
 
 @dataclass(frozen=True, slots=True)
 class SlaveOptions:
@@ -17,6 +19,8 @@ class SlaveOptions:
         mount: where to mount the tree here; None: nowhere.
         verbose: log more.
         watch: the socket of this machine's jobwatch; None: the node has one of its own.
+        empty: jobs have a root of their own with nothing but the view of the master's files.
+        cache: where the view keeps contents of files.
     """
 
     host: str
@@ -26,3 +30,5 @@ class SlaveOptions:
     mount: str | None = None
     verbose: bool = False
     watch: Path | None = None
+    empty: bool = False
+    cache: Path = DEFAULT_CACHE

@@ -356,6 +356,37 @@ class FsReply(Message):
     value: Plain = None
 
 
+# -- view of the master's files: 60-69 --------------------------------------------------------------
+
+
+@_message(60)
+class ViewOpen(Message):
+    """slave -> master, request (reply ViewOpened): a stream to the master's server of files (bpfs.view.protocol)."""
+
+
+@_message(61)
+class ViewOpened(Message):
+    """master -> slave: the slave connects to the master's port and sends StreamOpen(token)."""
+
+    token: bytes
+    cache_limit: int  # bytes that objects may take on the node
+
+
+@_message(62)
+class CacheCall(Message):
+    """master -> slave, request (reply CacheReply): a verb for the node's object store; EOPNOTSUPP where it has none."""
+
+    verb: str  # status, purge, prestage
+    argument: str
+
+
+@_message(63)
+class CacheReply(Message):
+    """slave -> master: what the verb gives."""
+
+    text: str
+
+
 # -- stdio: 50-59 ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 /* nodeinit: pid 1 of a node's job pid namespace, and every placeholder in it.
  *
- * usage: nodeinit REPORT_FD FIRST_PID END_PID      (environment: BPFS_COOKIE=16 hex digits)
+ * usage: nodeinit REPORT_FD FIRST_PID END_PID
+ * environment: BPFS_COOKIE=16 hex digits, BPFS_ROOT=DIR a mount that is to be the root of the jobs
  *
  * It makes the namespaces, says which pid it got, and then only waits for signals: children that
  * change state and signals that jobs send are reported, one SEQPACKET packet each. Placeholders
@@ -33,6 +34,7 @@
 #define MSG_DONTWAIT_ 0x40
 #define MSG_PEEK_ 2
 #define MSG_NOSIGNAL_ 0x4000
+#define MNT_DETACH 2
 
 /* How often pid 1 looks at the pid counter, and how many forks since the last look are a storm. */
 #define CALM_S 1
@@ -40,6 +42,7 @@
 
 static int report_fd;
 static uint32_t cookie;
+static const char *root;
 static int last_pid_fd = -1;
 static int first_pid, end_pid, seen_pid;
 
@@ -342,10 +345,23 @@ static void fail(long error)
 	end(1);
 }
 
+/* The jobs see nothing of the daemon's own root: the old one is stacked below the new one, and taken away. */
+static long enter_root(void)
+{
+	long error = call(__NR_chdir, root);
+	if (!error)
+		error = call(__NR_pivot_root, ".", ".");
+	if (!error)
+		error = call(__NR_umount2, ".", MNT_DETACH);
+	return error ? error : call(__NR_chdir, "/");
+}
+
 /* Mounts made outside later (the node's /bpfs, the view) go on arriving here; none goes out. */
 static void set_up_mounts(void)
 {
 	long error = call(__NR_mount, "none", "/", 0, MS_REC | MS_SLAVE, 0);
+	if (!error && root)
+		error = enter_root();
 	if (!error)
 		error = call(__NR_mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0);
 	if (error)
@@ -411,6 +427,8 @@ static int read_arguments(long *stack)
 	for (char **env = argv + 5; *env; env++)
 		if (starts_with(*env, "BPFS_COOKIE="))
 			cookie = (uint32_t)hex_to_u64(*env + 12);
+		else if (starts_with(*env, "BPFS_ROOT="))
+			root = *env + 10;
 	return cookie != 0;
 }
 

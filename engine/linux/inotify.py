@@ -34,6 +34,15 @@ def add_watch(fd: int, target: int, mask: int, number: int) -> None:
         raise OSError(errno.EBUSY, f"inotify watch {number} became {given}")
 
 
+def watch(fd: int, target: int, mask: int) -> int:
+    """Watch the object of descriptor `target`; returns the watch number, the same for the same object.
+
+    Raises:
+        OSError: ENOSPC: the user has too many watches.
+    """
+    return syscall(_ADD_WATCH, fd, b"/proc/self/fd/%d\0" % target, mask)
+
+
 def _use_up(fd: int, path: bytes, number: int) -> None:
     for _ in range(_MOST_TRIES):
         given = syscall(_ADD_WATCH, fd, path, 0x200)  # IN_DELETE

@@ -1,0 +1,166 @@
+"""The daemon's ends of the streams to the master's server of files."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from errno import EBADMSG, EIO, ETIMEDOUT
+from typing import Any
+
+from bpfs.view import protocol
+from bpfs.view.protocol import Attributes
+from bpfs.view.store import CHUNK, Store
+
+
+class Silent(OSError):
+    """The master does not answer, or cannot be reached."""
+
+    def __init__(self) -> None:
+        super().__init__(EIO, "the master does not answer")
+
+
+class Refused(OSError):
+    """The master answered with an errno of the file's."""
+
+
+class Connector:
+    """Asks bpslave for streams: only it can have tokens from the master.
+
+    Args:
+        control: a SEQPACKET socket to bpslave. Each packet asks for one stream; the answer brings it.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._lock = threading.Lock()
+        self._owed = 0  # answers that come too late
+
+    def connect(self, deadline: float) -> socket.socket:
+        """A new stream. Raises Silent."""
+        with self._lock:
+            try:
+                self._control.send(b"connect")
+                self._owed += 1
+                while self._owed:
+                    self._control.settimeout(max(0.01, deadline - time.monotonic()))
+                    text, fds, _, _ = socket.recv_fds(self._control, 256, 1)
+                    self._owed -= 1
+                    if not text:
+                        raise Silent
+                    if fds:
+                        if self._owed:
+                            socket.close(fds[0])
+                        else:
+                            return socket.socket(fileno=fds[0])
+            except OSError:
+                pass
+            raise Silent
+
+
+class Remote:
+    """One stream, made when it is needed and again after it broke. For one thread.
+
+    Args:
+        timeout: seconds that a request may take.
+    """
+
+    def __init__(self, connector: Connector, timeout: float) -> None:
+        self._connector = connector
+        self._timeout = timeout
+        self._sock: socket.socket | None = None
+
+    def look(self, path: str) -> list[Any]:
+        """What `Nodes.enter` wants to know of a path. Raises Refused or Silent."""
+        return self._ask(["look", path])
+
+    def list(self, path: str) -> tuple[list[tuple[str, int]], bool]:
+        """A directory's names and types, and whether changes are told. Raises Refused or Silent."""
+        entries, watched = self._ask(["list", path])
+        return [(str(name), int(kind)) for name, kind in entries], bool(watched)
+
+    def fetch(self, path: str, digest: str, store: Store) -> tuple[Attributes, str, int]:
+        """Have a file's object in the store.
+
+        Args:
+            digest: what it is believed to be, and is not in the store; empty where that is not known.
+
+        Returns:
+            Its attributes, its digest, and the object's descriptor.
+
+        Raises:
+            Refused: as the master says.
+            Silent: no answer, or what came was damaged three times.
+            OSError: the store cannot take it (ENOSPC).
+        """
+        whole = bool(digest)
+        for _ in range(4):
+            attributes, digest, body = self._ask(["read", path, whole])
+            if body or not attributes[4]:
+                try:
+                    return Attributes(*attributes), digest, store.put(digest, body, self._body(body))
+                except Silent:
+                    continue
+                except OSError as error:
+                    self.close()
+                    if error.errno != EBADMSG:
+                        raise
+                    continue  # it changed while it was sent, or was damaged on the way
+            try:
+                return Attributes(*attributes), digest, store.open(digest)
+            except OSError:
+                whole = True
+        raise Silent
+
+    def _body(self, size: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(size, CHUNK)))
+        while size:
+            assert self._sock is not None
+            try:
+                got = self._sock.recv_into(buffer[: min(size, len(buffer))], 0, socket.MSG_WAITALL)
+            except OSError:
+                got = 0
+            if not got:
+                self.close()
+                raise Silent
+            yield buffer[:got]
+            size -= got
+
+    def events(self) -> Iterator[tuple[str, str, int]]:
+        """Changes, for as long as the stream lasts; the first, empty one says that they are told from now on."""
+        self.close()
+        self._ask(["events", "/"])
+        assert self._sock is not None
+        self._sock.settimeout(None)
+        yield "", "", -1
+        while True:
+            directory, name, kind = protocol.receive(self._sock)
+            yield str(directory), str(name), int(kind)
+
+    def _ask(self, request: list[Any]) -> list[Any]:
+        deadline = time.monotonic() + self._timeout
+        for fresh in (self._sock is None, True):
+            try:
+                if self._sock is None:
+                    self._sock = self._connector.connect(deadline)
+                self._sock.settimeout(max(0.01, deadline - time.monotonic()))
+                protocol.send(self._sock, request)
+                answer = protocol.receive(self._sock)
+                self._sock.settimeout(self._timeout)
+            except OSError as error:
+                self.close()
+                # A stream that broke since it was used last says nothing yet.
+                if fresh or isinstance(error, TimeoutError) or error.errno == ETIMEDOUT:
+                    raise Silent from None
+                continue
+            if answer[0]:
+                raise Refused(answer[0], "refused by the master")
+            return answer[1:]
+        raise Silent
+
+    def close(self) -> None:
+        """Give the stream up."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None

@@ -1,0 +1,182 @@
+"""The master's server of names and contents: a process of its own, so that no digest ever delays bpmaster.
+
+bpmaster (bpfs.master.view) starts it when the first node asks for files, and hands it connected streams (one-time
+tokens, asked for over authenticated links) and the list of exports, again whenever that was read again. A thread a stream answers requests; one thread tells
+all `events` streams what has changed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+from errno import EINVAL
+from typing import Any
+
+import msgpack
+
+from bpfs import kernel, log
+from bpfs.view import protocol
+from bpfs.view.exports import Exports
+from bpfs.view.files import Digests, Files
+from bpfs.view.protocol import SMALL, Change
+from bpfs.view.watches import Watches
+
+_log = log.get("view")
+
+IDLE_SEND = 20.0
+"""Seconds that a node may refuse to take what it asked for."""
+
+MAX_EVENTS = 256
+"""Bytes (kB) of changes that may wait for a node; one that takes none is dropped, and forgets all when it is back."""
+
+
+class Server:
+    """The server itself."""
+
+    def __init__(self) -> None:
+        self._files = Files(Exports())
+        self._digests = Digests()
+        self._watches = Watches(self._files, self._tell)
+        self._listeners: set[socket.socket] = set()
+        self._telling = threading.Lock()
+        self._operations = {"look": self._look, "list": self._list, "tops": self._tops}
+
+    def run(self, control: socket.socket) -> None:
+        """Serve until bpmaster closes its end."""
+        threading.Thread(target=self._watches.run, name="changes", daemon=True).start()
+        while True:
+            message, fds, _, _ = socket.recv_fds(control, 1 << 16, 4)
+            if not message:
+                return
+            if not fds:
+                self._files.exports = Exports(*msgpack.unpackb(message))
+                self._tell("/", "", Change.ALL)
+            for fd in fds:
+                stream = socket.socket(fileno=fd)
+                threading.Thread(target=self._serve, args=(stream,), daemon=True).start()
+
+    def _serve(self, stream: socket.socket) -> None:
+        stream.setblocking(True)
+        listens = False
+        try:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(IDLE_SEND * 1000))
+            while not listens:
+                request = protocol.receive(stream)
+                listens = self._answer(stream, request)
+        except OSError:
+            pass  # it went away, or talks nonsense
+        finally:
+            if not listens:
+                stream.close()
+
+    def _answer(self, stream: socket.socket, request: list[Any]) -> bool:
+        """Answer one request; True where the stream is for events from now on."""
+        op, path = str(request[0]), request[1] if len(request) > 1 else "/"
+        if not isinstance(path, str):
+            raise OSError(EINVAL, "sent no path")
+        if op == "events":
+            self._listen(stream)
+            return True
+        try:
+            if op == "read":
+                self._read(stream, path, bool(request[2:] and request[2]))
+                return False
+            operation = self._operations.get(op)
+            if operation is None:
+                raise OSError(EINVAL, "sent an unknown request")
+            answer = [0, *operation(path)]
+        except _Refused as refusal:
+            answer = [refusal.errno]
+        protocol.send(stream, answer)
+        return False
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _look(self, path: str) -> list[Any]:
+        # Watched first: what changes after the look is told.
+        watched = self._watches.add(path.rpartition("/")[0] or "/")
+        with _refusing():
+            status, target, capability = self._files.look(path)
+        return [self._files.attributes(status), target, self._digests.known(status), watched, capability]
+
+    def _list(self, path: str) -> list[Any]:
+        watched = self._watches.add(path)
+        with _refusing():
+            return [self._files.list(path), watched]
+
+    def _tops(self, _path: str) -> list[Any]:
+        with _refusing():
+            return [[[name, self._files.look("/" + name)[1]] for name in self._files.exports.tops()]]
+
+    def _read(self, stream: socket.socket, path: str, wanted: bool) -> None:
+        with _refusing():
+            fd = self._files.open(path)
+        try:
+            with _refusing():
+                digest, status = self._digests.of(fd)
+            body = status.st_size if wanted or status.st_size <= SMALL else 0
+            protocol.send(stream, [0, self._files.attributes(status), digest, body])
+            at = 0
+            while at < body:
+                sent = os.sendfile(stream.fileno(), fd, at, body - at)
+                if not sent:
+                    raise OSError(EINVAL, "it was cut short meanwhile")
+                at += sent
+        finally:
+            os.close(fd)
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def _listen(self, stream: socket.socket) -> None:
+        protocol.send(stream, [0])
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_EVENTS << 10)
+        stream.setblocking(False)
+        self._listeners.add(stream)
+
+    def _tell(self, directory: str, name: str, change: Change) -> None:
+        with self._telling:
+            for stream in list(self._listeners):
+                try:
+                    protocol.send(stream, [directory, name, int(change)])
+                except OSError:
+                    # Gone, or it takes nothing any more: it sees the end, and forgets all.
+                    self._listeners.discard(stream)
+                    stream.close()
+
+
+class _Refused(Exception):
+    def __init__(self, errno: int) -> None:
+        super().__init__(errno)
+        self.errno = errno
+
+
+class _refusing:
+    """Tells what a request is refused with from what ends a stream."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError):
+            raise _Refused(error.errno or EINVAL) from None
+
+
+def main(argv: list[str]) -> int:
+    """`CONTROL_FD`: started by bpmaster only. A packet with a descriptor is a stream, one without the exports."""
+    for signo in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signo, signal.SIG_IGN)  # the master's end is the end of the socket
+    kernel.set_comm("bpfiles")
+    log.start("bpfiles")
+    gc.freeze()
+    threading.stack_size(256 << 10)
+    Server().run(socket.socket(fileno=int(argv[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

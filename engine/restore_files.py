@@ -1,0 +1,75 @@
+"""The files that a process maps, runs and stands in, found again on this machine.
+
+What is opened as root must be the very object the process had: else it would read what it may not. The same content by
+another way, that is on a network file system or in the view of the master's files, is opened with the process's own
+rights. Those have no device of their own (major number 0): path, kind, size and time of change are what can agree.
+"""
+
+import os
+import stat
+
+from engine.image import Image, MappedFile
+from engine.linux.credentials import Credentials, acting_as
+
+
+def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
+    """Open all files of an image, in order.
+
+    Args:
+        root_of: a process in whose root they are looked for.
+
+    Raises:
+        OSError: a file is missing or another one than on the source; names it.
+    """
+    opened: list[int] = []
+    try:
+        for index, file in enumerate(image.files):
+            opened.append(_open(file, b"/proc/%d/root%s" % (root_of, file.path), index == image.cwd, who))
+    except BaseException:
+        for fd in opened:
+            os.close(fd)
+        raise
+    return opened
+
+
+def _open(file: MappedFile, path: bytes, directory: bool, who: Credentials) -> int:
+    try:
+        info = os.stat(path, follow_symlinks=False)
+        if (info.st_dev, info.st_ino) == (file.device, file.inode):
+            return _open_same(file, path, info)
+        if not _has_same_content(file, info, directory):
+            raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
+        with acting_as(who):
+            fd = os.open(path, (os.O_PATH if directory else os.O_NONBLOCK) | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return _expect(fd, _has_same_content(file, os.fstat(fd), directory), file)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, f"{os.fsdecode(file.path)}: {os.strerror(error.errno or 0)}") from None
+
+
+def _open_same(file: MappedFile, path: bytes, info: os.stat_result) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    if stat.S_ISDIR(info.st_mode):
+        flags |= os.O_PATH
+    elif not file.writable and (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
+    else:
+        flags |= os.O_RDWR if file.writable else os.O_RDONLY
+    fd = os.open(path, flags)
+    return _expect(fd, os.fstat(fd).st_ino == file.inode, file)
+
+
+def _expect(fd: int, holds: bool, file: MappedFile) -> int:
+    if not holds:
+        os.close(fd)
+        raise OSError(116, f"{os.fsdecode(file.path)} changed meanwhile")
+    return fd
+
+
+def _has_same_content(file: MappedFile, info: os.stat_result, directory: bool) -> bool:
+    if file.writable or (os.major(info.st_dev) and os.major(file.device)):
+        return False
+    if directory:
+        return stat.S_ISDIR(info.st_mode)
+    return stat.S_ISREG(info.st_mode) and (info.st_size, info.st_mtime_ns) == (file.size, file.mtime_ns)
