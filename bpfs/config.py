@@ -269,11 +269,16 @@ def _export(config: Config, args: list[str]) -> None:
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def _cachesize(config: Config, args: list[str]) -> None:
-    match = re.fullmatch(r"(\d{1,12})([KMGT]?)", args[0], re.ASCII | re.IGNORECASE)
+def parse_size(text: str) -> int:
+    """Bytes of a text like 500M. Raises ValueError with a sentence."""
+    match = re.fullmatch(r"(\d{1,12})([KMGT]?)", text, re.ASCII | re.IGNORECASE)
     if match is None:
-        raise ValueError(f"cachesize must be bytes or a number with K, M, G or T, not {args[0]!r}")
-    config.cachesize = int(match[1]) * _UNITS[match[2].upper()]
+        raise ValueError(f"a size is a number of bytes, or of K, M, G or T, not {text!r}")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _cachesize(config: Config, args: list[str]) -> None:
+    config.cachesize = parse_size(args[0])
 
 
 KEYWORDS = {

@@ -11,7 +11,7 @@ from errno import EPERM
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
 from bpfs.cli.virtualdown import node_states, take_down
-from bpfs.config import DEFAULT_LEASE
+from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_LEASE, parse_size
 from bpfs.errors import BpfsError
 from bpfs.rundir import RunDir, chosen_mount
 
@@ -46,6 +46,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(PROG, "Runs a cluster of virtual nodes on this machine.", _EPILOG)
     # After the verb it counts as well as before it.
@@ -71,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="with an empty root: show this, too; may be repeated",
     )
+    up.add_argument(
+        "--cachesize",
+        metavar="SIZE",
+        type=_size,
+        default=DEFAULT_CACHE_SIZE,
+        help="with an empty root: what a node may keep of it, as 500M (default: 1G)",
+    )
     up.add_argument("--no-tree", action="store_true", help="do not mount the tree")
     up.add_argument("--verbose", action="store_true", help="log more")
     up.set_defaults(body=_up)
@@ -94,7 +108,11 @@ def _up(args: argparse.Namespace, mount: str) -> int:
     from bpfs.cli.virtual import Up, UpOptions
 
     empty, exports = args.root == "empty", ("default", *args.export)
-    Up(UpOptions(mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports)).run()
+    Up(
+        UpOptions(
+            mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports, args.cachesize
+        )
+    ).run()
     return 0
 
 

@@ -141,7 +141,7 @@ class NodeView:
         kernel.mount("bpview", str(self._view), TYPE, kernel.MS_RDONLY | kernel.MS_NODEV, mount_data(self._fuse))
 
     async def _keep_daemon(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        while not self._ended:
+        while not self._is_ended():
             fds = [self._fuse, self._streams_theirs.fileno(), self._control_theirs.fileno()]
             process = self._process = start("daemon", fds, str(self._cache), str(self._limit), str(TIMEOUT))
             task_status.started()
@@ -151,10 +151,13 @@ class NodeView:
                 await trio.lowlevel.wait_readable(handle)
             finally:
                 os.close(handle)
-            if self._ended:
-                return
-            _log.error("the view's daemon ended (%s); starting it again", process.wait())
-            await trio.sleep(PAUSE)
+            how = process.wait()
+            if not self._is_ended():
+                _log.error("the view's daemon ended (%s); starting it again", how)
+                await trio.sleep(PAUSE)
+
+    def _is_ended(self) -> bool:
+        return self._ended  # a call, for the type checker: others set it meanwhile
 
     def abort(self) -> None:
         """Have everything that waits for a file fail, now and from now on: the jobs are to die."""
@@ -193,8 +196,8 @@ class NodeView:
         for place, mode in _PLACES:
             (root / place).mkdir(mode=mode)
             (root / place).chmod(mode)
-        for name, target in tops:
-            self._place(name, target)
+        for path, target in tops:
+            self._place(path.lstrip("/"), target)
         mount = self._options.mount
         if mount is not None:
             point = root / mount.lstrip("/")
@@ -204,6 +207,7 @@ class NodeView:
 
     def _place(self, name: str, target: str) -> None:
         point, source = self.root / name, self._view / name
+        point.parent.mkdir(parents=True, exist_ok=True)
         if target:
             point.symlink_to(target)
             return

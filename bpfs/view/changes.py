@@ -1,4 +1,4 @@
-"""What has changed on the master: which of the kernel's knowledge must go, and which answers came too late to be kept."""
+"""What has changed on the master: what of the kernel's knowledge must go, and which answers came too late to keep."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Control:
     def _status(self, _argument: str) -> str:
         store, it = self._store, self._store.statistics
         rows = {
-            "objects": store.objects, "bytes": store.bytes, "limit": store.limit, "hits": it.hits,
+            "objects": store.objects, "bytes": store.size, "limit": store.limit, "hits": it.hits,
             "misses": it.misses, "fetched_bytes": it.fetched_bytes, "evicted": it.evicted, "damaged": it.damaged,
         }  # fmt: skip
         return "".join(f"{key} {value}\n" for key, value in rows.items())
@@ -71,7 +71,7 @@ class Control:
                 raise OSError(ELOOP, "too many symbolic links")
             self._fetch(os.path.join(os.path.dirname(self._plain(path)), target), links - 1)
         elif kind == stat.S_IFDIR:
-            for name, type_ in self._remote.list(self._plain(path))[0]:
+            for name, type_ in self._remote.names(self._plain(path))[0]:
                 if type_ << 12 in (stat.S_IFDIR, stat.S_IFREG):
                     self._fetch(os.path.join(path, name), links)
         elif kind == stat.S_IFREG:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
+from glob import glob
 
 DEFAULT = (
     *("/bin", "/sbin", "/lib", "/lib32", "/libx32", "/lib64", "/usr", "/opt"),
@@ -25,11 +25,14 @@ DEFAULT = (
 """Programs, libraries, and what libc and common interpreters read at their start. `*` matches within one name."""
 
 NEVER = (
-    *("/root", "/proc", "/sys", "/dev", "/run", "/var/run", "/tmp", "/lost+found"),
+    *("/root", "/proc", "/sys", "/dev", "/run", "/var/run", "/lost+found"),
     *("/etc/shadow*", "/etc/gshadow*", "/etc/sudoers", "/etc/sudoers.d", "/etc/security/opasswd"),
     *("/etc/ssl/private", "/etc/ssh/*_key", "/etc/pki/tls/private", "/etc/krb5.keytab", "/etc/beowulf"),
 )
 """Not even where an export holds them."""
+
+WRITABLE = frozenset({"tmp", "var", "run", "home", "root"})
+"""Top directories that a node has of its own, to write in."""
 
 
 class Exports:
@@ -41,7 +44,8 @@ class Exports:
     """
 
     def __init__(self, patterns: Iterable[str] = (), hidden: Iterable[str] = ()) -> None:
-        words = [word for pattern in patterns or ("default",) for word in (DEFAULT if pattern == "default" else [pattern])]
+        named = {"default": DEFAULT}
+        words = [word for pattern in patterns or named for word in named.get(pattern, (pattern,))]
         self.patterns = tuple(word.rstrip("/") or "/" for word in words)
         self._shown = [_split(pattern) for pattern in self.patterns]
         self._never = [_split(pattern) for pattern in (*NEVER, *hidden)]
@@ -65,13 +69,12 @@ class Exports:
         return any(_begins(words, pattern) for pattern in self._never)
 
     def tops(self) -> list[str]:
-        """The names in the root directory that exports begin with and that are there."""
+        """Where a node binds the view into its root: top directories, or within `WRITABLE` ones the exports."""
         found = set()
-        for first in {pattern[0] for pattern in self._shown if pattern}:
-            found |= {entry.name for entry in Path("/").iterdir() if fnmatchcase(entry.name, first)}
-        if any(not pattern for pattern in self._shown):
-            found |= {entry.name for entry in Path("/").iterdir()}
-        return sorted(name for name in found if self.shows("/" + name) and not self.hides((name,)))
+        for pattern in self._shown:
+            depth = len(pattern) if pattern[:1] and pattern[0] in WRITABLE else 1
+            found |= set(glob("/" + "/".join(pattern[:depth] or "*")))
+        return sorted(path for path in found if self.shows(path) and not self.hides(_split(path)))
 
 
 def _split(path: str) -> tuple[str, ...]:

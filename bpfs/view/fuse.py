@@ -152,7 +152,7 @@ class Device:
     def open_backing(self, fd: int) -> int:
         """Register a file for passthrough; its id. Raises OSError."""
         # The id is the return value; a bytearray, so that Python hands its address on.
-        return fcntl.ioctl(self.fd, _BACKING_OPEN, bytearray(struct.pack("=iIQ", fd, 0, 0)))
+        return int(fcntl.ioctl(self.fd, _BACKING_OPEN, bytearray(struct.pack("=iIQ", fd, 0, 0))))
 
     def close_backing(self, number: int) -> None:
         """Give an id back; what is mapped or open stays so."""
@@ -161,4 +161,5 @@ class Device:
 
 def mount_data(fd: int) -> str:
     """Options of mount(2) for the view."""
-    return f"fd={fd},rootmode={stat.S_IFDIR | 0o755:o},user_id=0,group_id=0,allow_other,default_permissions,max_read={READ_SIZE}"
+    who = "user_id=0,group_id=0,allow_other,default_permissions"
+    return f"fd={fd},rootmode={stat.S_IFDIR | 0o755:o},{who},max_read={READ_SIZE}"

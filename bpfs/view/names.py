@@ -148,7 +148,7 @@ class Names:
     def _opendir_far(self, request: Request, remote: Remote) -> None:
         with self._core.lock:
             node, epoch = self._core.node(request), self._changes.epoch
-        listing, watched = remote.list(node.path)
+        listing, watched = remote.names(node.path)
         with self._core.lock:
             keep = watched and self._changes.may_keep(node.path, epoch)
             node.listing = listing if keep else None

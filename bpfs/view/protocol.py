@@ -6,10 +6,10 @@ its answer `[errno, …]`; one request at a time a stream. After the answer to `
     look  path        -> [0, attributes, link target or "", digest or "", watched, file capabilities]
     list  path        -> [0, [[name, type], …], watched]
     read  path, body  -> [0, attributes, digest, bytes of the body that follows]; body 0: only if it is small
-    tops              -> [0, [[name, link target or ""], …]]
+    tops  /           -> [0, [[path, link target or ""], …]]
     events            -> [0], and from then on packets of changes: [directory, name, kind]
 
-`watched`: changes are told; else the answer must not be kept. Attributes are mode, nlink, uid, gid, size, mtime and ctime (ns), ino: see `Attributes`.
+`watched`: changes are told; else the answer must not be kept. Attributes are those of `Attributes`, in order.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Remote:
         """What `Nodes.enter` wants to know of a path. Raises Refused or Silent."""
         return self._ask(["look", path])
 
-    def list(self, path: str) -> tuple[list[tuple[str, int]], bool]:
+    def names(self, path: str) -> tuple[list[tuple[str, int]], bool]:
         """A directory's names and types, and whether changes are told. Raises Refused or Silent."""
         entries, watched = self._ask(["list", path])
         return [(str(name), int(kind)) for name, kind in entries], bool(watched)

@@ -1,8 +1,8 @@
 """The master's server of names and contents: a process of its own, so that no digest ever delays bpmaster.
 
 bpmaster (bpfs.master.view) starts it when the first node asks for files, and hands it connected streams (one-time
-tokens, asked for over authenticated links) and the list of exports, again whenever that was read again. A thread a stream answers requests; one thread tells
-all `events` streams what has changed.
+tokens, asked for over authenticated links) and the list of exports, again whenever that was read again.
+A thread a stream answers requests; one thread tells all `events` streams what has changed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Server:
 
     def _tops(self, _path: str) -> list[Any]:
         with _refusing():
-            return [[[name, self._files.look("/" + name)[1]] for name in self._files.exports.tops()]]
+            return [[[path, self._files.look(path)[1]] for path in self._files.exports.tops()]]
 
     def _read(self, stream: socket.socket, path: str, wanted: bool) -> None:
         with _refusing():

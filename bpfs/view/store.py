@@ -1,10 +1,10 @@
 """The node's object store: contents of files by their SHA-256 digest, in one directory.
 
-An object's file has the digest (hexadecimal) as its name, mode 0444, and comes into being whole, by rename. Before it is
-used for the first time in a process's life, and whenever its file has changed since, it is checked against its digest;
-one that fails is removed, so that it is fetched again. Where the limit is passed, the objects that were used longest
-ago go, but never one that is open or mapped: the kernel grants a write lease (fcntl(2), F_SETLEASE) on a file only
-when nobody has it open, and a mapping keeps it open.
+An object's file has the digest (hexadecimal) as its name, mode 0444, and comes into being whole, by rename. Before
+it is used for the first time in a process's life, and whenever its file has changed since, it is checked against its
+digest; one that fails is removed, so that it is fetched again. Where the limit is passed, the objects that were used
+longest ago go, but never one that is open or mapped: the kernel grants a write lease (fcntl(2), F_SETLEASE) on a file
+only when nobody has it open, and a mapping keeps it open.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Store:
         return len(self._sizes)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """What they take."""
         with self._lock:
             return sum(self._sizes.values())
@@ -153,9 +153,9 @@ class Store:
 
     def _make_room(self, size: int) -> None:
         with self._lock:
-            if not self.limit or self.bytes + size <= self.limit:
+            if not self.limit or self.size + size <= self.limit:
                 return
-            over = self.bytes + size - self.limit
+            over = self.size + size - self.limit
             for digest in list(self._sizes):
                 if over <= 0:
                     return

@@ -26,7 +26,7 @@ def open_in_root(root: int, path: bytes, flags: int, mode: int = 0) -> int:
 
 
 def open_beneath(root: int, path: bytes, flags: int) -> int:
-    """Open `path` below a directory; a symbolic link anywhere in it is an error (ELOOP), `..` above `root`, too (EXDEV).
+    """Open `path` below a directory; a symbolic link in it is an error (ELOOP), `..` above `root`, too (EXDEV).
 
     Args:
         root: descriptor of the directory.

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from bpfs.master.boot import directory as boot_directory
+from bpfs.master.view import View
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.files import NodeFiles, log_file
@@ -36,7 +37,7 @@ NODES = NodeTable(EventLog())
 FILES = NodeFiles(
     NODES,
     cast(Administrator, None),
-    [*PROCS.node_entries(), log_file(NodeLog())],
+    [*PROCS.node_entries(), log_file(NodeLog()), View(cast(Any, None)).entry()],
     [PROCS.collection(), boot_directory(list)],
 )
 NODE = Node(NodeId(1))
