@@ -11,7 +11,7 @@ from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
 from engine.descriptors.model import Entry
-from engine.freeze import Frozen
+from engine.freeze import Frozen, freeze, unseized
 from engine.image import Image
 from engine.linux import procfs, ptrace
 from engine.linux.libc import NR, syscall
@@ -57,11 +57,12 @@ class Inspection:
         }  # fmt: skip
 
 
-def inspect(frozen: Frozen, there: dict[str, Any] | None = None) -> Inspection:
+def inspect(frozen: Frozen, there: dict[str, Any] | None = None, close: bool = False) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
     Args:
         there: of `engine.facts.unlike`, where the destination is not like this machine.
+        close: what cannot move of its sockets and the like does not arrive, instead of being in the way.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -70,9 +71,29 @@ def inspect(frozen: Frozen, there: dict[str, Any] | None = None) -> Inspection:
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat)
     survey = Survey(frozen)
-    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid)
+    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close)
     refusals += survey.refusals + descriptors.refusals + differences
     return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
+
+
+def obstacles_of(pid: int) -> list[str]:
+    """Every obstacle of a process that nobody holds; it is stopped for a moment to look, if that is possible.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    try:
+        frozen = freeze(pid)
+    except PermissionError as error:
+        # Held by another tracer: what it is made of can be seen all the same.
+        frozen = unseized(pid)
+        stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
+        found = obstacles(frozen, stat) + Survey(frozen).refusals + inspect_descriptors(pid).refusals
+        return [str(error.strerror), *found]
+    try:
+        return inspect(frozen).refusals
+    finally:
+        frozen.release()
 
 
 def _doubtful(table: list[Entry]) -> list[int]:

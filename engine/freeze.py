@@ -307,14 +307,32 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
             if wait:
                 frozen.settle()
             return frozen
-        except PermissionError:
+        except PermissionError as error:
             abandon(frozen)
             if time.monotonic() > deadline or not _is_held_by_us(pid):
-                raise
+                raise PermissionError(error.errno, tracing(pid) or f"process {pid}: {error.strerror}") from None
             time.sleep(0.002)
         except BaseException:
             abandon(frozen)
             raise
+
+
+def tracing(pid: int) -> str:
+    """In words, who traces a process; empty when nobody does."""
+    try:
+        tracer = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"]
+        name = os.fsdecode(procfs.read(f"/proc/{tracer}/comm").strip()) if tracer != "0" else ""
+    except (OSError, KeyError):
+        return ""
+    return f"it is traced by process {tracer} ({name})" if name else ""
+
+
+def unseized(pid: int) -> Frozen:
+    """A process to be looked at as it runs, with nothing but its `/proc`. Raises OSError."""
+    frozen = Frozen(pid)
+    frozen.threads = [Thread(pid)]
+    frozen.status = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))
+    return frozen
 
 
 def _is_held_by_us(pid: int) -> bool:

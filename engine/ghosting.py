@@ -23,6 +23,7 @@ _CONTROL_FLOOR: Final = 200
 _PASSED: Final = 4  # socket pair, program, control socket
 CAP_CHECKPOINT_RESTORE: Final = 40  # <linux/capability.h>
 _F_DUPFD: Final = 0
+_FD_CLOEXEC: Final = 1
 _F_SETFD: Final = 2
 _AF_UNIX: Final = 1
 _SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
@@ -78,11 +79,14 @@ class Passed:
         injection.set_heal([])
 
 
-def become_ghost(frozen: Frozen, cloexec: list[int], passed: Passed, environment: list[bytes]) -> None:
+def become_ghost(
+    frozen: Frozen, cloexec: list[int], closed: list[int], passed: Passed, environment: list[bytes]
+) -> None:
     """Exec the ghost inside the process and let it run.
 
     Args:
         cloexec: descriptors of the process that are close-on-exec: the ghost keeps them open.
+        closed: those that it does not keep.
         passed: what it needs of ours; it finds the number of its control socket in `BPFS_CONTROL`, its death signal
             in `BPFS_DEATHSIG`.
         environment: the rest of its environment.
@@ -90,7 +94,7 @@ def become_ghost(frozen: Frozen, cloexec: list[int], passed: Passed, environment
     Raises:
         OSError: it did not come to the exec; the process is still frozen.
     """
-    _prepare(frozen, cloexec)
+    _prepare(frozen, cloexec, closed)
     death = b"BPFS_DEATHSIG=%d" % passed.death_signal
     _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control])
 
@@ -121,8 +125,10 @@ def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, 
     return exe, calls.run()[duplicate]
 
 
-def _prepare(frozen: Frozen, cloexec: list[int]) -> None:
+def _prepare(frozen: Frozen, cloexec: list[int], closed: list[int]) -> None:
     calls = Calls(frozen.open_injection())
+    for fd in closed:
+        calls.add("fcntl", fd, _F_SETFD, _FD_CLOEXEC)
     for fd in cloexec:
         calls.add("fcntl", fd, _F_SETFD, 0, must=False)
     for which in range(3):

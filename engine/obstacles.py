@@ -23,7 +23,7 @@ def obstacles(frozen: Frozen, stat: Stat) -> list[str]:
         found.append("it runs under seccomp")
     if status.get("x86_Thread_features", ""):
         found.append("it uses a shadow stack")
-    if frozen.threads[0].registers.cs != 0x33:
+    if frozen.threads[0].stopped and frozen.threads[0].registers.cs != 0x33:
         found.append("it is a 32-bit program")
     if os.readlink(f"{frozen.live}/root") != "/":
         found.append("it runs in a changed root directory")

@@ -61,6 +61,10 @@ class Source:
         """Say what will have to be relayed, of a process that runs: a forecast."""
         return {"externals": look(int(request["pid"]))}
 
+    def obstacles(self, request: Reply, fds: list[int]) -> Reply:
+        """Say why a process cannot move; it runs on."""
+        return {"refusals": dump.obstacles_of(int(request["pid"]))}
+
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop."""
         if self._frozen is not None:
@@ -98,13 +102,14 @@ class Source:
         """Wait for the stops; say what it is, what must be relayed and why it cannot move.
 
         `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
+        `close`: sockets that cannot move are closed on the way.
         `unlike`: of engine/facts.py, where the destination is another kind of machine.
         """
         frozen = self._held()
         if not self._settled:
             frozen.settle()
             self._settled = True
-        self._inspection = dump.inspect(frozen, request.get("unlike"))
+        self._inspection = dump.inspect(frozen, request.get("unlike"), bool(request.get("close")))
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
         return {
@@ -170,7 +175,8 @@ class Source:
             self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
             table = self._inspection.descriptors.table
             cloexec = [number for entry in table for number, closes in entry["fds"] if closes]
-            become_ghost(frozen, cloexec, self._passed, list(request.get("env", [])))
+            closed = self._inspection.descriptors.closed
+            become_ghost(frozen, cloexec, closed, self._passed, list(request.get("env", [])))
         self._forget()
         note.erase()
         return {}
@@ -377,6 +383,7 @@ def serve(control: socket.socket) -> bool:
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
         "hello": lambda request, fds: {"pid": os.getpid()},
         "look": source.look,
+        "obstacles": source.obstacles,
         "freeze": source.freeze,
         "arm": source.arm,
         "wait_exec": source.wait_exec,

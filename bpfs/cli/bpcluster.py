@@ -19,7 +19,8 @@ PROG = "bpcluster"
 
 _EPILOG = """\
 `up` returns when every node is up, or else names what failed and leaves nothing behind. `status` prints a line a
-node. `down` ends everything that belongs to the cluster, also when its daemons have been killed. Clusters with
+node. `down` ends everything that belongs to the cluster, also when its daemons have been killed. `check-move` tells
+of any cluster, virtual or not, what keeps a process from moving. Clusters with
 different mount points may run side by side. Exit code: 0, 1 when something failed or there is no cluster, 2 for a
 command line that makes no sense.
 """
@@ -33,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _count(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of nodes from 1 to 1000")
+    return int(text)
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:20]) <= 1 << 22:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a process id")
     return int(text)
 
 
@@ -92,13 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(body=_status)
     down = verbs.add_parser("down", parents=[mount], help="end a cluster", description="Ends all that belongs to it.")
     down.set_defaults(body=_down)
+    check = verbs.add_parser(
+        "check-move",
+        parents=[mount],
+        help="say what keeps a process from moving",
+        description="Prints all that keeps a process from moving, each with what can be done about it. Exit code: 0 "
+        "when nothing does, else 1. Needs no root: the process's user may ask.",
+    )
+    check.add_argument("pid", metavar="PID", type=_pid, help="the process")
+    check.set_defaults(body=_check_move, root=False)
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     body: Callable[[argparse.Namespace, str], int] = args.body
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and getattr(args, "root", True):
         raise BpfsError(EPERM, "needs root: it mounts, makes namespaces, and traces processes")
     return body(args, chosen_mount(args.mount))
 
@@ -128,6 +144,12 @@ def _status(_args: argparse.Namespace, mount: str) -> int:
     for number, (state, reason) in sorted(states.items()):
         print(f"{number} {state} {reason}".rstrip())
     return 0
+
+
+def _check_move(args: argparse.Namespace, mount: str) -> int:
+    from bpfs.cli.checkmove import check_move
+
+    return check_move(mount, args.pid)
 
 
 def _down(_args: argparse.Namespace, mount: str) -> int:

@@ -120,9 +120,9 @@ class Migration(ABC):
         self.source = source
         self.destination = destination
         self.figures = Figures(time.perf_counter())
-        self._looking: dict[str, Any] = {"moving": True}  # what the source's engine is told for its look
+        self.looking: dict[str, Any] = {"moving": True}  # what the source's engine is told for its look
         if differences := unlike(source.facts, destination.facts):
-            self._looking["unlike"] = differences
+            self.looking["unlike"] = differences
 
     async def run(self, writer: WriteRequest | None) -> None:
         """Moves the process. `writer` is given where it waits in the write that asked for the move.
@@ -155,7 +155,7 @@ class Migration(ABC):
 
             async def stop() -> dict[str, Any]:
                 if not summary:
-                    summary.update(await self._inspected(await src.call("inspect", **self._looking)))
+                    summary.update(await self._inspected(await src.call("inspect", **self.looking)))
                 return summary
 
             async def look() -> Externals:
@@ -267,10 +267,10 @@ class Migration(ABC):
         hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
         if writer is None:
-            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, **self._looking))
+            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, **self.looking))
         await src.call("freeze", pid=hostpid, writing=True)
         await writer.answer()
-        return await self._inspected(await src.call("inspect", **self._looking))
+        return await self._inspected(await src.call("inspect", **self.looking))
 
     async def _inspected(self, summary: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)

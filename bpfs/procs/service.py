@@ -54,10 +54,10 @@ class Procs:
         if verb.onexec:
             await self._onexec.arm(verb.pid, node, request)
         else:
-            await self.move(verb.pid, node, request)
+            await self.move(verb.pid, node, request, verb.close)
 
-    async def move(self, pid: int, node: int, request: WriteRequest) -> None:
-        """Moves a process; returns when it runs there.
+    async def move(self, pid: int, node: int, request: WriteRequest, close: bool = False) -> None:
+        """Moves a process; returns when it runs there. `close`: without the sockets that cannot move.
 
         Raises:
             BpfsError: ESRCH no such process; ENOENT no such node; EHOSTDOWN it is down; EACCES the caller may not;
@@ -67,6 +67,8 @@ class Procs:
         if proc.place == node:
             return
         migration = route(proc, self.place(proc.place), self.place(node), self._around)
+        if close:
+            migration.looking["close"] = True
         writer = request if writes_itself(request.caller, proc) else None
         await self.carry_out(migration, lambda: migration.run(writer))
 
@@ -177,12 +179,10 @@ class Procs:
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:
-                await engine.call("freeze", pid=await place.hostpid(proc), writing=False)
-                summary = await engine.call("inspect")
-                await engine.call("release", errno=0)
+                reply = await engine.call("obstacles", pid=await place.hostpid(proc))
             except BpfsError as error:
                 return [error.sentence]
-        return list(summary["refusals"])
+        return list(reply["refusals"])
 
     async def rusage(self, proc: Process) -> str:
         """`key value` lines about what the process used. Raises BpfsError."""

@@ -1,4 +1,4 @@
-"""The one line that is written to nodes/N/migrate: `PID [onexec]`."""
+"""The one line that is written to nodes/N/migrate: `PID [onexec | close]`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 from dataclasses import dataclass
 
 from bpfs.errors import BpfsError
+
+_HOW = {"onexec", "close"}
 
 PID_LIMIT = 1 << 22  # PID_MAX_LIMIT of a 64-bit kernel, include/linux/threads.h
 
@@ -16,6 +18,7 @@ class MoveVerb:
 
     pid: int
     onexec: bool = False  # move at the next exec, not now
+    close: bool = False  # sockets that cannot move are closed on the way
 
 
 def parse_pid(word: str) -> int:
@@ -36,15 +39,14 @@ def parse_move(text: str) -> MoveVerb:
     """Reads a write to a migrate file.
 
     Raises:
-        BpfsError: EINVAL with a sentence, for anything but `PID` and `PID onexec`.
+        BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec` and `PID close`.
     """
     words = text.split()
     if not words:
-        raise BpfsError(errno.EINVAL, "write a process id: PID or 'PID onexec'")
+        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec' or 'PID close'")
     if len(text.strip().splitlines()) > 1:
         raise BpfsError(errno.EINVAL, "write one line at a time")
     pid = parse_pid(words[0])
-    unknown = [word for word in words[1:] if word != "onexec"]
-    if unknown or len(words) > 2:
-        raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: onexec")
-    return MoveVerb(pid, onexec=len(words) == 2)
+    if len(words) > 2 or not set(words[1:]) <= _HOW:
+        raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: {', '.join(sorted(_HOW))}")
+    return MoveVerb(pid, **dict.fromkeys(words[1:], True))

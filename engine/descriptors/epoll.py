@@ -5,7 +5,7 @@ Inside, because a set remembers numbers, and because a signalfd in it watches th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from engine.descriptors.model import Entry, Kind, Probe, Refusal, Row, Source, Target
 from engine.linux import epoll
@@ -28,6 +28,13 @@ def _dump(source: Source, probe: Probe) -> Entry:
             raise Refusal(f"is an epoll set that watches descriptor {number}, which was closed and lives on elsewhere")
         members.append([number, int(fields[b"events"], 16), int(fields[b"data"], 16)])
     return probe.entry("epoll", members=members)
+
+
+def forget(table: Iterable[Entry], numbers: Container[int]) -> None:
+    """Take descriptors that will not be there out of all sets, as closing them does."""
+    for entry in table:
+        if entry["kind"] == "epoll":
+            entry["members"] = [member for member in entry["members"] if member[0] not in numbers]
 
 
 def _build(_: Target, entry: Entry) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.descriptors import external, locks, owner
-from engine.descriptors.model import CONTENT_LIMIT, Entry, Probe, Refusal, Source
+from engine.descriptors import epoll, external, locks, owner
+from engine.descriptors.model import CONTENT_LIMIT, Entry, Kind, Probe, Refusal, Source, is_mode
 from engine.descriptors.table import KINDS
 from engine.linux import statx
 from engine.linux.kcmp import same_file
@@ -25,20 +26,24 @@ class Descriptors:
         table: one entry an open file description, see `engine.descriptors.model`; goes into the image.
         externals: what must be relayed, see `engine.descriptors.external`.
         refusals: sentences about what cannot move; when there are any, the table is not complete.
+        closed: numbers that are left out because what they stand for cannot move and the caller lets it go.
     """
 
     table: list[Entry] = field(default_factory=list)
     externals: list[dict[str, Any]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    closed: list[int] = field(default_factory=list)
 
 
-def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT) -> Descriptors:
+def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close: bool = False) -> Descriptors:
     """Read the descriptors of a process that is stopped (so that they hold still). It is not changed.
 
     Args:
         pid: host pid.
         tid: a living thread of it when the leader has exited.
         content_limit: bytes of deleted files, memfds and pipes that may travel.
+        close: sockets and other objects that cannot move are left out, not refused. Files are refused all the same:
+            their content would be lost.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
@@ -50,7 +55,12 @@ def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT) -> De
             try:
                 _dump(source, probe, found)
             except Refusal as refusal:
-                found.refusals.append(f"fd {probe.fd} {refusal}")
+                if close and (is_mode(probe, stat.S_IFSOCK) or _kind(source, probe).name == "other"):
+                    found.closed += [fd for fd, _ in probe.fds]
+                else:
+                    found.refusals.append(f"fd {probe.fd} {refusal}")
+    if found.closed:
+        epoll.forget(found.table, found.closed)
     return found
 
 
@@ -68,7 +78,7 @@ def look(pid: int) -> list[dict[str, Any]]:
                 probes.append(_probe(b"/proc/%d" % pid, fd))
         source.probes = _merge(pid, probes)
         for probe in source.probes:
-            kind = next(kind for kind in KINDS if kind.matches(source, probe))
+            kind = _kind(source, probe)
             if kind.name == "external":
                 with suppress(OSError, Refusal):
                     found.append(external.describe_external(source, probe, kind.dump(source, probe)))
@@ -122,9 +132,12 @@ def _merge(pid: int, probes: list[Probe]) -> list[Probe]:
     return merged
 
 
+def _kind(source: Source, probe: Probe) -> Kind:
+    return next(kind for kind in KINDS if kind.matches(source, probe))
+
+
 def _dump(source: Source, probe: Probe, found: Descriptors) -> None:
-    kind = next(kind for kind in KINDS if kind.matches(source, probe))
-    entry = kind.dump(source, probe)
+    entry = _kind(source, probe).dump(source, probe)
     if b"\nlock:" in probe.info and (held := locks.dump(probe)):
         entry["locks"] = held
     entry |= owner.dump(source, probe)

@@ -1,5 +1,6 @@
 """What cannot move is refused by name, all of it at once, and never notices."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -68,3 +69,18 @@ def test_pid_in_use_there(mover: Mover, victim: Callable[..., Victim]) -> None:
     destination.ask("discard")
     source.ask("release")
     assert_unharmed(one, mappings)
+
+
+def test_everything_is_named_of_a_traced_process_too(mover: Mover, victim: Callable[..., Victim]) -> None:
+    one = victim("obstacle", "several")
+    held = freeze(one.pid)  # by this process
+    try:
+        found = mover.worker().ask("obstacles", pid=one.pid)["refusals"]
+        assert found[0].startswith(f"it is traced by process {os.getpid()} ("), found
+        assert any("living children" in line for line in found) and any("System V" in line for line in found), found
+        assert not any("32-bit" in line for line in found)
+    finally:
+        held.release()
+    found = mover.worker().ask("obstacles", pid=one.pid)["refusals"]
+    assert len(found) == 3, found
+    assert_unharmed(one, maps(one.pid))

@@ -1,0 +1,66 @@
+"""`bpcluster check-move`: every obstacle at once, and what can be done about each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster.virtual import TOP, VirtualCluster, cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+# A child, a listening socket; then a line to say that it has both.
+LADEN = """
+import os, socket, sys, time
+server = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    time.sleep(600)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(scope="module")
+def it(session_folder):
+    with cluster(session_folder / "checkmove", nodes=1) as made:
+        yield made
+
+
+def check_move(it: VirtualCluster, pid: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bpfs.cli.bpcluster", "check-move", "--mount", str(it.mount), str(pid)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=TOP)
+
+
+def test_all_that_is_in_the_way_with_advice(it):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LADEN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        done = check_move(it, process.pid)
+        assert (done.returncode, done.stderr) == (1, "")
+        first, advice, second, way_out = done.stdout.splitlines()
+        assert first.startswith("it has living children (") and "move it before" in advice
+        assert "a listening TCP socket" in second and f'echo "{process.pid} close"' in way_out
+    finally:
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        process.communicate()
+
+
+def test_one_that_can_move(it):
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        done = check_move(it, process.pid)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"process {process.pid} can move\n", "")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("pid", "code", "words"), [(0x3FFFFF, 1, "there is no process"), ("x", 2, "not a process id")])
+def test_errors_are_one_sentence(it, pid, code, words):
+    done = check_move(it, pid)
+    assert done.returncode == code
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
