@@ -71,6 +71,8 @@ class Link:
         """When the peer last sent anything, by `now()`."""
         self.reason = ""
         """Why the link ended; empty while it lives."""
+        self.local_address = _address_of(sock)
+        """The address by which the peer reaches this machine."""
         self._sock = sock
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[trio.lowlevel.Task, list[Frame | None]]] = {}
@@ -81,11 +83,6 @@ class Link:
         self._handlers: Handlers = {}
         self._nursery: trio.Nursery | None = None
         self._detached = False
-
-    @property
-    def local_address(self) -> str:
-        """The address by which the peer reaches this machine."""
-        return str(self._sock.getsockname()[0])
 
     # -- the handshake's way: one frame at a time, never a byte too many ---------------------------
 
@@ -377,3 +374,8 @@ class Link:
         self._drained.set()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+
+
+def _address_of(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    return str(name[0]) if isinstance(name, tuple) else ""  # a socket pair has none

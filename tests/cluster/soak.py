@@ -1,0 +1,304 @@
+"""A soak: random moves, signals, stops, checkpoints, ends and node losses, and a check that nothing is lost or doubled.
+
+`python -m tests.cluster.soak --seconds 600 [--seed N]` by hand; a short form runs in the suite. Several drivers act at
+once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its status has to be
+the one that fits what was done to it. A job may end as killed only when a node where it was or was moving was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from tests.cluster.virtual import DEADLINE, VirtualCluster, cluster, kill, wait_until
+
+NODES = 4
+DRIVERS = 3
+JOBS = 3  # a driver
+HARMLESS = (errno.EBUSY, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EIO, errno.ECONNRESET)  # while nodes come and go
+
+# Counts on stdout, a line a step, and tells of SIGUSR1; ends by itself with `code` when a line comes on stdin.
+JOB = """
+import os, select, signal, sys, threading, time
+code, threads = int(sys.argv[1]), int(sys.argv[2])
+heard, told, n, ballast = 0, 0, 0, bytearray(os.urandom(1 << 16)) * 8
+def hear(*_):
+    global heard
+    heard += 1
+signal.signal(signal.SIGUSR1, hear)
+total = sum(ballast)
+for _ in range(threads):
+    threading.Thread(target=lambda: [time.sleep(0.01) for _ in iter(int, 1)], daemon=True).start()
+while not select.select([0], [], [], 0.004)[0]:
+    n += 1
+    print(n, os.getpid(), flush=True)
+    if told != heard:
+        told = heard
+        print("heard", told, flush=True)
+    assert n % 50 or sum(ballast) == total, "memory is damaged"
+print("end", n, flush=True)
+sys.exit(code)
+"""
+
+
+class Wrong(AssertionError):
+    """Something that must not happen has happened."""
+
+
+class Job:
+    """One process and what is known of it."""
+
+    def __init__(self, it: VirtualCluster, rng: random.Random) -> None:
+        self.it = it
+        self.code = rng.randrange(1, 100)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", JOB, str(self.code), str(rng.choice([0, 0, 3]))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+        self.places = {-1}  # where it is or, while and after a move, may be
+        self.sent = 0
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.wait(lambda: self.lines, "it does not begin")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.endswith("\n"):  # else it was killed in the middle of it
+                self.lines.append(line.strip())
+
+    def wait(self, what, sentence: str) -> None:
+        """Waits for something of a job that lives; returns at once when it has ended."""
+        end = time.monotonic() + DEADLINE
+        while not what() and self.process.poll() is None:
+            if time.monotonic() > end:
+                raise Wrong(f"{self}: {sentence}")
+            time.sleep(0.005)
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def steps(self) -> None:
+        """It goes on."""
+        before = len(self.lines)
+        self.wait(lambda: len(self.lines) > before + 2, f"it stands still after {self.lines[-2:]}")
+
+    def close(self) -> None:
+        """All of its output is there: check every line."""
+        self._reader.join(DEADLINE)
+        assert self.process.stderr is not None and self.process.stdin is not None
+        said = self.process.stderr.read()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError):
+                stream.close()
+        numbers = [line.split() for line in self.lines if line and line[0].isdigit()]
+        if said or [int(number[0]) for number in numbers] != list(range(1, len(numbers) + 1)):
+            raise Wrong(f"{self}: lines were lost or doubled, or it complained: {said}")
+        if {number[1] for number in numbers} != {str(self.pid)}:
+            raise Wrong(f"{self}: it had several pids")
+
+    def __str__(self) -> str:
+        return f"job {self.pid} at {sorted(self.places)}, status {self.process.poll()}"
+
+
+class Soak:
+    """All of it."""
+
+    def __init__(self, it: VirtualCluster, seed: int, folder: Path) -> None:
+        self.it, self.seed, self.folder = it, seed, folder
+        self.lost: list[tuple[float, int]] = []
+        self.counts: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self._lock = threading.Lock()
+        self._losing = threading.Lock()
+
+    def run(self, seconds: float) -> None:
+        """Drives until the time is over. Raises Wrong."""
+        end = time.monotonic() + seconds
+        drivers = [
+            threading.Thread(target=self._drive, args=(random.Random(self.seed * 100 + i), end)) for i in range(DRIVERS)
+        ]
+        for driver in drivers:
+            driver.start()
+        for driver in drivers:
+            driver.join()
+        if self.wrong:
+            raise Wrong(f"seed {self.seed}: " + "; ".join(self.wrong))
+
+    def _drive(self, rng: random.Random, end: float) -> None:
+        jobs: list[Job] = []
+        try:
+            while time.monotonic() < end and not self.wrong:
+                while len(jobs) < JOBS:
+                    jobs.append(Job(self.it, rng))
+                job = rng.choice(jobs)
+                act = rng.choices(list(ACTIONS), weights=list(ACTIONS.values()))[0]
+                with self._lock:
+                    self.counts[act.__name__] = self.counts.get(act.__name__, 0) + 1
+                act(self, job, rng)
+                if job.ended:
+                    jobs.remove(job)
+                    self._account(job)
+            for job in jobs:
+                self.finish(job, rng)
+                self._account(job)
+        except Exception as error:
+            self.wrong.append(f"{type(error).__name__}: {error}")
+        finally:
+            for job in jobs:
+                job.process.kill()
+
+    def _account(self, job: Job) -> None:
+        expected = getattr(job, "expected", None)
+        status = job.process.wait()
+        if status != expected:
+            time.sleep(0)  # let the thread that lost the node say so
+            if status != -signal.SIGKILL or not any(node in job.places for _, node in self.lost):
+                raise Wrong(f"{job}: expected {expected}")
+        job.close()
+
+    # -- what can be done to a job ---------------------------------------------------------------------------
+
+    def move(self, job: Job, rng: random.Random) -> None:
+        """To any place."""
+        node = rng.randrange(-1, NODES)
+        job.places.add(node)
+        try:
+            with open(self.it.mount / f"nodes/{node}/migrate", "w") as file:
+                file.write(f"{job.pid}\n")
+        except OSError as error:
+            if error.errno not in HARMLESS and not (error.errno == errno.ESRCH and self._may_be_dead(job)):
+                raise Wrong(f"{job} to {node}: {error}") from error
+        else:
+            job.places = {node}
+        job.steps()
+
+    def _may_be_dead(self, job: Job) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.process.wait(DEADLINE)
+        return job.ended
+
+    def hear(self, job: Job, rng: random.Random) -> None:
+        """A signal reaches it, once."""
+        job.sent += 1
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, signal.SIGUSR1)
+        job.wait(lambda: f"heard {job.sent}" in job.lines[-60:], f"signal {job.sent} does not arrive")
+
+    def stop(self, job: Job, rng: random.Random) -> None:
+        """It stops, may be moved, and goes on."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, rng.choice([signal.SIGSTOP, signal.SIGTSTP]))
+        job.wait(lambda: _state(job.pid) in "TZX", "it does not stop")
+        time.sleep(rng.random() * 0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, signal.SIGCONT)
+        job.steps()
+
+    def checkpoint(self, job: Job, rng: random.Random) -> None:
+        """An image is taken, and it goes on."""
+        path = self.folder / f"ck.{job.pid}"
+        try:
+            with open(self.it.mount / f"procs/{job.pid}/checkpoint", "w") as file:
+                file.write(f"{path}\n")
+        except OSError as error:
+            known = error.errno in (*HARMLESS, errno.ENOENT, errno.ESRCH)
+            if not known or not (self.lost or error.errno == errno.EBUSY):
+                raise Wrong(f"{job}: checkpoint: {error}") from error
+        path.unlink(missing_ok=True)
+        job.steps()
+
+    def finish(self, job: Job, rng: random.Random) -> None:
+        """It ends by itself."""
+        job.expected = job.code
+        assert job.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            job.process.stdin.write("end\n")
+            job.process.stdin.flush()
+        job.wait(lambda: False, "it does not end")
+
+    def kill(self, job: Job, rng: random.Random) -> None:
+        """It is killed."""
+        signo = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        job.expected = -signo
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, signo)
+        job.wait(lambda: False, "it does not die")
+
+    def lose(self, job: Job, rng: random.Random) -> None:
+        """A node dies."""
+        if not self._losing.acquire(blocking=False):
+            return
+        try:
+            node = rng.randrange(NODES)
+            slave = self.it.slave(node)
+            if slave:
+                self.lost.append((time.monotonic(), node))
+                with contextlib.suppress(ProcessLookupError):
+                    kill(slave)
+            wait_until(lambda: self.it.slave(node) not in (0, slave), f"node {node} does not start afresh")
+            self.it.wait_state(node, "up")
+        finally:
+            self._losing.release()
+
+    def look(self, job: Job, rng: random.Random) -> None:
+        """Its files can be read."""
+        for name in ("state", "node", "history", "rusage", "cmdline"):
+            try:
+                (self.it.mount / f"procs/{job.pid}/{name}").read_bytes()
+            except OSError as error:
+                if not self.lost or error.errno not in (*HARMLESS, errno.ENOENT, errno.ESRCH):
+                    raise Wrong(f"{job}: {name}: {error}") from error
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+ACTIONS = {
+    Soak.move: 60, Soak.hear: 12, Soak.stop: 8, Soak.look: 6, Soak.checkpoint: 5, Soak.finish: 4, Soak.kill: 4,
+    Soak.lose: 1,
+}  # fmt: skip
+
+
+def soak(mount: Path, seconds: float, seed: int) -> dict[str, int]:
+    """Runs one; how often each thing was done. Raises Wrong, with the seed."""
+    print(f"soak: seed {seed}", flush=True)
+    with cluster(mount, nodes=NODES) as it, tempfile.TemporaryDirectory() as folder:
+        one = Soak(it, seed, Path(folder))
+        one.run(seconds)
+        for role in ("master", *(f"n{node}" for node in range(NODES))):
+            if "Traceback" in it.log(role):
+                raise Wrong(f"seed {seed}: the log of {role} has a traceback")
+    return one.counts
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bpfs-soak-") as folder:
+        print(soak(Path(folder) / "m", arguments.seconds, arguments.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
