@@ -188,15 +188,24 @@ class Ghosts:
         self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0
     ) -> None:
         async with away.quiet:
-            proc = away.proc
-            if proc.place == MASTER:
-                try:
-                    os.kill(proc.pid, signo)
-                except ProcessLookupError:  # it has just come home, and was killed and reaped right there
-                    raise BpfsError(errno.ESRCH, f"process {proc.pid} has ended") from None
-                return
-            session = self.nodes.get(proc.place).live_session()
-            await session.link.request(messages.Signal(proc.pid, signo, code, pid, uid, value), NODE_TIMEOUT)
+            await self._send_now(away.proc, messages.Signal(away.proc.pid, signo, code, pid, uid, value))
+
+    async def _send_now(self, proc: Process, message: messages.Signal) -> None:
+        if proc.place != MASTER:
+            await self.nodes.get(proc.place).live_session().link.request(message, NODE_TIMEOUT)
+            return
+        try:
+            os.kill(proc.pid, message.sig)
+        except ProcessLookupError:  # it has just come home, and was killed and reaped right there
+            raise BpfsError(errno.ESRCH, f"process {proc.pid} has ended") from None
+
+    async def _pass_stop(self, away: Away) -> None:
+        async with away.quiet:
+            # It may have been continued since, and that may have been passed on already.
+            if away.ghost.state() == "T":
+                await self._send_now(away.proc, messages.Signal(away.proc.pid, signal.SIGSTOP, SI_USER, 0, 0, 0))
+            else:
+                away.asked_stop = False
 
     async def _watch_stops(self) -> None:
         while True:
@@ -209,7 +218,7 @@ class Ghosts:
                     continue
                 if away.ghost.state() == "T":
                     away.asked_stop = True
-                    self.nursery.start_soon(carefully, away.proc.pid, self._send(away, signal.SIGSTOP))
+                    self.nursery.start_soon(carefully, away.proc.pid, self._pass_stop(away))
 
     # -- from the node -----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from bpfs.cli import virtualnet
 from bpfs.rundir import RunDir, process_start
 
 TOP = Path(__file__).parents[2]
+
+_CRASH = re.compile(r"Traceback \(most recent|\[\w+\.py:\d+ \w+")  # Python's own, and that of bpfs.log
 
 DEADLINE = 60.0
 """Seconds until a thing that takes moments is taken for broken; this is no measure of speed."""
@@ -86,6 +90,10 @@ class VirtualCluster:
         """The log of `master` or of a node, `n3`."""
         return (self.rundir.path / f"{role}.log").read_text()
 
+    def open_logs(self) -> list[TextIO]:
+        """All logs, open: what comes later can be read although the cluster is taken down."""
+        return [open(path, errors="replace") for path in sorted(self.rundir.path.glob("*.log"))]
+
     def processes(self) -> dict[int, int]:
         """All daemons and whatever descends from them: pid -> start time."""
         found = {}
@@ -95,6 +103,15 @@ class VirtualCluster:
             found[pid] = process_start(pid)[1]
             todo += children(pid)
         return found
+
+
+def crashes(logs: list[TextIO]) -> list[str]:
+    """Lines of logs that tell of an exception which nobody foresaw; closes the files."""
+    found = []
+    for file in logs:
+        with file:
+            found += [f"{file.name}: {line.rstrip()}" for line in file if _CRASH.search(line)]
+    return found
 
 
 def children(pid: int) -> list[int]:
@@ -167,6 +184,9 @@ def cluster(mount: Path, *options: str, nodes: int = 2) -> Iterator[VirtualClust
         raise
     finally:
         processes |= it.processes()
+        logs = it.open_logs()
         ended = bpcluster("down", mount=mount)
     assert ended.returncode == 0, ended.stderr
     assert left_behind(it, processes) == []
+    # What went wrong in the last test of a module, or on the way down, nobody else would notice.
+    assert crashes(logs) == []
