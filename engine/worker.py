@@ -7,6 +7,7 @@ again.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -22,9 +23,10 @@ from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Passed, become_ghost
 from engine.keeper import Giver, Keeper, bear_ghost
-from engine.linux import packets, ptrace
+from engine.linux import packets, procfs, ptrace
 from engine.onexec import Armed, end
 from engine.restore import Builder
+from engine.runner import ProcessGone
 from engine.stream import Aborted, Stream, accept, connect
 from engine.target import Target, place_child, seize_ghost
 
@@ -225,6 +227,13 @@ class Source:
             self._stream.close()
             self._stream = None
 
+    def explain(self, reply: Reply) -> None:
+        """Give the true reason of a failure: whatever fails because the process has ended (its files of /proc are
+        empty or gone), fails because of that.
+        """
+        if self._frozen is not None and not reply["ok"] and procfs.has_ended(self._frozen.live):
+            reply["errno"], reply["text"] = errno.ESRCH, str(ProcessGone(self._frozen.pid).strerror)
+
     def undo(self) -> bool:
         """The daemon is gone, or gives up. Returns whether there was anything to undo."""
         frozen, settled = self._frozen, self._settled
@@ -411,6 +420,7 @@ def serve(control: socket.socket) -> bool:
             request, fds = packet
             try:
                 reply = _answer(operations, request, fds)
+                source.explain(reply)
             finally:
                 for fd in fds:
                     os.close(fd)

@@ -58,6 +58,14 @@ def parse_stat(raw: bytes) -> Stat:
     )  # fmt: skip
 
 
+def has_ended(folder: str) -> bool:
+    """Whether the thread with this /proc folder is dead: gone, or a zombie."""
+    try:
+        return parse_stat(read(f"{folder}/stat")).state in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def parse_status(raw: bytes) -> dict[str, str]:
     """`/proc/PID/status` as key -> text."""
     result = {}

@@ -1,7 +1,9 @@
 """A worker is killed at each phase: the source runs on unharmed, nothing half-built stays."""
 
+import errno
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,28 @@ def assert_unharmed(one: Victim, mappings: str) -> None:
 
 def maps(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("name", ["memory", "threads"])
+@pytest.mark.parametrize("op", ["inspect", "send", "release"])
+def test_a_source_that_dies_is_no_missing_file(
+    mover: Mover, victim: Callable[..., Victim], name: str, op: str
+) -> None:
+    one = victim(name, *(["3"] if name == "threads" else []))
+    source = mover.worker()
+    source.ask("freeze", pid=one.pid, writing=False)
+    if op == "send":
+        source.ask("inspect")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.kill(one.pid, signal.SIGKILL)
+        until(lambda: status(one.pid, "State")[:1] in ("Z", "X", ""), "its end")
+        if op == "release":
+            source.ask(op)  # nothing is left to let go
+        else:
+            with pytest.raises(Refused, match=f"process {one.pid} has ended") as refused:
+                source.ask(op, host="127.0.0.1", port=listener.getsockname()[1], token=bytes(32))
+            assert refused.value.errno == errno.ESRCH
+    source.close()
 
 
 @pytest.mark.parametrize("phase", ["freeze", "inspect", "sending", "sent"])
