@@ -231,11 +231,12 @@ def _run_worker(link: socket.socket, fd: int, shared: mmap.mmap) -> None:
 
 def _work(link: socket.socket, fd: int) -> None:
     baseline = len(os.listdir("/proc/self/fd"))
-    for _ in range(_SESSIONS_MAX):
+    for left in reversed(range(_SESSIONS_MAX)):
         with socket.socket(fileno=fd) as control:
             clean = serve(control)
-        # Whatever went wrong, the next move gets a worker that knows nothing of it.
-        if not clean or len(os.listdir("/proc/self/fd")) > baseline:
+        # Whatever went wrong, the next move gets a worker that knows nothing of it. Who says that it is idle has to
+        # serve once more.
+        if not clean or not left or len(os.listdir("/proc/self/fd")) > baseline:
             return
         try:
             link.send(b"i", socket.MSG_NOSIGNAL)

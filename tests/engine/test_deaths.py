@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.zygote import Zygote
+from engine.linux import packets
+from engine.zygote import _SESSIONS_MAX, Zygote
 from tests.engine.moves import Mover, Refused, Victim, Worker, until
 from tests.engine.test_home import ghost_program, go_away
 
@@ -180,3 +181,27 @@ def test_many_moves_there_and_back_leave_no_growth(
     one.stop()
     assert one.process.wait() == 0, one.text()
     os.close(program)
+
+
+@pytest.mark.slow
+def test_a_worker_that_has_served_often_is_followed_by_a_fresh_one(zygote: Zygote) -> None:
+    # One session after the other: the same worker serves them, up to its last; none may be given to one that leaves.
+    pids = []
+    for _ in range(_SESSIONS_MAX + 20):
+        with zygote.worker() as sock:
+            sock.settimeout(60)
+            packets.send(sock, {"op": "hello"})
+            packet = packets.receive(sock)
+            assert packet is not None
+            pids.append(packet[0]["pid"])
+        # It says that it is idle a moment later; without that the next would be another one.
+        until(lambda: sleeps_or_ended(pids[-1]), "the worker to wait for its next session, or to end")
+    assert 2 <= len(set(pids)) <= 20
+
+
+def sleeps_or_ended(pid: int) -> bool:
+    """Whether it waits for something, or has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "SZX"
+    except OSError:
+        return True
