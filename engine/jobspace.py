@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,26 @@ class Report:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """CLOCK_MONOTONIC and CLOCK_BOOTTIME of a machine at one moment, or how far one machine's are ahead; in ns."""
+
+    monotonic: int
+    boottime: int
+
+    @classmethod
+    def now(cls) -> Clocks:
+        """This machine's."""
+        return cls(time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+    def offsets(self) -> str:
+        """As `/proc/PID/timens_offsets` takes them (time_namespaces(7))."""
+        return "".join(
+            "{} {} {}\n".format(name, *divmod(value, 1_000_000_000))
+            for name, value in (("monotonic", self.monotonic), ("boottime", self.boottime))
+        )
+
+
 class JobSpace:
     """The namespaces of one node's jobs, held by one daemon. Dies with it.
 
@@ -85,6 +106,7 @@ class JobSpace:
         init: host pid of nodeinit.
         init_pidfd: readable when nodeinit, and so every job, is dead.
         reports: SEQPACKET socket of the reports, non-blocking; readable when there are some or nodeinit is dead.
+        has_clocks: whether its jobs have clocks of their own.
         has_block: whether native forks get pids of the block (the kernel let us set ns_last_pid).
     """
 
@@ -93,11 +115,12 @@ class JobSpace:
         self.init_pidfd = process_vm.pidfd_open(init)
         self.reports = reports
         self.has_block = has_block
+        self.has_clocks = os.readlink(f"/proc/{init}/ns/time") != os.readlink("/proc/self/ns/time")
         self._namespace = nsfs.open_pid_namespace(init)
         self._dropped: set[int] = set()
 
     @classmethod
-    def start(cls, block: range, root: str | None = None) -> JobSpace:
+    def start(cls, block: range, root: str | None = None, clocks: Clocks | None = None) -> JobSpace:
         """Make the namespaces and their pid 1. Blocks for about 3 ms.
 
         Call it from the main thread: the kernel kills nodeinit when the *thread* that started it ends.
@@ -105,6 +128,7 @@ class JobSpace:
         Args:
             block: the pids for what jobs fork natively.
             root: a mount point that is to be the jobs' root, with an empty directory `proc` in it; None: ours.
+            clocks: how far the jobs' clocks are ahead of ours, in a time namespace of their own; None: not at all.
 
         Raises:
             OSError: no permission, no nodeinit program, or the kernel refused.
@@ -115,7 +139,7 @@ class JobSpace:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                _run_starter(theirs, block, root)
+                _run_starter(theirs, block, root, clocks)
             ours.settimeout(_START_S)
             # The starter's and nodeinit's own packet come in any order.
             first, second = _receive(ours, *_START), None
@@ -258,12 +282,14 @@ class JobSpace:
         self.reports.close()
 
 
-def _run_starter(theirs: socket.socket, block: range, root: str | None) -> None:
+def _run_starter(theirs: socket.socket, block: range, root: str | None, clocks: Clocks | None) -> None:
     # nodeinit makes the namespaces itself: between fork and exec of a threaded program no Python may run.
     arguments = [str(PROGRAM), str(theirs.fileno()), str(block.start), str(block.stop)]
     environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}"}
     if root is not None:
         environment["BPFS_ROOT"] = root
+    if clocks is not None:
+        environment["BPFS_CLOCKS"] = clocks.offsets()
     subprocess.run(
         arguments, env=environment, pass_fds=[theirs.fileno()], cwd="/", check=False, timeout=_START_S,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

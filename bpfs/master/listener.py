@@ -18,6 +18,8 @@ from bpfs.nodes.session import Session
 from bpfs.wire.handshake import TIMEOUT, admit
 from bpfs.wire.link import Link
 from bpfs.wire.messages import Hello, Join, Refused, StreamOpen, Welcome
+from engine.descriptors.model import boot_id
+from engine.jobspace import Clocks
 
 _log = log.get("wire")
 
@@ -126,6 +128,7 @@ class Listener:
 
     def _welcome_text(self, node: Node) -> Welcome:
         config, block = self._cluster.config, self._cluster.blocks.of(node.number)
+        clocks = Clocks.now()
         return Welcome(
             node=node.number,
             lease=config.lease,
@@ -134,6 +137,9 @@ class Listener:
             block_last=block[-1],
             mount=config.mount,
             cluster=self._cluster.identity,
+            boot=boot_id(),
+            monotonic=clocks.monotonic,
+            boottime=clocks.boottime,
         )
 
     async def _refuse(self, link: Link, join: Join, refusal: NotAdmitted) -> None:

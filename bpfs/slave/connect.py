@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave import machine
+from bpfs.slave.clocks import ahead
 from bpfs.slave.options import SlaveOptions
 from bpfs.wire import handshake, streams
 from bpfs.wire.handshake import RefusedByMaster
 from bpfs.wire.link import Link, now
 from bpfs.wire.messages import Join, Welcome
 from engine.facts import facts
+from engine.jobspace import Clocks
 
 _log = log.get("wire")
 
@@ -47,6 +50,20 @@ def make_join(number: int | None, identity: bytes) -> Join:
     return Join(b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node(), facts())
 
 
+class Found(NamedTuple):
+    """A master.
+
+    Attributes:
+        sent: when (`now()`) our proof of life was sent.
+        clocks: how far its clocks are ahead of ours; None: they are the same.
+    """
+
+    link: Link
+    welcome: Welcome
+    sent: float
+    clocks: Clocks | None
+
+
 class Seeker:
     """Looks for the master until it is found."""
 
@@ -55,8 +72,8 @@ class Seeker:
         self._join = join
         self._complaint = ""
 
-    async def find(self) -> tuple[Link, Welcome, float]:
-        """A link on which the master said welcome, and when (`now()`) its proof of life was sent."""
+    async def find(self) -> Found:
+        """A link on which the master said welcome."""
         delay = FIRST_DELAY
         while True:
             try:
@@ -80,15 +97,16 @@ class Seeker:
             self._complaint = text
             _log.warning("master %s port %d: %s", self._options.host, self._options.port, text)
 
-    async def _attempt(self) -> tuple[Link, Welcome, float]:
+    async def _attempt(self) -> Found:
         options = self._options
         with trio.fail_after(handshake.TIMEOUT):
             sock = await streams.connect(options.host, options.port)
         link = Link(sock, "the master")
         try:
             with trio.fail_after(handshake.TIMEOUT):
-                sent = now()
-                return link, await handshake.enter(link, options.key, self._join), sent
+                sent, began = now(), Clocks.now()
+                welcome = await handshake.enter(link, options.key, self._join)
+                return Found(link, welcome, sent, ahead(welcome, began))
         except RefusedByMaster as refusal:
             if refusal.parked:
                 self._complain(f"refused: {refusal}")

@@ -56,6 +56,7 @@ from bpfs.wire.messages import (
     Signal,
     Welcome,
 )
+from engine.jobspace import Clocks
 from engine.zygote import Zygote
 
 _log = log.get("slave")
@@ -69,10 +70,13 @@ LAST_WORDS = 2.0
 class Slave:
     """What one life has; other parts hang their handlers and tasks into it."""
 
-    def __init__(self, options: SlaveOptions, link: Link, welcome: Welcome, workers: Workers) -> None:
+    def __init__(
+        self, options: SlaveOptions, link: Link, welcome: Welcome, workers: Workers, clocks: Clocks | None = None
+    ) -> None:
         self.options = options
         self.link = link
         self.welcome = welcome
+        self.clocks = clocks
         self.number = welcome.node
         self.workers = workers
         self.held = HeldFds()
@@ -158,7 +162,7 @@ class Slave:
         root = str(self.view.root) if self.view is not None else None
         block = range(self.welcome.block_first, self.welcome.block_last + 1)
         try:
-            jobs = self.jobs = Jobs.start(block, self.link, root)
+            jobs = self.jobs = Jobs.start(block, self.link, root, self.clocks)
         except BpfsError as error:
             _log.error("%s", error)
             self.link.notify_nowait(Fault(error.sentence))
@@ -268,7 +272,7 @@ def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int
 
 async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
     seeker = Seeker(options, make_join(number, identity))
-    link, welcome, sent = await seeker.find()
+    link, welcome, sent, clocks = await seeker.find()
     _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
-    slave = Slave(options, link, welcome, Workers(zygote))
+    slave = Slave(options, link, welcome, Workers(zygote), clocks)
     return await slave.run(Lease(link, welcome, sent, reporter))

@@ -91,6 +91,9 @@ class Welcome(Message):
     block_last: int  # ... first to last, both included
     mount: str  # where the tree is mounted
     cluster: bytes  # 16 bytes, drawn anew whenever the master starts
+    boot: bytes  # the master's boot id: a slave that has the same one shares its clocks
+    monotonic: int  # the master's CLOCK_MONOTONIC at this moment, ns
+    boottime: int  # and CLOCK_BOOTTIME
 
 
 @_message(5)

@@ -1,7 +1,8 @@
 /* nodeinit: pid 1 of a node's job pid namespace, and every placeholder in it.
  *
  * usage: nodeinit REPORT_FD FIRST_PID END_PID
- * environment: BPFS_COOKIE=16 hex digits, BPFS_ROOT=DIR a mount that is to be the root of the jobs
+ * environment: BPFS_COOKIE=16 hex digits, BPFS_ROOT=DIR a mount that is to be the root of the jobs,
+ * BPFS_CLOCKS=text for timens_offsets
  *
  * It makes the namespaces, says which pid it got, and then only waits for signals: children that
  * change state and signals that jobs send are reported, one SEQPACKET packet each. Placeholders
@@ -42,7 +43,7 @@
 
 static int report_fd;
 static uint32_t cookie;
-static const char *root;
+static const char *root, *clocks;
 static int last_pid_fd = -1;
 static int first_pid, end_pid, seen_pid;
 
@@ -429,7 +430,25 @@ static int read_arguments(long *stack)
 			cookie = (uint32_t)hex_to_u64(*env + 12);
 		else if (starts_with(*env, "BPFS_ROOT="))
 			root = *env + 10;
+		else if (starts_with(*env, "BPFS_CLOCKS="))
+			clocks = *env + 12;
 	return cookie != 0;
+}
+
+/* Children of this process get clocks of their own. Where the kernel has no such namespaces, they have the node's: the
+ * daemon sees that for itself. */
+static void set_clocks(void)
+{
+	if (!clocks || call(__NR_unshare, CLONE_NEWTIME) < 0)
+		return;
+	long length = 0;
+	while (clocks[length])
+		length++;
+	long fd = call(__NR_open, "/proc/self/timens_offsets", O_WRONLY | O_CLOEXEC, 0);
+	long done = fd < 0 ? fd : call(__NR_write, fd, clocks, length);
+	if (done != length)
+		fail(done < 0 ? done : -EIO);
+	call(__NR_close, fd);
 }
 
 /* The daemon becomes the parent (CLONE_PARENT): it gets the exit status, and its death counts. */
@@ -439,6 +458,7 @@ __attribute__((used)) _Noreturn void start(long *stack)
 	if (!read_arguments(stack))
 		end(2);
 	call(__NR_rt_sigprocmask, SIG_BLOCK, &every, 0, sizeof every);
+	set_clocks();
 	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0)
 		run_as_init();
