@@ -71,7 +71,8 @@ def inspect(frozen: Frozen, there: dict[str, Any] | None = None, close: bool = F
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat)
     survey = Survey(frozen)
-    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close)
+    files_stay = bool(there and there.get("bare"))
+    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay)
     refusals += survey.refusals + descriptors.refusals + differences
     return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
 

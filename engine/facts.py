@@ -1,4 +1,4 @@
-"""What a machine is to the processes that come to it: its kernel's vDSO and its CPU."""
+"""What a machine is to the processes that come to it: its kernel's vDSO, its CPU, and whose files they find."""
 
 from functools import cache, lru_cache
 from typing import Any, Final
@@ -13,16 +13,20 @@ _PAUSES_S: Final = [0.00005 * 2 ** min(i, 6) for i in range(60)]  # a call takes
 
 
 @cache
-def facts() -> bytes:
-    """This machine's, for another's `unlike`."""
-    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed()])
+def facts(bare: bool = False) -> bytes:
+    """This machine's, for another's `unlike`.
+
+    Args:
+        bare: jobs find programs and libraries here, but no files of users.
+    """
+    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed(), bare])
     return packed
 
 
 @lru_cache(maxsize=4096)
 def _unlike(source: bytes, target: bytes) -> dict[str, Any]:
     here, there = msgpack.unpackb(source), msgpack.unpackb(target)
-    return {"kernel": here[0] != there[0], "cpu": there[1]}
+    return {"kernel": here[0] != there[0], "cpu": there[1], "bare": there[2]}
 
 
 def unlike(source: bytes, target: bytes) -> dict[str, Any]:

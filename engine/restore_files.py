@@ -11,6 +11,8 @@ import stat
 from engine.image import Image, MappedFile
 from engine.linux.credentials import Credentials, acting_as
 
+_ROOT = MappedFile(b"/", 0, 0, 0, 0, False)
+
 
 def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
     """Open all files of an image, in order.
@@ -24,7 +26,11 @@ def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
     opened: list[int] = []
     try:
         for index, file in enumerate(image.files):
-            opened.append(_open(file, b"/proc/%d/root%s" % (root_of, file.path), index == image.cwd, who))
+            path = b"/proc/%d/root%s" % (root_of, file.path)
+            if index == image.cwd and image.fresh and not os.path.isdir(path):
+                # A program that begins here, and its folder is not here: it begins in the root, as BProc's bpsh has it.
+                path, file = b"/proc/%d/root/" % root_of, _ROOT
+            opened.append(_open(file, path, index == image.cwd, who))
     except BaseException:
         for fd in opened:
             os.close(fd)

@@ -61,7 +61,7 @@ class Source:
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
         """Say what will have to be relayed, of a process that runs: a forecast."""
-        return {"externals": look(int(request["pid"]))}
+        return {"externals": look(int(request["pid"]), bool((request.get("unlike") or {}).get("bare")))}
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""

@@ -104,7 +104,7 @@ install_system() {
 # there. Without them those tests are skipped.
 install_test_tools() {
     LOG=$(mktemp)
-    (install_packages git rsync parallel pdsh clustershell tmux) || say "tests of what is missing will be skipped"
+    (install_packages git rsync parallel pdsh clustershell tmux python3-numpy) || say "tests of what is missing will be skipped"
     rm -f "$LOG"
 }
 

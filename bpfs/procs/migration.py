@@ -257,7 +257,7 @@ class Migration(ABC):
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
-            reply = await src.call("look", pid=await self.source.hostpid(self.proc))
+            reply = await src.call("look", pid=await self.source.hostpid(self.proc), **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
         return list(reply["externals"])

@@ -66,7 +66,7 @@ class OnExec:
         with trio.CancelScope() as scope:
             async with self._procs.place(MASTER).engine() as engine:
                 ahead = Ahead(self._route(proc, node))
-                reply = await engine.call("arm", pid=proc.pid)
+                reply = await engine.call("arm", pid=proc.pid, **ahead.migration.looking)
                 self._armed[proc.pid] = scope
                 task_status.started()
                 async with trio.open_nursery() as nursery:

@@ -44,10 +44,12 @@ def _own_macs() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def make_join(number: int | None, identity: bytes) -> Join:
+def make_join(number: int | None, identity: bytes, bare: bool = False) -> Join:
     """What this slave says of itself."""
     system = os.uname()
-    return Join(b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node(), facts())
+    return Join(
+        b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node(), facts(bare)
+    )
 
 
 class Found(NamedTuple):

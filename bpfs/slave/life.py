@@ -271,7 +271,7 @@ def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int
 
 
 async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
-    seeker = Seeker(options, make_join(number, identity))
+    seeker = Seeker(options, make_join(number, identity, options.empty))
     link, welcome, sent, clocks = await seeker.find()
     _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
     slave = Slave(options, link, welcome, Workers(zygote), clocks)

@@ -102,8 +102,9 @@ class Store:
 
     def _check(self, fd: int, digest: str) -> None:
         with open(os.dup(fd), "rb") as file:
-            file.seek(0)
-            if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+            right = hashlib.file_digest(file, "sha256").hexdigest() == digest
+            os.lseek(fd, 0, os.SEEK_SET)  # it is one open file with the duplicate
+            if right:
                 self._checked[digest] = _mark(fd)
                 self._sizes.setdefault(digest, os.fstat(fd).st_size)
                 return

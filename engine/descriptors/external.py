@@ -1,4 +1,5 @@
-"""What stays on the master and is relayed through the ghost: terminals, pipes and standard sockets to other processes.
+"""What stays on the master and is relayed through the ghost: terminals, pipes and standard sockets to other processes,
+and standard descriptors that are files where the node has no files of users.
 
 On the source such a description becomes an `External`, a dict for the daemons:
 
@@ -51,6 +52,11 @@ def _is_standard_socket(source: Source, probe: Probe) -> bool:
 def _is_shared_deleted(source: Source, probe: Probe) -> bool:
     # A parent that reads its child's output from a temporary file without a name.
     return is_mode(probe, stat.S_IFREG) and probe.stdio and probe.status.nlink == 0 and source.held_elsewhere(probe)
+
+
+def _is_standard_file(source: Source, probe: Probe) -> bool:
+    # One that is read and written has one offset for both, which no relay can keep.
+    return source.files_stay and is_mode(probe, stat.S_IFREG) and probe.stdio and probe.access != os.O_RDWR
 
 
 def _dump(_: Source, probe: Probe) -> Entry:
@@ -110,4 +116,5 @@ KINDS = (
     Kind("external", _is_outside_pipe, _dump, _build),
     Kind("external", _is_standard_socket, _dump_socket, _build),
     Kind("external", _is_shared_deleted, _dump, _build),
+    Kind("external", _is_standard_file, _dump, _build),
 )

@@ -35,7 +35,9 @@ class Descriptors:
     closed: list[int] = field(default_factory=list)
 
 
-def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close: bool = False) -> Descriptors:
+def inspect(
+    pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close: bool = False, files_stay: bool = False
+) -> Descriptors:
     """Read the descriptors of a process that is stopped (so that they hold still). It is not changed.
 
     Args:
@@ -44,12 +46,13 @@ def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close
         content_limit: bytes of deleted files, memfds and pipes that may travel.
         close: sockets and other objects that cannot move are left out, not refused. Files are refused all the same:
             their content would be lost.
+        files_stay: standard descriptors that are files are relayed: the destination does not have users' files.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
     """
     found = Descriptors()
-    with Source(pid, content_limit) as source:
+    with Source(pid, content_limit, files_stay) as source:
         source.probes = _merge(pid, _probe_all(b"/proc/%d/task/%d" % (pid, tid or pid)))
         for probe in source.probes:
             try:
@@ -64,14 +67,14 @@ def inspect(pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close
     return found
 
 
-def look(pid: int) -> list[dict[str, Any]]:
+def look(pid: int, files_stay: bool = False) -> list[dict[str, Any]]:
     """The externals of a process that runs: what `inspect` will most likely find of them once it stands still.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
     """
     found = []
-    with Source(pid) as source:
+    with Source(pid, files_stay=files_stay) as source:
         probes = []
         for fd in _numbers(b"/proc/%d" % pid):
             with suppress(OSError):  # closed meanwhile

@@ -98,6 +98,7 @@ class Source:
 
     pid: int
     limit: int = CONTENT_LIMIT
+    files_stay: bool = False
     probes: list[Probe] = field(default_factory=list)
     content_seen: set[tuple[int, int]] = field(default_factory=set)
     _pidfd: int = -1

@@ -24,10 +24,11 @@ sys.exit(7)
 
 
 @contextmanager
-def counting() -> Iterator[subprocess.Popen[str]]:
+def counting(python: str = sys.executable, cwd: str | None = None) -> Iterator[subprocess.Popen[str]]:
     """A counter that has begun; killed in the end, if need be."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COUNTER],
+        [python, "-c", COUNTER],
+        cwd=cwd,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.virtual import VirtualCluster, cluster
+from tests.cluster.moving import check_counting, counting, finish, move
+from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -91,3 +96,210 @@ def test_scripts_and_the_errors_of_exec(it, exported):
     done = run(it, "/usr/bin/python3", "-c", code, *paths, "/bin/true", "/etc/passwd/x")
     assert done.stdout.split() == ["ENOENT", "EACCES", "ENOEXEC", "ENOENT", "E2BIG", "ENOTDIR"], done.stderr
     assert run(it, str(exported / "good"), "1", "2").stdout == "1,2\n"
+
+
+def test_files_of_the_master_as_standard_input_and_output(it, tmp_path):
+    (tmp_path / "in").write_text("".join(f"{n}\n" for n in range(1000)))
+    with open(tmp_path / "in") as source, open(tmp_path / "out", "w") as out:
+        done = subprocess.run(
+            [str(BPSH), "0", "/bin/bash", "-c", "read a; read b; echo $a $b $PWD; uname -n >&2"],
+            stdin=source, stdout=out, stderr=out, timeout=60, cwd=tmp_path, env={**os.environ, "BPFS": str(it.mount)},
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert (tmp_path / "out").read_text() == "0 1 /\nn0\n"
+
+
+def test_owners_modes_and_set_uid_programs(it, exported):
+    secret = exported / "secret"
+    secret.write_text("mine\n")
+    secret.chmod(0o600)
+    shutil.copy("/bin/cat", exported / "strong")
+    (exported / "strong").chmod(0o4755)
+    nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups"
+    refused = run(it, "/bin/bash", "-c", f"{nobody} cat {secret}")
+    assert (refused.returncode, refused.stdout) == (1, "") and "Permission denied" in refused.stderr
+    assert shell(it, f"{nobody} {exported}/strong {secret}") == "mine\n"
+    assert "Read-only file system" in run(it, "/bin/bash", "-c", f"echo x >> {secret}").stderr
+    assert shell(it, f"stat -c '%a %u %s' {secret}") == "600 0 5\n"
+
+
+def test_links_do_not_lead_out_of_the_exports(it, exported):
+    (exported / "out").symlink_to("/etc/shadow")
+    (exported / "up").symlink_to("../../../etc/shadow")
+    (exported / "loop").symlink_to("loop")
+    for name, error in (("out", "No such file"), ("up", "No such file"), ("loop", "Too many levels")):
+        assert error in run(it, "/bin/cat", str(exported / name)).stderr
+
+
+@contextmanager
+def talking(it: VirtualCluster):
+    """A shell on node 0 that runs one line after the other; gives a function from a line to its output."""
+    process = subprocess.Popen(
+        [str(BPSH), "0", "/bin/bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, cwd="/", env={**os.environ, "BPFS": str(it.mount)},
+    )  # fmt: skip
+
+    def say(line: str) -> str:
+        process.stdin.write(f"{line}; echo; echo =end\n")
+        process.stdin.flush()
+        return "".join(iter(process.stdout.readline, "=end\n"))[:-1]
+
+    try:
+        yield say
+    finally:
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_a_changed_file_is_seen_by_the_next_exec(it, exported):
+    script, other = exported / "changing", exported / "other"
+    with talking(it) as say:
+        assert "No such file" in say(str(script))
+        for turn in range(30):
+            text = f"#!/bin/sh\necho {turn}\n"
+            if turn % 2:
+                script.write_text(text)
+            else:
+                other.write_text(text)
+                other.chmod(0o755)
+                other.rename(script)
+            wait_until(lambda: say(f"{script} 2>&1") == f"{turn}\n", f"turn {turn} should be seen")  # noqa: B023
+        script.unlink()
+        wait_until(lambda: "No such file" in say(f"{script} 2>&1"), "it should be seen to be gone")
+        (exported / "made").mkdir()
+        (exported / "made/file").write_text("new\n")
+        wait_until(lambda: say(f"cat {exported}/made/* 2>&1") == "new\n", "the folder should be seen")
+
+
+def test_who_has_a_file_open_keeps_it(it, exported):
+    held = exported / "held"
+    held.write_text("one\n")
+    with talking(it) as say:
+        say(f"exec 5< {held}")
+        held.write_text("two, longer\n")
+        wait_until(lambda: say(f"cat {held}") == "two, longer\n", "the change should be seen")
+        assert say("cat <&5") == "one\n"
+
+
+def test_processes_move_to_such_nodes_and_home(it):
+    with counting("/usr/bin/python3", "/tmp") as process:
+        for node in (0, 1, -1, 1, 0, -1):
+            move(it, process.pid, node)
+        check_counting(finish(process), process.pid)
+
+
+def daemon(it: VirtualCluster, node: int = 0) -> int:
+    """The pid of a node's view daemon; 0 while there is none."""
+    return next((pid for pid in children(it.slave(node)) if comm(pid) == "bpview"), 0)
+
+
+def test_the_daemon_may_die_under_load(it, exported):
+    (exported / "many").mkdir()
+    for n in range(300):
+        (exported / f"many/{n}").write_text(f"{n}\n")
+    load = f"for n in $(seq 0 299); do cat {exported}/many/$n && /bin/true || echo FAILED $n; done"
+    with subprocess.Popen(
+        [str(BPSH), "0", "/bin/bash", "-c", load], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, cwd="/", env={**os.environ, "BPFS": str(it.mount)},
+    ) as process:  # fmt: skip
+        killed = 0
+        while process.poll() is None and killed < 4:
+            pid = daemon(it)
+            if pid:
+                kill(pid)
+                killed += 1
+                wait_until(lambda: daemon(it) not in (0, pid), "the daemon should be started again")  # noqa: B023
+        assert process.stdout.read() == "".join(f"{n}\n" for n in range(300))
+    assert killed
+    assert "starting it again" in it.log("n0")
+
+
+@contextmanager
+def silent_master(it: VirtualCluster):
+    """The master's server of files does not run meanwhile."""
+    (server,) = (pid for pid in children(it.pid("master")) if comm(pid) == "bpfiles")
+    os.kill(server, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server, signal.SIGCONT)
+
+
+def test_a_silent_master_gives_eio_and_killed_readers_go_at_once(it, exported):
+    for name in ("a", "b"):
+        (exported / f"unread-{name}").write_text("late\n")
+    with talking(it) as say:
+        assert say(f"cat {exported} 2>/dev/null & sleep 0.1; wait $!; date >/dev/null; ls / | cat >/dev/null") == ""
+        with silent_master(it):
+            # One reader is killed and must be gone long before its file could be answered with EIO.
+            began = time.monotonic()
+            said = say(f"cat {exported}/unread-a & sleep 0.3; kill -9 $!; wait $!; echo $?")
+            assert said.split()[-1] == "137" and time.monotonic() - began < 8
+            assert say("date +%Y; ls /")  # what is known needs nobody
+            assert "Input/output error" in say(f"cat {exported}/unread-b 2>&1")
+        wait_until(lambda: say(f"cat {exported}/unread-b 2>&1") == "late\n", "it should be back")
+
+
+def cache(it: VirtualCluster, node: int = 0) -> dict[str, int]:
+    """nodes/N/cache"""
+    return {key: int(number) for key, number in (line.split() for line in it.read(f"nodes/{node}/cache").splitlines())}
+
+
+def test_a_damaged_object_is_fetched_again(it, exported):
+    target = exported / "precious"
+    target.write_text("undamaged content\n" * 1000)
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    assert shell(it, f"cat {target} | sha256sum").split()[0] == digest
+    stored = it.rundir.node_cache(0) / "objects" / digest
+    stored.chmod(0o644)
+    stored.write_bytes(b"damaged" * 100)
+    before = cache(it)
+    assert shell(it, f"cat {target} | sha256sum").split()[0] == digest
+    assert cache(it)["damaged"] == before["damaged"] + 1
+
+
+def test_the_cache_is_shown_purged_and_filled(it, exported):
+    it.write("nodes/1/cache", "purge")
+    assert cache(it, 1)["objects"] < 20  # what is mapped stays
+    (exported / "tree/below").mkdir(parents=True)
+    for name in ("one", "below/two"):
+        (exported / "tree" / name).write_text(name * 100)
+    before = cache(it, 1)
+    it.write("nodes/1/cache", f"prestage {exported}/tree")
+    it.write("nodes/1/cache", "prestage /lib/x86_64-linux-gnu/libc.so.6")
+    after = cache(it, 1)
+    assert after["objects"] >= before["objects"] + 2
+    libc = hashlib.sha256(Path("/lib/x86_64-linux-gnu/libc.so.6").read_bytes()).hexdigest()
+    assert (it.rundir.node_cache(1) / "objects" / libc).exists()
+    it.write("nodes/1/cache", f"prestage {exported}/tree")
+    assert cache(it, 1)["misses"] == after["misses"]
+    for text, error in (("prestage /etc/shadow", "No such file"), ("polish", "Invalid"), ("prestage x", "Invalid")):
+        with pytest.raises(OSError, match=error):
+            it.write("nodes/1/cache", text)
+    with pytest.raises(OSError, match="not supported"):
+        it.write("nodes/-1/cache", "purge")
+
+
+def test_the_cache_keeps_to_its_limit(session_folder, exported):
+    names = [exported / f"large-{n}" for n in range(6)]
+    for n, name in enumerate(names):
+        name.write_bytes(bytes([n]) * 2_000_000)
+    with (
+        cluster(
+            session_folder / "small", "--root", "empty", "--export", str(exported), "--cachesize", "8M", nodes=1
+        ) as small,
+        talking(small) as say,
+    ):
+        say(f"exec 6< {names[0]}")
+        assert say(f"cat {' '.join(map(str, names))} | wc -c") == "12000000\n"
+        seen = cache(small)
+        assert seen["evicted"] > 0 and seen["bytes"] <= 8 << 20
+        assert say("cat <&6 | head -c 3 | od -An -tx1").split() == ["00"] * 3
+        assert (small.rundir.node_cache(0) / "objects" / hashlib.sha256(bytes(2_000_000)).hexdigest()).exists()
+
+
+def test_a_numerical_library(it):
+    if subprocess.run(["/usr/bin/python3", "-c", "import numpy"], capture_output=True).returncode:
+        pytest.skip("NumPy is not installed for /usr/bin/python3")
+    code = "import numpy; print(numpy.linalg.det(numpy.eye(50)))"
+    assert run(it, "/usr/bin/python3", "-c", code).stdout == "1.0\n"

@@ -51,9 +51,7 @@ def maps(pid: int) -> str:
 
 @pytest.mark.parametrize("name", ["memory", "threads"])
 @pytest.mark.parametrize("op", ["inspect", "send", "release"])
-def test_a_source_that_dies_is_no_missing_file(
-    mover: Mover, victim: Callable[..., Victim], name: str, op: str
-) -> None:
+def test_a_source_that_dies_is_no_missing_file(mover: Mover, victim: Callable[..., Victim], name: str, op: str) -> None:
     one = victim(name, *(["3"] if name == "threads" else []))
     source = mover.worker()
     source.ask("freeze", pid=one.pid, writing=False)
