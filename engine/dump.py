@@ -16,7 +16,7 @@ from engine.image import Image
 from engine.linux import procfs, ptrace
 from engine.linux.libc import NR, syscall
 from engine.memory import Survey, pack_runs, send_pages
-from engine.obstacles import obstacles
+from engine.obstacles import children_of, obstacles
 from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
 
 _IOPRIO_WHO_PROCESS = 1
@@ -53,23 +53,26 @@ class Inspection:
             int(status["Gid"].split()[0]),
             "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
             "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
-            "pid": procfs.inner_pid(status), "rights": int(status["CapPrm"], 16),
+            "pid": procfs.inner_pid(status), "children": children_of(self.frozen), "rights": int(status["CapPrm"], 16),
         }  # fmt: skip
 
 
-def inspect(frozen: Frozen, there: dict[str, Any] | None = None, close: bool = False) -> Inspection:
+def inspect(
+    frozen: Frozen, there: dict[str, Any] | None = None, close: bool = False, family: bool = False
+) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
     Args:
         there: of `engine.facts.unlike`, where the destination is not like this machine.
         close: what cannot move of its sockets and the like does not arrive, instead of being in the way.
+        family: children may stay behind where the daemon can look after them.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
     """
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
-    refusals = obstacles(frozen, stat)
+    refusals = obstacles(frozen, stat, family)
     survey = Survey(frozen)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay)
@@ -77,8 +80,11 @@ def inspect(frozen: Frozen, there: dict[str, Any] | None = None, close: bool = F
     return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
 
 
-def obstacles_of(pid: int) -> list[str]:
+def obstacles_of(pid: int, family: bool = False) -> list[str]:
     """Every obstacle of a process that nobody holds; it is stopped for a moment to look, if that is possible.
+
+    Args:
+        family: as for `inspect`.
 
     Raises:
         OSError: there is no such process.
@@ -89,10 +95,10 @@ def obstacles_of(pid: int) -> list[str]:
         # Held by another tracer: what it is made of can be seen all the same.
         frozen = unseized(pid)
         stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
-        found = obstacles(frozen, stat) + Survey(frozen).refusals + inspect_descriptors(pid).refusals
+        found = obstacles(frozen, stat, family) + Survey(frozen).refusals + inspect_descriptors(pid).refusals
         return [str(error.strerror), *found]
     try:
-        return inspect(frozen).refusals
+        return inspect(frozen, family=family).refusals
     finally:
         frozen.release()
 

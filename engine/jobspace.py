@@ -255,6 +255,28 @@ class JobSpace:
         self._dropped.update(dropped)
         return dropped
 
+    def act_for(self, pid: int, code: int, status: int) -> None:
+        """Have a placeholder end, stop or go on as the process that it stands for did, for its parent to see.
+
+        Args:
+            code, status: as waitid(2) gives them.
+
+        Raises:
+            ProcessLookupError: no placeholder has this pid.
+        """
+        hostpid = self.hostpid(pid)
+        if hostpid is None or pid not in self.placeholders():
+            raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
+        match code:
+            case os.CLD_EXITED:
+                placeholders.command(self.init, hostpid, Command.END, (status & 0xFF) << 8)
+            case os.CLD_KILLED | os.CLD_DUMPED:
+                placeholders.command(self.init, hostpid, Command.END, status & 0x7F)
+            case os.CLD_STOPPED:
+                placeholders.command(self.init, hostpid, Command.STOP, status & 0x7F)
+            case os.CLD_CONTINUED:
+                self.signal(pid, signal.SIGCONT)
+
     def drop_placeholder(self, pid: int) -> None:
         """Kill one placeholder because the process that it stands for ended: its children become nodeinit's, natively.
 

@@ -41,6 +41,8 @@ class Command(enum.IntFlag):
     SIBLING = 4 << 24
     KILL_ALL = 8 << 24
     TERMINAL = 16 << 24  # the number is that of the terminal in /dev/pts
+    END = 32 << 24  # the number is a wait status, to end with
+    STOP = 64 << 24  # the number is a signal, to stop by
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,10 +435,14 @@ def _unneeded(init: int) -> list[int]:
     finally:
         world.close()
     needed: set[int] = set()
+    jobs: set[int] = set()
     for ids in everybody:
         if not ids.placeholder:
             needed |= {ids.ppid, ids.pgid, ids.sid}
-    return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed]
+            if ids.pid != INIT:
+                jobs.add(ids.pid)
+    # A job's own child stands for a real one elsewhere: the job is going to wait for it.
+    return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed and ids.ppid not in jobs]
 
 
 def _kill(init: int, namespace: int, pid: int) -> int:

@@ -9,11 +9,14 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from engine.freeze import Frozen, freeze
 from engine.linux import procfs, ptrace
 from engine.linux.procfs import Vma
+from engine.linux.ptrace import Registers
 from engine.runner import ALL_SIGNALS, SCRATCH_SIZE, Calls, Injection, ProcessGone
 
 NODEINIT_SCRATCH: Final = 0x10000  # csrc/nodeinit.h maps SCRATCH_SIZE bytes there for us
@@ -23,16 +26,27 @@ _OPTIONS: Final = ptrace.O_TRACESYSGOOD | ptrace.O_TRACECLONE | ptrace.O_TRACEFO
 _PATIENCE_S: Final = 5.0  # other workers hold the parent for well under a millisecond
 
 
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """A process that is elsewhere, with the ids that its stand-in shall have (cluster pids)."""
+
+    pid: int
+    pgid: int
+    sid: int
+    uid: int
+
+
 class Child:
     """A stopped process with a scratch and nothing of its own.
 
     Attributes:
         pid: host pid.
         vmas: its mappings, copies of the parent's.
+        loop: the parent's registers, in nodeinit's loop.
     """
 
-    def __init__(self, pid: int, injection: Injection, vmas: list[Vma]) -> None:
-        self.pid, self.injection, self.vmas = pid, injection, vmas
+    def __init__(self, pid: int, injection: Injection, vmas: list[Vma], loop: Registers) -> None:
+        self.pid, self.injection, self.vmas, self.loop = pid, injection, vmas, loop
 
     def close(self) -> None:
         """Close what the worker holds; does not end the process."""
@@ -83,19 +97,25 @@ def _open(frozen: Frozen) -> Injection:
 
 def _clone(frozen: Frozen, injection: Injection, pid: int, sibling: bool) -> int:
     ptrace.ptrace(ptrace.SETOPTIONS, frozen.pid, 0, _OPTIONS)
+    flags, exit_signal = (_CLONE_PARENT, 0) if sibling else (0, int(signal.SIGCHLD))
+    try:
+        return _clone3(frozen.pid, injection, pid, flags, exit_signal)
+    finally:
+        ptrace.ptrace(ptrace.SETOPTIONS, frozen.pid, 0, ptrace.O_TRACESYSGOOD)
+
+
+def _clone3(parent: int, injection: Injection, pid: int, flags: int, exit_signal: int) -> int:
     calls = Calls(injection)
     tid = calls.data(struct.pack("<i", pid))
-    flags, exit_signal = (_CLONE_PARENT, 0) if sibling else (0, signal.SIGCHLD)
     # flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup
     arguments = struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, tid, 1, 0)
     calls.add("clone3", calls.data(arguments), _CLONE3_SIZE, label=f"pid {pid}")
     children: list[int] = []
-    injection.on_event = lambda: children.append(ptrace.event_message(frozen.pid))
+    injection.on_event = lambda: children.append(ptrace.event_message(parent))
     try:
         calls.run()
     finally:
         injection.on_event = None
-        ptrace.ptrace(ptrace.SETOPTIONS, frozen.pid, 0, ptrace.O_TRACESYSGOOD)
     return children[0]
 
 
@@ -107,4 +127,44 @@ def _adopt(hostpid: int, frozen: Frozen, parent: Injection) -> Child:
     registers = ptrace.get_registers(hostpid)
     injection = Injection(hostpid, hostpid, memory, parent.vdso, registers, ALL_SIGNALS, signal.SIGURG)
     injection.adopt(parent.base)
-    return Child(hostpid, injection, list(frozen.vmas))
+    return Child(hostpid, injection, list(frozen.vmas), frozen.threads[0].registers)
+
+
+def bear_stand_ins(parent: Child, relatives: Sequence[Relative]) -> None:
+    """Give a process in the making, a clone of nodeinit still, children that stand for its real ones elsewhere.
+
+    They are placeholders that end, stop and continue on command, so that the parent waits for them natively.
+
+    Raises:
+        FileExistsError: one of the pids is taken.
+        OSError: no more processes, or the parent was killed.
+    """
+    ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, _OPTIONS | ptrace.O_EXITKILL)
+    try:
+        # Group leaders first: the others join their groups.
+        for relative in sorted(relatives, key=lambda one: one.pid != one.pgid):
+            _bear_stand_in(parent, relative)
+    finally:
+        ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_EXITKILL)
+
+
+def _bear_stand_in(parent: Child, relative: Relative) -> None:
+    hostpid = _clone3(parent.pid, parent.injection, relative.pid, 0, signal.SIGCHLD)
+    if not ptrace.is_event(ptrace.wait(hostpid), ptrace.EVENT_STOP):
+        raise ProcessGone(hostpid)
+    memory = os.open(f"/proc/{hostpid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        registers = ptrace.get_registers(hostpid)
+        injection = Injection(hostpid, hostpid, memory, parent.injection.vdso, registers, ALL_SIGNALS, signal.SIGURG)
+        injection.adopt(parent.injection.base)
+        calls = Calls(injection)
+        if relative.sid == relative.pid:
+            calls.add("setsid", must=False)
+        calls.add("setpgid", 0, relative.pgid, must=False)
+        calls.add("setresuid", relative.uid, 0, 0)
+        calls.run()
+    finally:
+        os.close(memory)
+    ptrace.set_registers(hostpid, parent.loop)
+    ptrace.set_mask(hostpid, ALL_SIGNALS)
+    ptrace.detach(hostpid)

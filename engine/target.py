@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from engine import note
@@ -19,7 +20,7 @@ from engine.linux.procfs import Vma
 from engine.memory import SPECIAL
 from engine.placeholders import placing
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
-from engine.spawn import Child, spawn_child
+from engine.spawn import Child, Relative, bear_stand_ins, spawn_child
 from engine.terminals import Terminal
 
 _AF_UNIX: Final = 1
@@ -177,8 +178,9 @@ def _kill(tids: list[int], pidfd: int) -> None:
 
 
 def place_child(
-    init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0, terminal: str = "", front: bool = True
-) -> Fresh:
+    init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0, terminal: str = "", front: bool = True,
+    children: Sequence[Relative] = (),
+) -> Fresh:  # fmt: skip
     """Make the stopped child under its placeholders, empty, with a socket into it.
 
     Args:
@@ -187,6 +189,7 @@ def place_child(
         uid: its real uid.
         terminal: path of the pseudo-terminal that stands for its controlling terminal; empty: it gets none.
         front: it is in its terminal's foreground at home.
+        children: its children that are elsewhere: stand-ins for them become its children here.
 
     Raises:
         FileExistsError: the pid is in use there.
@@ -194,13 +197,18 @@ def place_child(
     """
     tty = Terminal(init, (pid, pgid, sid), terminal, front)
     with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
-        target = Fresh(_spawn_patiently(place.maker, pid, place.sibling))
+        child = _spawn_patiently(place.maker, pid, place.sibling)
+        target = Fresh(child)
         try:
             calls = Calls(target.injection)
             if place.setsid:
                 calls.add("setsid", must=False)
             if place.pgid is not None:
                 calls.add("setpgid", 0, place.pgid, label=f"process group {place.pgid}")
+            if children:
+                calls.run()
+                bear_stand_ins(child, children)
+                calls = Calls(target.injection)
             calls.add("close_range", 0, 0xFFFFFFFF, 0)
             tty.add_rows(calls)
             pair = target.open_socket(calls)

@@ -27,6 +27,7 @@ from engine.linux import packets, procfs, ptrace
 from engine.onexec import Armed, end
 from engine.restore import Builder
 from engine.runner import ProcessGone
+from engine.spawn import Relative
 from engine.stream import Aborted, Stream, accept, connect
 from engine.target import Target, place_child, seize_ghost
 
@@ -65,7 +66,7 @@ class Source:
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
-        return {"refusals": dump.obstacles_of(int(request["pid"]))}
+        return {"refusals": dump.obstacles_of(int(request["pid"]), bool(request.get("family")))}
 
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop."""
@@ -106,12 +107,15 @@ class Source:
         `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
         `close`: sockets that cannot move are closed on the way.
         `unlike`: of engine/facts.py, where the destination is another kind of machine.
+        `family`: the daemon looks after the children that stay.
         """
         frozen = self._held()
         if not self._settled:
             frozen.settle()
             self._settled = True
-        self._inspection = dump.inspect(frozen, request.get("unlike"), bool(request.get("close")))
+        self._inspection = dump.inspect(
+            frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family"))
+        )
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
         return {
@@ -269,8 +273,9 @@ class Destination:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
                 terminal, front = str(request.get("terminal", "")), bool(request.get("front", True))
                 self._target = place_child(
-                    int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front
-                )
+                    int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front,
+                    [Relative(*child) for child in request.get("children", [])],
+                )  # fmt: skip
             else:
                 self._target = seize_ghost(int(place["ghost"]))
         except BaseException:

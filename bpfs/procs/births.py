@@ -32,6 +32,8 @@ from engine.jobwatch import Kind, Record, parse
 AGAIN = 0.002  # seconds until a pid that an ended ghost still has is tried again
 AGAIN_TIMES = 25
 
+EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
+
 _log = log.get("procs")
 
 
@@ -43,7 +45,6 @@ class Births:
         self._table = ghosts.table
         self._nodes = nodes
         self._blocks = blocks
-        self._parents: dict[int, int] = {}  # child -> whose ghost has its ghost as a child
         self._complained: set[int] = set()  # nodes of which a child could not be shown
         self._send, self._incoming = trio.open_memory_channel[tuple[Node, bytes]](math.inf)
         nursery.start_soon(self._take_all, name="births")
@@ -64,7 +65,7 @@ class Births:
 
     async def _take(self, node: Node, record: Record) -> None:
         if record.kind is Kind.REAPED:
-            await self._reaped(record.pid)
+            await self._reaped(node, record.pid)
             return
         proc = self._table.known(record.pid)
         if proc is None:
@@ -85,6 +86,9 @@ class Births:
     # -- births ------------------------------------------------------------------------------------------------
 
     async def _born(self, node: Node, record: Record) -> None:
+        with trio.move_on_after(EXPECTED):
+            while self._ghosts.is_expected(record.ppid, int(node.number)):
+                await trio.sleep(AGAIN)
         parent = self._ghosts.stand_in(record.ppid)
         groups = frozenset[int]()
         if parent is not None and parent.proc.identity.uid == record.uid:
@@ -123,7 +127,7 @@ class Births:
         proc.identity = replace(proc.identity, start=read_identity(proc.pid).start)
         self._ghosts.adopt(proc, Ghost(proc.pid, ours), Stdio(comm=record.comm))
         if maker is parent:
-            self._parents[proc.pid] = parent.proc.pid
+            self._ghosts.has_child(parent, proc.pid)
 
     async def _bear(self, maker: Ghost, birth: Birth, child: socket.socket) -> None:
         for attempt in range(AGAIN_TIMES):
@@ -157,9 +161,11 @@ class Births:
 
     # -- ends --------------------------------------------------------------------------------------------------
 
-    async def _reaped(self, pid: int) -> None:
-        parent = self._ghosts.stand_in(self._parents.pop(pid, 0))
-        if parent is not None:
+    async def _reaped(self, node: Node, pid: int) -> None:
+        parent = self._ghosts.stand_in(self._ghosts.parents.get(pid, 0))
+        if parent is not None and parent.proc.place == node.number:
+            del self._ghosts.parents[pid]
+            parent.children.discard(pid)
             await tell(parent.ghost.reap(pid))
 
 

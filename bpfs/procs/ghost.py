@@ -10,6 +10,8 @@ import array
 import os
 import signal
 import socket
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EIO, ESRCH, ETIMEDOUT
 from pathlib import Path
@@ -70,7 +72,16 @@ class Gone:
     """The control socket ended: the ghost is dead, has ended as told, or has become the process again."""
 
 
-Event = Signal | Stopped | Continued | Reborn | StreamLost | Gone
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A child that stayed at home ended, stopped or went on; code and status as waitid(2) gives them."""
+
+    pid: int
+    code: int
+    status: int
+
+
+Event = Child | Signal | Stopped | Continued | Reborn | StreamLost | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,8 @@ class Ghost:
                 if packet.b == self._streams:
                     await self._answer(Ctl.HELD, None)
                     await self._send_event.send(StreamLost(a))
+            case Ctl.CHILD:
+                await self._send_event.send(Child(a, packet.b, packet.c))
             case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:
                 await self._answer(Ctl(packet.type), packet)
             case _:
@@ -248,6 +261,10 @@ class Ghost:
         answer = await self._ask(packet, Ctl.BORN, BIRTH_SECONDS, child.fileno())
         if answer.b:
             raise BpfsError(answer.b, f"no ghost can be made for process {birth.pid}: {os.strerror(answer.b)}")
+
+    async def keep(self, children: Sequence[int]) -> None:
+        """These real children are here: it tells of them by `Child` events, of what happened already as well."""
+        await self._send(Packet(Ctl.KEEP, text=struct.pack(f"<{len(children)}i", *children)))
 
     async def reap(self, pid: int) -> None:
         """The child's ghost with this pid has been waited for."""

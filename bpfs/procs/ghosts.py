@@ -39,6 +39,7 @@ class Away:
 
     Attributes:
         quiet: held while a migration moves the process: signals wait that long.
+        children: what its ghost has as children here, until the process has waited for them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
     """
 
@@ -48,6 +49,7 @@ class Away:
     quiet: trio.Lock = field(default_factory=trio.Lock)
     asked_stop: bool = False
     retired: bool = False
+    children: set[int] = field(default_factory=set)
 
     @property
     def real(self) -> bool:
@@ -64,6 +66,8 @@ class Ghosts:
         self._streams = streams
         self.nursery = nursery
         self._away: dict[int, Away] = {}
+        self.parents: dict[int, int] = {}
+        """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
         self._early: dict[int, tuple[int, list[tuple[Node, messages.JobReport]]]] = {}  # see `expect`
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
@@ -109,6 +113,7 @@ class Ghosts:
     def retire(self, away: Away) -> None:
         """The ghost has become the process again, or is replaced: its end means nothing now."""
         away.retired = True
+        self._forget_children(away)
         away.ghost.close()
         if self._away.get(away.proc.pid) is away:
             del self._away[away.proc.pid]
@@ -124,6 +129,10 @@ class Ghosts:
         while early:
             await carefully(proc.pid, self._changed(*early.pop(0)))
         del self._early[proc.pid]
+
+    def is_expected(self, pid: int, node: int) -> bool:
+        """Whether a process may run on `node` though we have not been told yet."""
+        return pid in self._early and self._early[pid][0] == node
 
     def expect_no_more(self, proc: Process) -> None:
         """The move is off."""
@@ -146,6 +155,8 @@ class Ghosts:
                 if signo == signal.SIGCONT:
                     away.asked_stop = False
                 await self._send(away, signo, event.code, event.pid, event.uid, event.value)
+            case control.Child():
+                await self._child_changed(away, event)
             case control.Gone():
                 await self._gone(away)
             case control.Reborn():
@@ -155,9 +166,34 @@ class Ghosts:
             case control.Stopped() | control.Continued():
                 pass  # what was asked for has happened
 
+    def has_child(self, away: Away, pid: int) -> None:
+        """A process, or its ghost, is a child of this ghost."""
+        self.parents[pid] = away.proc.pid
+        away.children.add(pid)
+
+    def _forget_children(self, away: Away) -> None:
+        for pid in away.children:
+            if self.parents.get(pid) == away.proc.pid:
+                del self.parents[pid]
+
+    async def keep_children(self, away: Away, children: list[int]) -> None:
+        """The process is on a node, and these children of it are here: what stands for them there follows them."""
+        if children:
+            for child in children:
+                self.has_child(away, child)
+            await tell(away.ghost.keep(children))
+
+    async def _child_changed(self, away: Away, child: control.Child) -> None:
+        async with away.quiet:
+            if away.proc.place == MASTER:
+                return  # it has come home, and waits for it natively
+            link = self.nodes.get(away.proc.place).live_session().link
+            await link.request(messages.StandIn(child.pid, child.code, child.status), NODE_TIMEOUT)
+
     async def _gone(self, away: Away) -> None:
         if away.retired:
             return
+        self._forget_children(away)
         proc = away.proc
         self._away.pop(proc.pid, None)
         if proc.status is not None:

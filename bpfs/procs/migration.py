@@ -120,7 +120,8 @@ class Migration(ABC):
         self.source = source
         self.destination = destination
         self.figures = Figures(time.perf_counter())
-        self.looking: dict[str, Any] = {"moving": True}  # what the source's engine is told for its look
+        # What the source's engine is told for its look.
+        self.looking: dict[str, Any] = {"moving": True, "family": True}
         if differences := unlike(source.facts, destination.facts):
             self.looking["unlike"] = differences
 

@@ -25,7 +25,7 @@ from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
-from bpfs.procs.process import Process
+from bpfs.procs.process import MASTER, Process
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.terminal import in_foreground, on_terminal
@@ -70,6 +70,7 @@ class ToNode(Migration):
         self._externals: Externals | None = None  # what `_attached` was made for
         self._attached: Attached | None = None
         self._landing: Landing | None = None
+        self.children = [] if source.number != MASTER else children_here(proc.pid)  # have stand-ins over there
 
     @abstractmethod
     def channels(self, externals: Externals) -> list[Channel]:
@@ -91,6 +92,10 @@ class ToNode(Migration):
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         if self._attached is None or not self._has_foreseen(summary["externals"]):
             await self._attach_anew(dst, summary["externals"])
+        if set(self.children) != set(summary["process"]["children"]):
+            self.children = summary["process"]["children"]
+            await dst.call("discard")
+            await self._prepare(dst)
         assert self._attached is not None and self._landing is not None
         self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
         return self._landing
@@ -154,6 +159,7 @@ class ToNode(Migration):
             "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
             place=place.target(proc.pid), address=address, front=in_foreground(proc.pid),
             terminal=self._attached.terminal if self._attached is not None else "",
+            children=[relative for pid in self.children if (relative := _relative(pid))],
         )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
 
@@ -206,6 +212,7 @@ class Leave(ToNode):
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
+        await self._around.ghosts.keep_children(away, self.children)
         await self._around.ghosts.catch_up(proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
@@ -254,6 +261,7 @@ class Hop(ToNode):
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
+        await self._around.ghosts.keep_children(self._away, self.children)
         self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
 
     async def lost(self) -> None:
@@ -352,6 +360,24 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
         await place.node.wait_fenced()
     finally:
         proc.leaving = False
+
+
+def children_here(pid: int) -> list[int]:
+    """Children of a process of the master, as it runs: a forecast."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return found
+
+
+def _relative(pid: int) -> list[int] | None:
+    """What a stand-in wants to know; None where the process is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return [pid, int(fields[2]), int(fields[3]), Path(f"/proc/{pid}").stat().st_uid]
+    except OSError:
+        return None
 
 
 def route(proc: Process, source: Place, destination: Place, around: Surroundings) -> Migration:

@@ -179,7 +179,7 @@ class Procs:
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:
-                reply = await engine.call("obstacles", pid=await place.hostpid(proc))
+                reply = await engine.call("obstacles", pid=await place.hostpid(proc), family=True)
             except BpfsError as error:
                 return [error.sentence]
         return list(reply["refusals"])

@@ -23,6 +23,7 @@ from bpfs.wire.messages import (
     JobStatusIs,
     KillAll,
     Signal,
+    StandIn,
 )
 from engine.jobspace import Clocks, JobSpace, Kind
 from engine.linux import pidfd
@@ -147,6 +148,13 @@ class Jobs:
     def kill_all(self, _message: KillAll) -> None:
         """Handler: kill all jobs; the job space stays."""
         self._space.kill_all()
+
+    def stand_in(self, message: StandIn) -> None:
+        """Handler: a child of a job did something elsewhere; the job shall find that when it waits."""
+        try:
+            self._space.act_for(message.pid, message.code, message.status)
+        except ProcessLookupError:
+            raise BpfsError(ESRCH, f"nothing stands for process {message.pid} on this node") from None
 
     def hostpid(self, message: HostPidOf) -> HostPidIs:
         """Handler: a job's pid as engine workers here see it."""

@@ -54,6 +54,7 @@ from bpfs.wire.messages import (
     RelayDetach,
     SetClock,
     Signal,
+    StandIn,
     Welcome,
 )
 from engine.jobspace import Clocks
@@ -171,6 +172,7 @@ class Slave:
             Signal: jobs.signal,
             KillAll: jobs.kill_all,
             HostPidOf: jobs.hostpid,
+            StandIn: jobs.stand_in,
             JobStatus: jobs.status,
             DropPlaceholder: jobs.drop_placeholder,
         }

@@ -328,6 +328,15 @@ class JobEvents(Message):
     records: bytes
 
 
+@_message(39)
+class StandIn(Message):
+    """master -> slave, request (reply Done): what a process did whose stand-in is a child of a job here."""
+
+    pid: int
+    code: int  # CLD_... of siginfo
+    status: int  # exit code or signal number
+
+
 # -- tree: 40-49 -----------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ class Ctl(IntEnum):
     REAP = 11
     IDS = 12
     ARGUMENTS = 13
+    KEEP = 14
     READY = 32
     SIGNAL = 33
     HELD = 34
@@ -52,6 +53,7 @@ class Ctl(IntEnum):
     STREAM_LOST = 37
     PUMPED = 38
     BORN = 39
+    CHILD = 40
     ATTACH = 64
     DETACH = 65
     ENDED = 96

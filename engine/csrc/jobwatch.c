@@ -118,6 +118,7 @@ static struct job *add(struct client *client, int global, int pid)
 	job->global = global;
 	job->pid = pid;
 	job->code = job->first_code = -1;
+	job->placeholder = pid == 1;
 	job->next = *bucket;
 	job->link = bucket;
 	if (job->next)
@@ -301,7 +302,7 @@ static void tell_end(struct job *job, enum record_kind kind)
 static void look_for_reaper(struct job *job, int64_t now)
 {
 	if (inner(job->client, job->global) != job->pid) {
-		if (job->reported)
+		if (job->reported || job->placeholder)
 			tell_end(job, RECORD_REAPED);
 		forget(job);
 		return;
@@ -322,7 +323,7 @@ static void end(struct job *job, int code)
 	if (job->reported)
 		tell_end(job, RECORD_ENDED);
 	/* What nobody has heard of yet keeps the time at which it was to be told of. */
-	if (job->reported || !job->due)
+	if (job->reported || job->placeholder || !job->due)
 		due(job, now_ms());
 }
 
@@ -333,7 +334,7 @@ static void look(struct job *job, int64_t now, bool changed)
 	job->due = 0;
 	if (job->pid == 1)
 		return;
-	if (job->ended && job->reported) {
+	if (job->ended && (job->reported || job->placeholder)) {
 		look_for_reaper(job, now);
 		return;
 	}
@@ -512,8 +513,11 @@ static void forked(int parent, int child)
 	if (!from)
 		return;
 	int pid = inner(from->client, child);
-	if (pid > 1)
-		due(add(from->client, child, pid), now_ms() + HOLD_MS);
+	if (pid <= 1)
+		return;
+	job = add(from->client, child, pid);
+	job->placeholder = from->placeholder; /* until it has been looked at */
+	due(job, now_ms() + HOLD_MS);
 }
 
 static void ended(int global, int code)

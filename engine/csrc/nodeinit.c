@@ -195,6 +195,9 @@ static void report_signal(const siginfo_t *info)
 {
 	if (info->si_code == SI_KERNEL)
 		return;
+	/* From outside: the real process was continued, and has it already. */
+	if (info->si_signo == SIGCONT && info->si_pid == 0 && info->si_code == SI_USER)
+		return;
 	struct report report = {
 		.kind = REPORT_SIGNAL,
 		.pid = own_pid(),
@@ -261,9 +264,41 @@ static void take_terminal(int number)
 	call(__NR_close, tty);
 }
 
+/* ---- standing for a child that is elsewhere --------------------------------------------------- */
+
+static void let_come(int signal, int how)
+{
+	uint64_t set = 1UL << (signal - 1);
+	call(__NR_rt_sigprocmask, how, &set, 0, sizeof set);
+}
+
+/* With every action at its default and no core. */
+static void suffer(int signal)
+{
+	call(__NR_kill, own_pid(), signal);
+	let_come(signal, SIG_UNBLOCK);
+	let_come(signal, SIG_BLOCK);
+}
+
+static void end_as(int status)
+{
+	struct rlimit64 none = {0, 0};
+	if (!(status & 0x7f))
+		end(status >> 8 & 0xff);
+	call(__NR_prlimit64, 0, RLIMIT_CORE, &none, 0);
+	suffer(status & 0x7f);
+	end(128 + (status & 0x7f));
+}
+
 static void obey(uint64_t command, uint32_t uid)
 {
 	int pid = (int)(command & COMMAND_PID_MASK);
+	if (command & COMMAND_END && own_pid() != 1)
+		end_as(pid);
+	if (command & COMMAND_STOP && own_pid() != 1) {
+		suffer(pid);
+		return;
+	}
 	if (command & COMMAND_KILL_ALL) {
 		call(__NR_kill, -1, SIGKILL);
 		return;

@@ -35,6 +35,8 @@ enum command {
 	COMMAND_SETPGID = 2 << 24,  /* the new process leads a process group */
 	COMMAND_SIBLING = 4 << 24,  /* its parent is the parent of the process that makes it */
 	COMMAND_KILL_ALL = 8 << 24, /* pid 1: kill everything else in the namespace */
+	COMMAND_END = 32 << 24,      /* end with the wait status NUMBER: the real process has, elsewhere */
+	COMMAND_STOP = 64 << 24,     /* stop by the signal NUMBER; SIGCONT from outside is for this one alone */
 	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */

@@ -41,10 +41,18 @@ def _translate(namespace: int, request: int, pid: int) -> int | None:
 
 def pids_by_status(pid: int) -> list[int]:
     """A process's number in every pid namespace from the caller's to its own (NSpid). Empty when it is gone."""
+    _, found, rest = _status(pid).partition(b"\nNSpid:\t")
+    return [int(word) for word in rest.split(b"\n", 1)[0].split()] if found else []
+
+
+def name_by_status(pid: int) -> bytes:
+    """A process's name, which a zombie has, too. Empty when it is gone."""
+    return _status(pid).split(b"\n", 1)[0].partition(b"\t")[2]
+
+
+def _status(pid: int) -> bytes:
     try:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-            text = file.read()
+            return file.read()
     except OSError:
-        return []
-    _, found, rest = text.partition(b"\nNSpid:\t")
-    return [int(word) for word in rest.split(b"\n", 1)[0].split()] if found else []
+        return b""

@@ -65,6 +65,7 @@ static void one_signal(const struct signalfd_siginfo *i)
 		return; /* our own write to a closed pipe */
 	if (n == SIGCHLD && i->ssi_code > 0) { /* children's ghosts; the real ones' ends are told where they live */
 		reap_owed();
+		look_at_kept();
 		return;
 	}
 	if (n == SIGWINCH && kernel && the_stream.open) {
@@ -273,6 +274,9 @@ static void obey(const struct ctl *m, size_t text, int fd)
 	switch (m->type) {
 	case C_FORK:
 		bear(m, text, fd);
+		break;
+	case C_KEEP:
+		keep(m, text);
 		break;
 	case C_REAP:
 		reap(m->a);

@@ -101,6 +101,8 @@ void core_prepare(void);
 void bear(const struct ctl *m, size_t text, int fd);
 void reap(pid_t pid);
 void reap_owed(void);
+void keep(const struct ctl *m, size_t text);
+void look_at_kept(void);
 void show_arguments(const char *text, size_t length);
 void take_ids(int sid, int pgid, uint32_t uid, uint32_t gid);
 

@@ -124,6 +124,37 @@ void reap(pid_t pid)
 	owed[owed_count++] = pid;
 }
 
+/* ---- children that stayed here when their parent left ---- */
+
+#define KEPT_MAX 1000
+
+static pid_t kept[KEPT_MAX];
+static int kept_count;
+
+/* Their parent, on its node, waits for what stands for them there; here they stay zombies until it has. */
+void look_at_kept(void)
+{
+	for (int i = kept_count - 1; i >= 0; i--) {
+		siginfo_t info = { 0 };
+
+		while (waitid(P_PID, kept[i], &info, WSTOPPED | WCONTINUED | WNOHANG) == 0 && info.si_pid) {
+			tell(C_CHILD, kept[i], info.si_code, info.si_status, 0, 0);
+			info.si_pid = 0;
+		}
+		if (waitid(P_PID, kept[i], &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid) {
+			tell(C_CHILD, kept[i], info.si_code, info.si_status, 0, 0);
+			kept[i] = kept[--kept_count];
+		}
+	}
+}
+
+void keep(const struct ctl *m, size_t text)
+{
+	kept_count = text / sizeof(*kept) < KEPT_MAX ? text / sizeof(*kept) : KEPT_MAX;
+	memcpy(kept, m->text, kept_count * sizeof(*kept));
+	look_at_kept();
+}
+
 /* ---- birth ---- */
 
 static long clone_as(pid_t pid)
@@ -172,7 +203,7 @@ void bear(const struct ctl *m, size_t text, int fd)
 		tell(C_BORN, m->a, error, 0, 0, 0);
 		return;
 	}
-	owed_count = 0;
+	owed_count = kept_count = 0;
 	if (fd > 0)
 		syscall(SYS_close_range, 0, fd - 1, 0);
 	syscall(SYS_close_range, fd + 1, ~0u, 0);

@@ -43,6 +43,7 @@ enum ctl_type {
 	C_REAP = 11,  /* a: pid of a child's ghost, which the real parent has waited for */
 	C_IDS = 12,   /* a: session, b: process group, c: uid, d: gid */
 	C_ARGUMENTS = 13, /* text: command line */
+	C_KEEP = 14,  /* text: pids (int32_t) of the job's children that are here: tell of them, and leave them to be waited for */
 	/* ghost -> master */
 	C_READY = 32,
 	C_SIGNAL = 33,      /* a: signo, b: si_code, c: si_pid, d: si_uid, value: si_value */
@@ -51,6 +52,7 @@ enum ctl_type {
 	C_CONTINUED = 36,
 	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file; b: how many C_STREAM had come */
 	C_PUMPED = 38,      /* a: errno or 0 */
+	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
 	C_BORN = 39,        /* a: pid, b: errno or 0 */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.

@@ -1,0 +1,172 @@
+"""Parents and children in different places: wait, stop, continue, kill and exit are as on one machine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.moving import echo, place
+from tests.cluster.virtual import cluster, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+MASTER = -1
+NODES = (0, 1, 2)
+
+# Forks as many children as it is told, says their pids, and then does what comes on stdin, a line each.
+PARENT = """
+import os, select, signal, sys
+children = []
+for _ in range(int(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        os.close(0)  # else its ghost reads what is meant for the parent
+        while True: signal.pause()
+    children.append(pid)
+got = []
+signal.signal(signal.SIGCHLD, lambda number, frame: got.append(number))
+print(*children, flush=True)
+for line in sys.stdin:
+    words = line.split()
+    try:
+        if words[0] == "wait":
+            pid, status, usage = os.wait4(int(words[1]), 0)
+            print(pid, os.waitstatus_to_exitcode(status), flush=True)
+        elif words[0] == "poll":
+            print(*os.waitpid(int(words[1]), os.WNOHANG), flush=True)
+        elif words[0] == "changes":
+            info = os.waitid(os.P_PID, int(words[1]), os.WSTOPPED | os.WCONTINUED | os.WEXITED | os.WNOWAIT)
+            if info.si_code not in (os.CLD_EXITED, os.CLD_KILLED):
+                os.waitid(os.P_PID, int(words[1]), os.WSTOPPED | os.WCONTINUED)
+            print(info.si_pid, info.si_code, info.si_status, info.si_uid, flush=True)
+        elif words[0] == "kill":
+            os.kill(int(words[1]), int(words[2]))
+            print("killed", flush=True)
+        elif words[0] == "any":
+            print(os.wait()[0], flush=True)
+        elif words[0] == "sigchld":
+            print(len(got), flush=True)
+            got.clear()
+        elif words[0] == "exit":
+            sys.exit(int(words[1]))
+    except OSError as error:
+        print(error.errno, flush=True)
+"""
+
+
+class Family:
+    """A parent and its children, driven line by line."""
+
+    def __init__(self, it, count: int = 1) -> None:
+        self.it = it
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.children = [int(word) for word in self.process.stdout.readline().split()]
+
+    def __enter__(self) -> Family:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in [self.process.pid, *self.children]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        self.process.communicate()
+
+    def ask(self, line: str) -> str:
+        """What the parent answers."""
+        print(line, file=self.process.stdin, flush=True)
+        return self.process.stdout.readline().strip()
+
+    def move(self, pid: int, node: int) -> None:
+        """Moves one of them, which must work."""
+        if place_of(self.it, pid) == node:
+            return
+        done = echo(self.it, pid, f"nodes/{node}/migrate")
+        assert done.returncode == 0, self.it.read(f"nodes/{node}/migrate").splitlines()[-1]
+
+
+def place_of(it, pid: int) -> int:
+    """Where it is; a process that the cluster does not know is at home."""
+    return int(place(it, pid))
+
+
+@pytest.fixture(scope="module")
+def it(session_folder):
+    with cluster(session_folder / "families", nodes=3) as made:
+        yield made
+
+
+def check(family: Family) -> None:
+    """Everything that parents and children do to each other, at their places."""
+    parent, (child, *others) = family.process.pid, family.children
+    assert family.ask(f"poll {child}") == "0 0"
+    family.ask("sigchld")
+    os.kill(child, 19)
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_STOPPED} 19 0"
+    os.kill(child, 18)
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_CONTINUED} 18 0"
+    assert family.ask(f"kill {child} 10") == "killed"
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_KILLED} 10 0"
+    assert family.ask(f"wait {child}") == f"{child} -10"
+    assert family.ask(f"wait {child}") == "10"  # ECHILD
+    assert int(family.ask("sigchld")) >= 1
+    for other in others:
+        assert family.ask(f"poll {other}") == "0 0"
+        os.kill(other, 15)
+        assert family.ask(f"wait {other}") == f"{other} -15"
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family.children), "no zombie should be left")
+    assert parent == family.process.pid
+
+
+# A child cannot go yet to where its parent has a stand-in for it, nor a parent to where its child has a placeholder.
+APART = [(p, c) for p, c in itertools.product((MASTER, *NODES), repeat=2) if p == MASTER or p != c]
+SOME = [(0, MASTER), (MASTER, 1), (0, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(("parent", "child"), APART if "BPFS_ROUNDS" in os.environ else SOME)
+def test_a_parent_and_its_child(it, parent, child):
+    with Family(it) as family:
+        family.move(family.process.pid, parent)
+        family.move(family.children[0], child)
+        check(family)
+
+
+@pytest.mark.parametrize("route", [(1, 2), (1, MASTER), (0, 1, MASTER), (1, MASTER, 1)], ids=str)
+def test_a_parent_that_goes_on_and_on(it, route):
+    with Family(it, 2) as family:
+        for node in route:
+            family.move(family.process.pid, node)
+            assert family.ask(f"poll {family.children[0]}") == "0 0"
+        family.move(family.children[1], 0 if route[-1] != 0 else 2)
+        check(family)
+
+
+def test_a_child_that_ends_on_the_way_is_not_lost(it):
+    with Family(it, 3) as family:
+        first, second, third = family.children
+        os.kill(first, 15)  # nobody waits for it before the move
+        family.move(family.process.pid, 1)
+        assert family.ask(f"wait {first}") == f"{first} -15"
+        os.kill(second, 9)
+        assert family.ask(f"changes {second}") == f"{second} {os.CLD_KILLED} 9 0"
+        family.move(family.process.pid, MASTER)
+        assert family.ask(f"wait {second}") == f"{second} -9"
+        os.kill(third, 1)
+        assert family.ask("any") == str(third)
+
+
+def test_children_of_a_lost_parent_are_inits(session_folder):
+    with cluster(session_folder / "familieslost", "--lease", "2", nodes=1) as it, Family(it) as family:
+        family.move(family.process.pid, 0)
+        os.kill(it.pid("n0"), 9)
+        assert family.process.wait(60) == -9
+        (child,) = family.children
+        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1] == "1"
+        os.kill(child, 9)
