@@ -162,11 +162,11 @@ class Births:
     # -- ends --------------------------------------------------------------------------------------------------
 
     async def _reaped(self, node: Node, pid: int) -> None:
+        # While its parent moves, what stood for it at the old place goes unwaited for; see `Ghosts.still_has`.
         parent = self._ghosts.stand_in(self._ghosts.parents.get(pid, 0))
-        if parent is not None and parent.proc.place == node.number:
-            del self._ghosts.parents[pid]
-            parent.children.discard(pid)
-            await tell(parent.ghost.reap(pid))
+        if parent is None or parent.proc.place != node.number or parent.proc.state is ProcState.MIGRATING:
+            return
+        await self._ghosts.waited_for(parent, pid)
 
 
 def _ids(identity: Identity) -> tuple[int, int, int, int]:

@@ -171,6 +171,17 @@ class Ghosts:
         self.parents[pid] = away.proc.pid
         away.children.add(pid)
 
+    async def waited_for(self, away: Away, pid: int) -> None:
+        """The process has waited for a child: so does its ghost."""
+        self.parents.pop(pid, None)
+        away.children.discard(pid)
+        await tell(away.ghost.reap(pid))
+
+    async def still_has(self, away: Away, children: list[int]) -> None:
+        """The process stands still, and has these children: it has waited for all others."""
+        for pid in away.children.difference(children):
+            await self.waited_for(away, pid)
+
     def _forget_children(self, away: Away) -> None:
         for pid in away.children:
             if self.parents.get(pid) == away.proc.pid:

@@ -241,6 +241,10 @@ class Hop(ToNode):
     def channels(self, externals: Externals) -> list[Channel]:
         return self._away.stdio.regroup(externals)
 
+    async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        await self._around.ghosts.still_has(self._away, summary["process"]["children"])
+        return await super().land(dst, summary)
+
     async def hold(self) -> None:
         self._held = True
         await self._away.ghost.hold()
@@ -298,6 +302,7 @@ class Return(Migration):
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._enter(Phase.ATTACH)
         away = self._away
+        await self._around.ghosts.still_has(away, summary["process"]["children"])
         self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(summary["externals"]))
         self._held = True
         held = await away.ghost.hold(home=True)
