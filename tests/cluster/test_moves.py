@@ -248,23 +248,6 @@ def test_a_lost_node_ends_its_processes_as_killed(it):
     it.wait_state(2, "up")
 
 
-def test_many_moves_leave_nothing_behind(it, counter):
-    def held() -> tuple[int, int]:
-        pids = [it.pid("master"), it.slave(0)]
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), len(it.processes())
-
-    for node in (0, -1, 0, -1):
-        move(it, counter.pid, node)
-    before = held()
-    for _ in range(20):
-        for node in (0, -1):
-            move(it, counter.pid, node)
-    # Each of the two daemons makes its next spare worker a moment after a move: it may not have been there before.
-    allowed = before[0] + 2, before[1] + 2
-    wait_until(lambda: held()[0] <= allowed[0] and held()[1] <= allowed[1], f"before: {before}, after: {held()}")
-    check_counting(finish(counter), counter.pid)
-
-
 @pytest.mark.parametrize("how", ["a > out", ">> out"])
 def test_a_shared_output_file_goes_on_where_the_job_stopped(it, tmp_path, how):
     # The shell at home and its job on the node share one open file, and so one offset.
