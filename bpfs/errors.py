@@ -7,7 +7,12 @@ exit code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from errno import ECONNRESET, EINVAL, EOPNOTSUPP
+from errno import ECONNRESET, EINVAL, EOPNOTSUPP, errorcode
+
+
+def errno_name(code: int) -> str:
+    """The name of an errno as errno(3) has it; 95 has two on Linux, and Python knows the other."""
+    return "EOPNOTSUPP" if code == EOPNOTSUPP else errorcode.get(code, str(code))
 
 
 class BpfsError(OSError):

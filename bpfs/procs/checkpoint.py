@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, errno_name
 from bpfs.procs.ghosts import Ghosts, carefully
 from bpfs.procs.migration import Figures, refuse, transfer
 from bpfs.procs.places import Engine, MasterPlace, Place
@@ -199,7 +199,7 @@ class Checkpoints:
             if order.every:
                 self._record(proc).saved = Saved(order.path, rights, ends)
         except BpfsError as error:
-            outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
+            outcome = f"{errno_name(error.code)} {error.sentence}"
             raise
         finally:
             proc.busy = ""

@@ -124,6 +124,13 @@ class Migration(ABC):
         self.looking: dict[str, Any] = {"moving": True, "family": True}
         if differences := unlike(source.facts, destination.facts):
             self.looking["unlike"] = differences
+        self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
+
+    def fail(self, error: BpfsError) -> None:
+        """The move is off because of this error."""
+        told, self.on_failure = self.on_failure, None
+        if told is not None:
+            told(error)
 
     async def run(self, writer: WriteRequest | None) -> None:
         """Moves the process. `writer` is given where it waits in the write that asked for the move.
@@ -169,6 +176,7 @@ class Migration(ABC):
             await self._make(src, dst, look, stop)
         except BaseException as error:
             known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
+            self.fail(known)
             with trio.CancelScope(shield=True):
                 await self._undo(release(known), dst)
             raise
@@ -289,6 +297,7 @@ class Migration(ABC):
                 await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
             reply = await self._hand_over(src, dst)
         except BpfsError as error:
+            self.fail(error)
             await self._undo(release(error), dst)
             raise
         if reply is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER
 from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, Saved, split
 from bpfs.procs.ghost import Ghost
@@ -92,7 +92,7 @@ class Restarts:
             revival = _Revival(self._around, self._master, self._procs, order, caller, Rights.of(caller))
             pid = await revival.run()
         except BpfsError as error:
-            outcome = f"{errno.errorcode.get(error.code, str(error.code))} {error.sentence}"
+            outcome = f"{errno_name(error.code)} {error.sentence}"
             raise
         finally:
             total = (time.perf_counter() - began) * 1e3

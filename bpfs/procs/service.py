@@ -11,7 +11,7 @@ import trio
 
 from bpfs import log
 from bpfs.engines import Workers
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER, NodeTable
 from bpfs.procs import usage
 from bpfs.procs.checkpoint import Checkpoints
@@ -93,18 +93,22 @@ class Procs:
         before = proc.state
         proc.state, proc.settled, proc.source_lost = ProcState.MIGRATING, trio.Event(), False
         self.table.add(proc)
-        outcome, reason = "ok", ""
+        figures = migration.figures
+
+        def record(outcome: str, reason: str) -> None:
+            move = Move(proc.pid, outcome, reason, figures.freeze_ms, figures.total_ms, figures.bytes)
+            self._moves[node].append(move)
+
+        # Before the process runs on: it may be a script that reads at once what was wrong.
+        migration.on_failure = lambda error: record(errno_name(error.code), error.sentence)
         try:
             await run()
-            proc.arrived(node, migration.figures.freeze_ms, migration.figures.bytes)
+            proc.arrived(node, figures.freeze_ms, figures.bytes)
+            record("ok", "")
         except BpfsError as error:
-            outcome, reason = errno.errorcode.get(error.code, str(error.code)), error.sentence
+            migration.fail(error)
             raise
         finally:
-            figures = migration.figures
-            self._moves[node].append(
-                Move(proc.pid, outcome, reason, figures.freeze_ms, figures.total_ms, figures.bytes)
-            )
             if proc.state is ProcState.MIGRATING:
                 proc.state = before
             with trio.CancelScope(shield=True):
