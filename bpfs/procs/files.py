@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import Node, NodeTable
+from bpfs.procs import kernelfiles
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.verbs import parse_move, parse_pid
 from bpfs.tree.entries import Access, Collection, File, Table, WriteRequest
@@ -114,6 +115,7 @@ class ProcFiles:
                 access=owned(0o644),
                 write=lambda proc, request: procs.losses.choose(proc, request),
             ),
+            *kernelfiles.entries(lambda proc, names: procs.ghosts.status_files(proc, names)),
             File("wait", "blocks until it ended, then `exit 3` or `signal 15`", read=wait, blocks=True),
         )
 

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import trio
 
@@ -17,6 +16,7 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.ghost import Ghost, NoGhost
+from bpfs.procs.kernelfiles import ANSWER_S, read_local
 from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
 from bpfs.procs.table import ProcTable
@@ -370,15 +370,14 @@ class Ghosts:
         except ProcessLookupError:
             raise BpfsError(errno.ESRCH, f"there is no process {proc.pid}") from None
 
-    async def status_files(self, proc: Process) -> dict[str, bytes]:
-        """/proc/PID/stat and status of a process wherever it is. Raises BpfsError."""
-        names = ("stat", "status")
-        if proc.away:
-            session = self.nodes.get(proc.place).live_session()
-            reply = await session.link.request(messages.JobStatus(proc.pid, names), NODE_TIMEOUT)
-            assert isinstance(reply, messages.JobStatusIs)
-            return dict(zip(names, reply.texts, strict=True))
-        return _read_local(proc.pid, names)
+    async def status_files(self, proc: Process, names: tuple[str, ...]) -> dict[str, bytes]:
+        """Files of /proc/PID of a process wherever it is. Raises BpfsError."""
+        if not proc.away:
+            return await read_local(proc.pid, names)
+        session = self.nodes.get(proc.place).live_session()
+        reply = await session.link.request(messages.JobStatus(proc.pid, names), ANSWER_S)
+        assert isinstance(reply, messages.JobStatusIs)
+        return dict(zip(names, reply.texts, strict=True))
 
     # -- when a node goes --------------------------------------------------------------------------------------
 
@@ -410,13 +409,6 @@ def _status(report: messages.JobReport) -> ExitStatus:
     if report.code == os.CLD_EXITED:
         return ExitStatus(code=report.status & 0xFF)
     return ExitStatus(signal=report.status, core=report.code == os.CLD_DUMPED)
-
-
-def _read_local(pid: int, names: tuple[str, ...]) -> dict[str, bytes]:
-    try:
-        return {name: Path(f"/proc/{pid}/{name}").read_bytes() for name in names}
-    except OSError:
-        raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
 
 
 async def carefully(pid: int, work: Awaitable[object]) -> None:

@@ -190,4 +190,4 @@ class Procs:
 
     async def rusage(self, proc: Process) -> str:
         """`key value` lines about what the process used. Raises BpfsError."""
-        return usage.render(await self.ghosts.status_files(proc))
+        return usage.render(await self.ghosts.status_files(proc, ("stat", "status")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
-from errno import EINVAL, EIO, ESRCH
+from errno import EFBIG, EINVAL, EIO, ESRCH
 from pathlib import Path
 
 import trio
@@ -15,6 +15,8 @@ from bpfs.errors import BpfsError, LinkClosed
 from bpfs.slave.births import BirthWatch
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
+    MM_FILES,
+    PROC_FILES,
     DropPlaceholder,
     HostPidIs,
     HostPidOf,
@@ -32,7 +34,7 @@ _log = log.get("jobs")
 
 SI_QUEUE = -1  # sigqueue(3): the value counts
 STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT})
-STATUS_FILES = frozenset({"stat", "status", "cmdline"})
+TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 MiB
 
 
 class Jobs:
@@ -165,12 +167,20 @@ class Jobs:
         with suppress(ProcessLookupError):
             self._space.drop_placeholder(message.pid)
 
-    def status(self, message: JobStatus) -> JobStatusIs:
-        """Handler: files of /proc of a job."""
-        hostpid = self._space.hostpid(message.pid)
-        if hostpid is None or not set(message.names) <= STATUS_FILES:
-            raise BpfsError(ESRCH, f"there is no process {message.pid} on this node")
+    async def status(self, message: JobStatus) -> JobStatusIs:
+        """Handler: files of /proc of a job, from the jobs' own /proc: pids in them are the cluster's."""
+        if not set(message.names) <= PROC_FILES:
+            raise BpfsError(EINVAL, f"a node does not tell all of {' '.join(message.names)}")
+        folder = Path(f"/proc/{self._space.init}/root/proc/{message.pid}")
+
+        def read() -> tuple[bytes, ...]:
+            return tuple((folder / name).read_bytes() for name in message.names)
+
         try:
-            return JobStatusIs(tuple(Path(f"/proc/{hostpid}/{name}").read_bytes()[:65536] for name in message.names))
+            slow = MM_FILES.intersection(message.names)
+            texts = await trio.to_thread.run_sync(read, abandon_on_cancel=True) if slow else read()
         except OSError:
-            raise BpfsError(ESRCH, f"process {message.pid} has just ended") from None
+            raise BpfsError(ESRCH, f"there is no process {message.pid} on this node") from None
+        if sum(map(len, texts)) > TEXT_LIMIT:
+            raise BpfsError(EFBIG, f"{' '.join(message.names)} of process {message.pid} is longer than a message")
+        return JobStatusIs(texts)

@@ -306,12 +306,19 @@ class DropPlaceholder(Message):
     pid: int
 
 
+MM_FILES = frozenset({"cmdline", "environ", "maps", "smaps_rollup"})
+"""Files of /proc/PID whose reader waits for the process's memory map: never to be read by a daemon's main thread."""
+
+PROC_FILES = frozenset({"stat", "status", "statm", "io", "limits", "wchan"}) | MM_FILES
+"""Files of /proc/PID that a node tells."""
+
+
 @_message(36)
 class JobStatus(Message):
     """master -> slave, request (reply JobStatusIs): text of files of /proc/PID of a job."""
 
     pid: int
-    names: tuple[str, ...]  # of: stat, status, cmdline
+    names: tuple[str, ...]  # of PROC_FILES
 
 
 @_message(37)

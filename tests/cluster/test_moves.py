@@ -46,6 +46,28 @@ def test_a_process_counts_on_wherever_it_goes(it, counter, route):
     check_counting(finish(counter), counter.pid)
 
 
+def test_the_kernels_own_files_come_from_the_node(it, counter):
+    proc = it.mount / "procs" / str(counter.pid)
+    move(it, counter.pid, 1)
+    stat = (proc / "stat").read_text()
+    assert stat.split()[0] == str(counter.pid)
+    assert stat.rpartition(")")[2].split()[1] == str(os.getpid()), "its parent is the cluster's"
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+    assert status["Pid"] == str(counter.pid)
+    assert int(status["VmRSS"].split()[0]) > 1000, "a ghost has less"
+    assert len((proc / "statm").read_text().split()) == 7
+    assert f"PATH={os.environ['PATH']}".encode() in (proc / "environ").read_bytes().split(b"\0")
+    assert "[stack]" in (proc / "maps").read_text()
+    assert "Pss:" in (proc / "smaps_rollup").read_text()
+    assert "rchar:" in (proc / "io").read_text()
+    assert "Max open files" in (proc / "limits").read_text()
+    (proc / "wchan").read_text()
+    assert [(proc / name).stat().st_mode & 0o777 for name in ("stat", "environ")] == [0o444, 0o400]
+    move(it, counter.pid, -1)
+    assert (proc / "maps").read_text() == Path(f"/proc/{counter.pid}/maps").read_text()
+    check_counting(finish(counter), counter.pid)
+
+
 def test_ps_and_procs_show_it_all_the_time(it, counter):
     move(it, counter.pid, 1)
     shown = subprocess.run(

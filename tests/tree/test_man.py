@@ -28,7 +28,7 @@ PAGE = Path(__file__).resolve().parents[2] / "bpfs/man/bpfs.5.md"
 def section(title: str) -> dict[str, list[str]]:
     """Name and further columns of each line of a section's table."""
     text = PAGE.read_text().split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-    rows = re.findall(r"^\| `([a-z]+)` \| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+)` \| (.*) \|$", text, re.MULTILINE)
     return {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
 
 
