@@ -254,6 +254,14 @@ class Process:
         """Returns the content of one of the process's files, without the last newline."""
         return _read(self.path / name).removesuffix("\n")
 
+    def write(self, name: str, value: object) -> None:
+        """Writes to one of the process's files.
+
+        Raises:
+            BpfsError: what the cluster has against it.
+        """
+        _write(self.path / name, value, f"process {self.pid}: cannot write {value} to {name}")
+
     @property
     def node(self) -> int | None:
         """The number of the node where it runs (-1: the master); None while it is on its way."""
@@ -337,10 +345,11 @@ class Processes(Mapping[int, Process]):
         return process
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(name) for name in os.listdir(self._cluster.mount / "procs")))
+        # There are files beside the processes.
+        return iter(sorted(int(name) for name in os.listdir(self._cluster.mount / "procs") if name.isdigit()))
 
     def __len__(self) -> int:
-        return len(os.listdir(self._cluster.mount / "procs"))
+        return len(list(iter(self)))
 
 
 class Cluster:

@@ -36,7 +36,9 @@ class _Append(argparse.Action):
     @property
     def kind(self) -> str:
         """The file that the option writes; "nodes" for a selection."""
-        return {"select": "nodes", "mode": "mode", "user": "owner", "group": "group"}.get(self.dest, "state")
+        return {"select": "nodes", "mode": "mode", "user": "owner", "group": "group", "cache": "cache"}.get(
+            self.dest, "state"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     option(access, "-u", "--user", dest="user", metavar="USER", help="the owner, by name or number")
     option(access, "-g", "--group", dest="group", metavar="GROUP", help="the group, by name or number")
     other = parser.add_argument_group("other")
+    option(
+        other, "--cache-purge", dest="cache", nargs=0, const="purge",
+        help="have the nodes drop what they keep of the master's files",
+    )  # fmt: skip
     other.add_argument("-r", "--chroot", dest="chroot", metavar="DIR", help="not supported: always an error")
     other.add_argument("-f", dest="ignored", action="store_true", help="ignored, for old scripts")
     other.add_argument("--json", action="store_true", help="print what was done, for programs")
@@ -104,7 +110,7 @@ def _main(argv: Sequence[str] | None) -> int:
     return EXIT_ERROR if any(entry["error"] for entry in done) else 0
 
 
-def apply(node: Node, name: str, value: str) -> dict[str, object]:
+def apply(node: Node, name: str, value: str, prog: str = PROG) -> dict[str, object]:
     """Writes one value to one file of a node, and says on stderr when that was refused."""
     error = ""
     try:
@@ -112,7 +118,7 @@ def apply(node: Node, name: str, value: str) -> dict[str, object]:
     except OSError as refused:
         error = str(refused)
         name_of = "master" if node.number == MASTER else str(node.number)
-        print(f"{PROG}: {name_of}: {error}", file=sys.stderr)
+        print(f"{prog}: {name_of}: {error}", file=sys.stderr)
     return {"node": node.number, "file": name, "value": value, "error": error}
 
 

@@ -33,6 +33,11 @@ def test_selections_hold_for_what_follows(plain_tree: Path) -> None:
     assert values(plain_tree, "state") == "down error up reboot down"
 
 
+def test_the_cache_is_purged(plain_tree: Path) -> None:
+    assert bpctl(plain_tree, "-S", "0,2", "--cache-purge").returncode == 0
+    assert values(plain_tree, "cache") == " purge  purge "
+
+
 def test_one_refusal_does_not_stop_the_rest(plain_tree: Path) -> None:
     file = plain_tree / "nodes/1/state"
     file.unlink()

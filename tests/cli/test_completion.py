@@ -27,7 +27,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the commands in it, as the PATH of an installation has them."""
     folder = tmp_path_factory.mktemp("bin")
-    for name in ("bpstat", "bpctl", "bpcp"):
+    for name in ("bpstat", "bpctl", "bpcp", "bptop", "bplib"):
         program = folder / name
         program.write_text(f'#!/bin/sh\nPYTHONPATH={TOP} exec {sys.executable} -m bpfs.cli.{name} "$@"\n')
         program.chmod(0o755)
@@ -50,6 +50,9 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bpcp READ", ["README.md"]),
         ("bpcp README.md allu", ["allup:"]),
         ("bpcp --rec", ["--recursive"]),
+        ("bptop --nodes 0,mas", ["0,master"]),
+        ("bptop --del", ["--delay"]),
+        ("bplib -a READ", ["README.md"]),
         ("bpcluster sta", ["status"]),
         ("bpsh -n 0 mkfif", ["mkfifo"]),
     ],

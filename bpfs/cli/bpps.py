@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""bpps: the output of ps with a column NODE before it.
+
+ps itself is the system's own, with all its options: a ghost has the pid, the user and the command line of its process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from errno import EINVAL, ENOENT
+
+from bpfs.cli.common import make_parser, run
+from bpfs.client import MASTER, Cluster
+from bpfs.errors import BpfsError
+
+PROG = "bpps"
+
+_EPILOG = """\
+All other options and arguments are those of ps(1), without options those of ps without options. NODE is - for what is
+on the master. Exit code: that of ps; 1 when the cluster cannot be read.
+"""
+
+_WIDTH = 4  # of the column
+_BLANKS = frozenset({"COMMAND", "CMD", "STARTED", "LABEL"})
+"""Headers of columns whose values may hold blanks."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run(PROG, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = make_parser(PROG, "Shows processes as ps does, and on which node each is.", _EPILOG)
+    parser.usage = "bpps [--nodes NODES] [--mount DIR] [OPTIONS OF PS]"
+    parser.add_argument("--nodes", metavar="NODES", help="only what is on these nodes")
+    options, arguments = parser.parse_known_args(argv)
+    cluster = Cluster(options.mount)
+    wanted = set(cluster.expand(options.nodes)) if options.nodes else None
+    program = shutil.which("ps")
+    if program is None:
+        raise BpfsError(ENOENT, "ps is not installed (package procps)")
+    # Looked at first: who ends in between is in no list, and who comes has no node yet.
+    nodes = places(cluster)
+    ps = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, env=_environment())
+    assert ps.stdout is not None
+    text = ps.stdout.read().decode(errors="surrogateescape")
+    code = ps.wait()
+    if text:
+        shown = label(text.splitlines(keepends=True), nodes, wanted)
+        sys.stdout.buffer.write("".join(shown).encode(errors="surrogateescape"))
+        sys.stdout.buffer.flush()
+    return code
+
+
+def _environment() -> dict[str, str]:
+    # ps makes its lines as wide as the terminal; what it writes to here is none.
+    if not sys.stdout.isatty():
+        return dict(os.environ)
+    columns = shutil.get_terminal_size().columns - _WIDTH - 1
+    return {**os.environ, "COLUMNS": str(max(columns, 20))}
+
+
+def places(cluster: Cluster) -> dict[int, int]:
+    """Returns the node of each process that is away."""
+    found = {}
+    for pid, process in cluster.procs.items():
+        try:
+            node = process.node
+        except OSError:
+            continue  # ended meanwhile
+        if node is not None:
+            found[pid] = node
+    return found
+
+
+def label(lines: Iterable[str], nodes: dict[int, int], wanted: set[int] | None) -> Iterator[str]:
+    """Puts the node of its process before each line of ps, and leaves out those that are not wanted.
+
+    Raises:
+        BpfsError: EINVAL, there is no column PID.
+    """
+    header = next(iter(lines := iter(lines)))
+    words = header.split()
+    if "PID" not in words:
+        raise BpfsError(EINVAL, "ps shows no column PID here: ask for one with its header, as in -o pid,args")
+    column = words.index("PID")
+    # Where blanks may stand before the pid its place on the line counts; else it may be pushed to the right.
+    end = next(found.end() for found in re.finditer(r"(?<!\S)PID(?!\S)", header))
+    by_place = bool(_BLANKS.intersection(words[:column]))
+    yield f"{'NODE':>{_WIDTH}} {header}"
+    for line in lines:
+        word = line[:end].split()[-1:] if by_place else line.split(maxsplit=column + 1)[column : column + 1]
+        pid = int(word[0]) if word and word[0].isdigit() else 0
+        node = nodes.get(pid, MASTER)
+        if wanted is None or node in wanted:
+            yield f"{'-' if node == MASTER else node:>{_WIDTH}} {line}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""bplib: what it writes and shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CACHE = "objects 3\nbytes 4096\nlimit 1000000\nhits 7\nmisses 3\nfetched_bytes 4096\nevicted 0\ndamaged 0\n"
+
+
+def bplib(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bpfs.cli.bplib", "--mount", str(tree), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def with_views(tree: Path, *nodes: int) -> None:
+    for node in nodes:
+        (tree / f"nodes/{node}/cache").write_text(CACHE)
+
+
+def test_it_lists_nodes_with_a_view(plain_tree: Path) -> None:
+    with_views(plain_tree, 1, 4)
+    head, *rows = [line.split() for line in bplib(plain_tree, "-l").stdout.splitlines()]
+    assert head[:4] == ["node", "objects", "bytes", "limit"]
+    assert [row[:6] for row in rows] == [[n, "3", "4096", "1000000", "7", "3"] for n in ("1", "4")]
+    assert [row["node"] for row in json.loads(bplib(plain_tree, "-l", "--json", "-S", "4").stdout)] == [4]
+
+
+def test_it_fetches_and_clears(plain_tree: Path) -> None:
+    with_views(plain_tree, 1, 4)
+    assert bplib(plain_tree, "-S", "1", "-a", "/lib/libm.so.6").returncode == 0
+    assert (plain_tree / "nodes/1/cache").read_text() == "prestage /lib/libm.so.6\n"
+    assert bplib(plain_tree, "-c").returncode == 0
+    assert [(plain_tree / f"nodes/{n}/cache").read_text() for n in (0, 1, 4)] == ["\n", "purge\n", "purge\n"]
+
+
+def test_errors(plain_tree: Path) -> None:
+    run = bplib(plain_tree, "-c")
+    assert run.returncode == 1
+    assert run.stderr == "bplib: all nodes that are up have files of their own: they keep none of the master's\n"
+    run = bplib(plain_tree, "-d", "/lib/x")
+    assert (run.returncode, run.stderr.startswith("bplib: there is no list to delete from")) == (1, True)
+    assert bplib(plain_tree).returncode == 2

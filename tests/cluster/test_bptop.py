@@ -1,0 +1,117 @@
+"""bptop on a real cluster, looked at in a real terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+class Terminal:
+    """A tmux of our own with one program in it."""
+
+    def __init__(self, socket: Path, command: str, environment: dict[str, str]) -> None:
+        self._tmux = ["tmux", "-f", "/dev/null", "-S", str(socket)]
+        start = [*self._tmux, "new-session", "-d", "-x", "100", "-y", "20", command]
+        subprocess.run(start, env=environment, check=True, timeout=60)
+
+    def keys(self, *keys: str) -> None:
+        subprocess.run([*self._tmux, "send-keys", *keys], check=True, timeout=60)
+
+    def screen(self) -> str:
+        return subprocess.run(
+            [*self._tmux, "capture-pane", "-p"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+
+    def close(self) -> None:
+        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]:
+    with cluster(tmp_path_factory.mktemp("top") / "m", nodes=3) as made:
+        yield made
+
+
+@pytest.fixture
+def jobs(it: VirtualCluster) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Something that sleeps on node 0, and something that computes on node 1."""
+    bpsh = str(TOP / "bpfs" / "bin" / "bpsh")
+    environment = {**os.environ, "BPFS": str(it.mount)}
+    commands = [["0", "sleep", "1000"], ["1", "sh", "-c", "while :; do :; done"]]
+    started = [subprocess.Popen([bpsh, *words], env=environment, stdin=subprocess.DEVNULL) for words in commands]
+    try:
+        for number, job in enumerate(started):
+            wait_until(lambda n=number, j=job: (it.mount / f"nodes/{n}/procs/{j.pid}").exists(), "jobs should start")
+        yield started
+    finally:
+        for job in started:
+            job.kill()
+            job.wait()
+
+
+def command(it: VirtualCluster, *options: str) -> list[str]:
+    return [sys.executable, "-m", "bpfs.cli.bptop", "--mount", str(it.mount), *options]
+
+
+def row(text: str, pid: int) -> list[str]:
+    found = re.search(rf"^ *{pid} root .*$", text, re.MULTILINE)
+    return found[0].split() if found else []
+
+
+def test_in_batch_mode_it_prints(it: VirtualCluster, jobs: list[subprocess.Popen[bytes]]) -> None:
+    def shown(*options: str) -> str:
+        run = subprocess.run(
+            command(it, "-b", "-n", "1", *options), cwd=TOP, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert (run.returncode, run.stderr) == (0, "")
+        return run.stdout
+
+    text = shown()
+    assert "nodes: 3 of 3 up  processes: 2 (1 R, 1 S)" in text
+    sleeps, computes = row(text, jobs[0].pid), row(text, jobs[1].pid)
+    assert (sleeps[1:5], sleeps[8:]) == (["root", "0", "S", "0.0"], ["sleep", "1000"])
+    assert computes[2:4] == ["1", "R"]
+    assert float(computes[4]) > 1, "it computes"
+    assert text.index(f" {jobs[1].pid} ") < text.index(f" {jobs[0].pid} "), "the busiest comes first"
+    assert row(shown("-a"), os.getpid())[2] == "-"
+    text = shown("--nodes", "0", "-o", "I")
+    assert (bool(row(text, jobs[0].pid)), bool(row(text, jobs[1].pid))) == (True, False)
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed (mountscripts/check installs it)")
+def test_keys_sort_move_and_kill(it: VirtualCluster, jobs: list[subprocess.Popen[bytes]], session_folder: Path) -> None:
+    sleeper = jobs[0].pid
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
+    terminal = Terminal(session_folder / "tmux", " ".join(command(it, "-d", "0.3")), environment)
+    try:
+        wait_until(lambda: row(terminal.screen(), sleeper), "the processes should be shown")
+        assert ">%CPU<" in terminal.screen()
+        terminal.keys("N")
+        wait_until(lambda: ">NODE<" in terminal.screen(), "it should be sorted by node")
+        # Now the sleeper on node 0 is the first, and the chosen one.
+        terminal.keys("m")
+        wait_until(lambda: f"node for {sleeper} sleep 1000:" in terminal.screen(), "it should ask for the node")
+        terminal.keys("9", "Enter")
+        wait_until(lambda: "there is no node 9" in terminal.screen(), "it should refuse")
+        terminal.keys("m", "2", "Enter")
+        wait_until(lambda: f"{sleeper} is on node 2 now" in terminal.screen(), "it should move")
+        wait_until(lambda: row(terminal.screen(), sleeper)[2:3] == ["2"], "it should be shown there")
+        assert it.read(f"procs/{sleeper}/node") == "2\n"
+        terminal.keys("k", "Enter")
+        assert jobs[0].wait(60) == -15
+        wait_until(lambda: not row(terminal.screen(), sleeper), "it should be gone")
+        terminal.keys("q")
+        wait_until(lambda: not (session_folder / "tmux").exists() or not terminal.screen(), "it should end")
+    finally:
+        terminal.close()
