@@ -24,6 +24,8 @@ DEFAULT_PORT = 932
 """`bprocport` of Scyld's configuration: the port its bpmaster listened on."""
 DEFAULT_LEASE = 30.0
 """Seconds that a slave lives on without hearing from the master."""
+DEFAULT_ONLOST = 30.0
+"""Seconds that a real node looks for a lost master before it does what `onlost` says."""
 DEFAULT_NODES = 1024
 DEFAULT_BOOTPORT = 933
 """TCP port from which nodes fetch their images: beside `DEFAULT_PORT`, and one that only root can listen on."""
@@ -57,6 +59,8 @@ class Config:
     entries: list[NodeEntry] = field(default_factory=list)
     lease: float = DEFAULT_LEASE  # seconds
     pingtimeout: float | None = None  # seconds of silence after which a node is down; None: lease + margin
+    onlost: str = "reboot"  # one of ONLOST
+    onlost_after: float = DEFAULT_ONLOST  # seconds
     key: Path = DEFAULT_KEY
     mount: str = "/bpfs"
     bootserver: bool = False  # bpmaster starts bpbootd
@@ -103,6 +107,9 @@ class Config:
             number -= size
         return None
 
+
+ONLOST = ("wait", "reboot", "halt")
+"""What a real node does, its jobs being dead, when it has not found its master for a time."""
 
 NODEASSIGN = ("append", "manual", "locked")
 """Of a machine that asks and is no node: it gets the next number, is listed in boot/unknown, or is ignored."""
@@ -205,6 +212,12 @@ def _pingtimeout(config: Config, args: list[str]) -> None:
     config.pingtimeout = _seconds(args[0], "pingtimeout")
 
 
+def _onlost(config: Config, args: list[str]) -> None:
+    config.onlost = _one_of(args[0], ONLOST, "onlost")
+    if len(args) > 1:
+        config.onlost_after = _seconds(args[1], "onlost")
+
+
 def _key(config: Config, args: list[str]) -> None:
     config.key = Path(args[0])
 
@@ -289,6 +302,9 @@ KEYWORDS = {
     "bprocport": Keyword("PORT", 1, 1, _bprocport, f"TCP port of bpmaster (default {DEFAULT_PORT})"),
     "lease": Keyword("SECONDS", 1, 1, _lease, f"how long a node lives without the master (default {DEFAULT_LEASE:g})"),
     "pingtimeout": Keyword("SECONDS", 1, 1, _pingtimeout, "silence after which a node is down; more than the lease"),
+    "onlost": Keyword(
+        "wait|reboot|halt [SECONDS]", 1, 2, _onlost, "what a real node does after so long without a master (reboot 30)"
+    ),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
     "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),

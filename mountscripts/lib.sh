@@ -159,16 +159,24 @@ build_helpers() {
 # What the tests of network boot take: an emulator, and a kernel that is not this machine's. The package is kept beside the
 # environment. Elsewhere than on Debian there is none of this name, and these tests are skipped.
 install_boot() {
-    local name folder=$VENV/boot
+    local meta name folder=$VENV/boot
     LOG=$(mktemp)
     install_packages qemu-system-x86 zstd
     rm -f "$LOG"
-    if compgen -G "$folder/linux-image-*-cloud-amd64_*.deb" >/dev/null; then return 0; fi
-    name=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p')
-    if [ -z "$name" ]; then say "no package of a cloud kernel: the tests that boot one are skipped"; return 0; fi
     mkdir -p "$folder"
-    (cd "$folder" && apt-get download -q "$name") >"$folder/log" 2>&1 ||
-        { rm -f "$folder"/*.deb; say "the kernel package $name cannot be fetched: the tests that boot it are skipped"; }
+    # The small one for most tests, the general one for other cards than virtio.
+    for meta in linux-image-cloud-amd64 linux-image-amd64; do
+        if compgen -G "$folder/$meta.deb" >/dev/null; then continue; fi
+        name=$(apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p')
+        if [ -z "$name" ]; then say "there is no package $meta: the tests that boot it are skipped"; continue; fi
+        say "fetching the kernel package $name"
+        if (cd "$folder" && apt-get download -q "$name") >"$folder/log" 2>&1; then
+            mv "$folder/$name"_*.deb "$folder/$meta.deb"
+        else
+            rm -f "$folder/$name"_*.deb
+            say "the kernel package $name cannot be fetched: the tests that boot it are skipped"
+        fi
+    done
 }
 
 # Everything up to a working tree: packages, environment, helpers. Arguments: extras of pyproject.toml.

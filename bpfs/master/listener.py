@@ -140,6 +140,8 @@ class Listener:
             boot=boot_id(),
             monotonic=clocks.monotonic,
             boottime=clocks.boottime,
+            onlost=config.onlost,
+            onlost_after=config.onlost_after,
         )
 
     async def _refuse(self, link: Link, join: Join, refusal: NotAdmitted) -> None:

@@ -66,6 +66,14 @@ class Found(NamedTuple):
     clocks: Clocks | None
 
 
+class GivenUp(Exception):
+    """No master was found for so long that the machine is to be ended: `how`, reboot or halt."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how
+
+
 class Seeker:
     """Looks for the master until it is found."""
 
@@ -73,14 +81,20 @@ class Seeker:
         self._options = options
         self._join = join
         self._complaint = ""
+        self._contact = now()  # with a master that proved the key, whatever it said
 
     async def find(self) -> Found:
-        """A link on which the master said welcome."""
+        """A link on which the master said welcome.
+
+        Raises:
+            GivenUp: this is a real node, which is not to look any longer.
+        """
         delay = FIRST_DELAY
         while True:
             try:
                 return await self._attempt()
             except RefusedByMaster as refusal:
+                self._contact = now()
                 self._complain(f"refused: {refusal}")
                 if refusal.parked:
                     delay = FIRST_DELAY
@@ -90,8 +104,15 @@ class Seeker:
                 self._complain(f"cannot connect: {error.strerror or error}")
             except trio.TooSlowError:
                 self._complain("the master does not answer")
+            self._look_at_clock()
             await trio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * GROWTH, LAST_DELAY)
+
+    def _look_at_clock(self) -> None:
+        options = self._options
+        if options.onlost != "wait" and self._join.real and now() - self._contact >= options.onlost_after:
+            _log.error("no master for %g s: %s", options.onlost_after, options.onlost)
+            raise GivenUp(options.onlost)
 
     def _complain(self, text: str) -> None:
         # One line a reason, not one an attempt.

@@ -30,7 +30,7 @@ class Lease:
 
     def _extend(self, sent: float) -> None:
         self.end = sent + self._welcome.lease
-        self._reporter.note(self.end, self._welcome.node)
+        self._reporter.note(self.end, self._welcome)
 
     def seen(self, message: HeartbeatSeen) -> None:
         """Handler: the master has answered."""

@@ -21,7 +21,7 @@ from bpfs.errors import BpfsError, LinkClosed, first_error
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.slave import machine
 from bpfs.slave.births import BirthWatch
-from bpfs.slave.connect import Seeker, make_join
+from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
@@ -274,7 +274,10 @@ def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int
 
 async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
     seeker = Seeker(options, make_join(number, identity, options.empty))
-    link, welcome, sent, clocks = await seeker.find()
+    try:
+        link, welcome, sent, clocks = await seeker.find()
+    except GivenUp as given_up:
+        return THEN[given_up.how]
     _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
     slave = Slave(options, link, welcome, Workers(zygote), clocks)
     return await slave.run(Lease(link, welcome, sent, reporter))

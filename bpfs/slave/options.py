@@ -18,6 +18,8 @@ class SlaveOptions:
         number: the node number to ask for; None: the master decides.
         mount: where to mount the tree here; None: nowhere.
         verbose: log more.
+        onlost, onlost_after: what a real node does when it has not found a master for so many seconds: `wait`, `reboot`
+            or `halt`. The supervisor enters what the last master said.
         watch: the socket of this machine's jobwatch; None: the node has one of its own.
         empty: jobs have a root of their own with nothing but the view of the master's files.
         cache: where the view keeps contents of files.
@@ -32,3 +34,5 @@ class SlaveOptions:
     watch: Path | None = None
     empty: bool = False
     cache: Path = DEFAULT_CACHE
+    onlost: str = "wait"
+    onlost_after: float = 0.0

@@ -21,18 +21,22 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 from bpfs import kernel, log
+from bpfs.config import ONLOST
 from bpfs.errors import BpfsError
 from bpfs.slave import machine
 from bpfs.slave.options import SlaveOptions
+from bpfs.wire.messages import Welcome
 
 _log = log.get("supervisor")
 
-NOTE = struct.Struct("=dq")
-"""From a life: its lease's end (seconds of CLOCK_BOOTTIME; 0: no jobs, no lease) and its node number."""
+NOTE = struct.Struct("=dqBd")
+"""From a life: its lease's end (seconds of CLOCK_BOOTTIME; 0: no jobs, no lease), its node number, and what is to be
+done without a master (index of `ONLOST`) after how many seconds."""
 
 GRACE = 0.2
 """Seconds after the lease's end in which a life should have ended by itself; less than any margin of the master's."""
@@ -61,10 +65,11 @@ class Reporter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def note(self, lease_end: float, number: int) -> None:
-        """Say until when this life may hold jobs."""
+    def note(self, lease_end: float, welcome: Welcome) -> None:
+        """Say until when this life may hold jobs, and what the master said."""
+        onlost = ONLOST.index(welcome.onlost) if welcome.onlost in ONLOST else 0
         with suppress(BlockingIOError, BrokenPipeError):
-            os.write(self._fd, NOTE.pack(lease_end, number))
+            os.write(self._fd, NOTE.pack(lease_end, welcome.node, onlost, welcome.onlost_after))
 
 
 Live: TypeAlias = Callable[[SlaveOptions, Reporter, bytes, "int | None"], int]
@@ -189,9 +194,10 @@ class Supervisor:
                     if not data:
                         poller.unregister(notes)  # the life has closed it, so it is ending
                     elif len(data) >= NOTE.size:
-                        lease_end, number = NOTE.unpack(
+                        lease_end, number, onlost, after = NOTE.unpack(
                             data[len(data) // NOTE.size * NOTE.size - NOTE.size :][: NOTE.size]
                         )
+                        self._options = replace(self._options, onlost=ONLOST[onlost], onlost_after=after)
                         self._number = number if number >= 0 else self._number
 
     def _abort_mount(self) -> None:

@@ -94,6 +94,8 @@ class Welcome(Message):
     boot: bytes  # the master's boot id: a slave that has the same one shares its clocks
     monotonic: int  # the master's CLOCK_MONOTONIC at this moment, ns
     boottime: int  # and CLOCK_BOOTTIME
+    onlost: str  # what a real node does when it has not found a master for ...
+    onlost_after: float  # ... seconds: wait, reboot or halt
 
 
 @_message(5)

@@ -10,7 +10,7 @@ import pytest
 from tests.boot.lab import Lab, kernel_package
 from tests.cluster.virtual import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +20,52 @@ def lab(session_folder: Path) -> Iterator[Lab]:
     try:
         lab.open()
         lab.make_images(package)
-        lab.start()
         yield lab
     finally:
         lab.close()
 
 
-def test_a_machine_with_nothing_on_it_becomes_a_node(lab: Lab) -> None:
-    with lab.machine(0) as vm:
-        lab.wait_state(0, "up")
-        assert "fetching the image" in vm.text and "switching kernels" in vm.text
-        assert lab.read("nodes/0/address") == "10.54.0.10\n"
+def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: Lab) -> None:
+    with lab.machine(0) as first, lab.machine(1) as second:
+        # They were there before their master was: they ask on.
+        for machine in (first, second):
+            machine.wait_for("RARP on eth0")
+        lab.start()
+        for number in (0, 1):
+            lab.wait_state(number, "up")
+        assert "fetching the image" in first.text and "switching kernels" in first.text
+        assert [lab.read(f"nodes/{number}/address") for number in (0, 1)] == ["10.54.0.10\n", "10.54.0.11\n"]
         # The kernel is the one that the image was made with, not this machine's.
         assert lab.read("nodes/0/kernel").strip() in (lab.images / "manifest").read_text()
-        before = len(vm.text)
+        assert "asked, and is 10.54.0.10" in lab.read("nodes/0/log")
+
+        # Told to start again, it does; meanwhile the other loses its cable, fences itself, starts again, and is back.
+        seen, other = len(first.text), len(second.text)
         lab.write("nodes/0/state", "reboot")
-        vm.wait_for("RARP on", before)
-        lab.wait_state(0, "up")
+        lab.cut(1, True)
+        lab.wait_state(1, "down")
+        second.wait_for("no master for 2 s: reboot", other)
+        second.wait_for("RARP on eth0", other)
+        lab.cut(1, False)
+        first.wait_for("RARP on eth0", seen)
+        for number in (0, 1):
+            lab.wait_state(number, "up")
+
         lab.write("nodes/0/state", "pwroff")
-        wait_until(lambda: vm.ended, "the machine is still powered")
+        wait_until(lambda: first.ended, "the machine is still powered")
+        assert lab.read("nodes/1/state") == "up\n"
+
+
+def test_a_general_kernel_and_a_slow_card(session_folder: Path) -> None:
+    package = kernel_package("linux-image-amd64")
+    lab = Lab(session_folder / "boot2", machines=1)
+    try:
+        lab.open()
+        lab.make_images(package, "--drivers", "e1000")
+        lab.start()
+        # The link of this card is up seconds after its driver: the first requests are lost.
+        with lab.machine(0, card="e1000") as machine:
+            lab.wait_state(0, "up")
+            assert "drivers: e1000" in machine.text
+    finally:
+        lab.close()

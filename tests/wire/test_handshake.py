@@ -17,7 +17,7 @@ from tests.wire.pairs import tcp_pair
 
 KEY = b"k" * 32
 JOIN = Join(b"", 3, (), "n3", "6.1", bytes(16), False, b"")
-WELCOME = Welcome(3, 30.0, 10.0, 1000, 1999, "/bpfs", bytes(16), bytes(16), 1, 2)
+WELCOME = Welcome(3, 30.0, 10.0, 1000, 1999, "/bpfs", bytes(16), bytes(16), 1, 2, "wait", 30.0)
 
 
 def pair() -> tuple[Link, Link]:
