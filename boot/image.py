@@ -21,7 +21,7 @@ MANIFEST = "manifest"
 
 INIT = Path(__file__).parent / "bin" / "bpfs-init"
 
-PROGRAMS = {1: ("boot.node.__main__",), 2: ("boot.node.__main__", "bpfs.cli.bpslave")}
+PROGRAMS = {1: ("boot.node.__main__",), 2: ("boot.node.__main__", "bpfs.cli.bpslave", "bpfs.view.daemon")}
 """What is run on a node in each phase."""
 
 HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "sp5100_tco")

@@ -68,6 +68,16 @@ static void mount_all(void)
 	}
 }
 
+/* The kernel's first root file system has no mount below it, and whoever has none cannot pivot_root(2), as the jobs'
+ * own root wants it: bind it over itself and go there. */
+static void bind_root(void)
+{
+	if (mount("/", "/mnt", NULL, MS_BIND, NULL) < 0 || chdir("/mnt") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 ||
+	    chroot(".") < 0)
+		say("the root cannot be bound: %s", strerror(errno));
+	chdir("/");
+}
+
 static void open_console(void)
 {
 	int fd = open("/dev/console", O_RDWR | O_NOCTTY);
@@ -148,6 +158,7 @@ int main(void)
 		return 1;
 	}
 	prctl(PR_SET_NAME, NAME);
+	bind_root();
 	mount_all();
 	open_console();
 	reboot(RB_DISABLE_CAD);

@@ -38,7 +38,7 @@ def run() -> None:
     _write_secret(MARK, _BOOT_ID.read_bytes(), 0o400)
     Path(conf["mount"]).mkdir(parents=True, exist_ok=True)
     say(f"starting bpslave, node {conf['node']} of {conf['master']}")
-    options = ["-f", "-n", conf["node"], "-k", str(KEY), "--mount", conf["mount"], conf["master"]]
+    options = ["-f", "-n", conf["node"], "-k", str(KEY), "--mount", conf["mount"], "--root", "empty", conf["master"]]
     os.execv(sys.executable, [sys.executable, "-S", "-s", "-B", "-m", "bpfs.cli.bpslave", *options])
 
 

@@ -25,8 +25,8 @@ PACKAGES = TOP / ".venv" / "boot"
 """Where mountscripts/lib.sh puts the kernel package for these tests."""
 
 VM_DEADLINE = 240.0
-"""Seconds that a machine may take from power-on to where it is waited for: 10 by itself, where nothing else runs. This is
-for machines that hang, and no measure of speed."""
+"""Seconds that a machine may take from power-on to where it is waited for: 10 by itself, where nothing else runs. This
+is for machines that hang, and no measure of speed."""
 
 _COUNT = itertools.count()
 
@@ -65,7 +65,7 @@ class Machine:
     def __init__(self, lab: Lab, number: int, kernel: Path, initrd: Path, card: str = "virtio-net-pci") -> None:
         device = f"{card},netdev=n0,mac={mac(number)},romfile="
         command = [
-            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "qemu64,+rdrand", "-m", "256",
+            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max", "-m", "256",
             "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
             "-append", "console=ttyS0 panic=5 quiet", "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
@@ -219,6 +219,13 @@ class Lab:
         before = self.log().count("again")
         self.master.send_signal(signal.SIGHUP)
         wait_until(lambda: self.log().count("again") > before, "the master has not read its configuration again")
+
+    def bpsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs bpsh here, as a user does."""
+        return subprocess.run(
+            [TOP / "bpfs/bin/bpsh", *arguments], capture_output=True, text=True, timeout=VM_DEADLINE, check=False,
+            cwd="/", stdin=subprocess.DEVNULL, env={**os.environ, "BPFS": str(self.mount)},
+        )  # fmt: skip
 
     def read(self, path: str) -> str:
         """A file of the tree."""
