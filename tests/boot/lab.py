@@ -65,7 +65,7 @@ class Machine:
     def __init__(self, lab: Lab, number: int, kernel: Path, initrd: Path, card: str = "virtio-net-pci") -> None:
         device = f"{card},netdev=n0,mac={mac(number)},romfile="
         command = [
-            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max", "-m", "256",
+            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
             "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
             "-append", "console=ttyS0 panic=5 quiet", "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
