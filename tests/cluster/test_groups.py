@@ -60,9 +60,12 @@ def heard(log: Path) -> Counter[str]:
     return Counter(log.read_text().splitlines()) if log.exists() else Counter()
 
 
-def test_a_signal_to_the_group_reaches_each_once(it: VirtualCluster, log: Path) -> None:
+@pytest.mark.parametrize("user", [0, 1234])
+def test_a_signal_to_the_group_reaches_each_once(it: VirtualCluster, log: Path, user: int) -> None:
     script = FAMILY.format(log=log, mount=it.mount)
-    process = subprocess.Popen(["bash", "-c", script], process_group=0)
+    log.touch()
+    os.chown(log, user, user)
+    process = subprocess.Popen(["bash", "-c", script], process_group=0, user=user, group=user, extra_groups=[])
     names = ("parent", "one", "two")
     try:
         wait_until(lambda: all(heard(log)[f"{name} ready"] for name in names), "all should be there")
