@@ -7,7 +7,6 @@ AMX. A thread that has not touched their registers may go to a node that lacks t
 
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,17 +112,12 @@ def missing(source: Cpu, target: Cpu, in_use: int) -> list[str]:
     for family, bits in _USES.items():
         if not in_use & bits:
             lacks = [name for name in lacks if not name.startswith(family)]
-    absent = in_use & ~target.xcr0 & ~3
-    return lacks + [f"{name} registers" for name in sorted({_NAMES.get(n, str(n)) for n in _bits(absent)})]
+    return lacks
 
 
 def sentence(lacks: list[str]) -> str:
     """Why a process cannot go there."""
     return f"the CPU there lacks what it may use: {', '.join(lacks)}"
-
-
-def _bits(value: int) -> Iterable[int]:
-    return (n for n in range(value.bit_length()) if value >> n & 1)
 
 
 def convert(xstate: bytes, source: dict[int, tuple[int, int]], target: Cpu) -> bytes:
@@ -136,16 +130,19 @@ def convert(xstate: bytes, source: dict[int, tuple[int, int]], target: Cpu) -> b
         ValueError: a component that is in use is not there.
     """
     in_use = used(xstate)
-    if in_use & ~target.xcr0 & ~3:
-        raise ValueError("its vector registers do not exist on this CPU")
     area = bytearray(target.area)
     head = xstate[:_LEGACY]
     area[: len(head)] = head
     for part, (offset, size) in source.items():
-        if in_use >> part & 1 and part in target.parts:
+        content = xstate[offset : offset + size]
+        if not in_use >> part & 1 or not any(content):  # zero is the initial state of all but PKRU
+            in_use &= ~(1 << part)
+        elif part not in target.parts:
+            raise ValueError(f"it uses {_NAMES.get(part, part)} registers, which do not exist on this CPU")
+        else:
             at, room = target.parts[part]
             if room != size:
                 raise ValueError(f"the {_NAMES.get(part, part)} registers have another size on this CPU")
-            area[at : at + size] = xstate[offset : offset + size]
+            area[at : at + size] = content
     struct.pack_into("<Q", area, _HEADER, in_use & (target.xcr0 | 3))
     return bytes(area)

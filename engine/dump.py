@@ -76,8 +76,9 @@ def inspect(
     survey = Survey(frozen)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay)
+    carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
     refusals += survey.refusals + descriptors.refusals + differences
-    return Inspection(frozen, stat, descriptors, survey, survey.runs(), refusals)
+    return Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)
 
 
 def obstacles_of(pid: int, family: bool = False) -> list[str]:

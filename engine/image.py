@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 2
+VERSION: Final = 3
 META: Final = 1
 END: Final = 2
 HELD: Final = 3
@@ -66,6 +66,7 @@ class MappedFile:
     size: int
     mtime_ns: int
     writable: bool  # to be opened for writing too (shared, writable mapping)
+    nameless: bool = False  # memory that is made anew (engine/nameless.py)
 
 
 @dataclass(slots=True)

@@ -3,9 +3,11 @@
 import array
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Final
 
+from engine import nameless
+from engine.descriptors.model import is_open_elsewhere
 from engine.freeze import Frozen
 from engine.image import MappedFile, Region
 from engine.linux import pagemap, process_vm, procfs
@@ -52,9 +54,11 @@ class Survey:
         self.bare_code: list[Vma] = []
         self._index: dict[tuple[int, int, int, bool], int] = {}
         self._spans: list[tuple[int, int]] = []
+        self._carried: Container[tuple[int, int]] = ()
         scratch = frozen.injection.base if frozen.injection else 0
         raw = procfs.read(f"{frozen.live}/smaps")
-        for vma in procfs.parse_smaps(raw):
+        self._vmas = procfs.parse_smaps(raw)
+        for vma in self._vmas:
             if not (scratch and vma.start == scratch):
                 self._add(vma)
         if b"\nProtectionKey:" in raw and _uses_keys(raw):
@@ -78,8 +82,8 @@ class Survey:
             flags, file = MAP_PRIVATE | MAP_ANONYMOUS, -1
             if vma.prot & _PROT_EXEC:
                 self.bare_code.append(vma)
-        elif vma.shared and (vma.path == "/dev/zero (deleted)" or vma.path.startswith("[anon_shmem:")):
-            flags, file = MAP_SHARED | MAP_ANONYMOUS, -1
+        elif vma.shared and nameless.is_nameless(vma):
+            flags, file = self._nameless(vma)
             self.shared.append(vma)
         else:
             found = self._file(vma)
@@ -104,13 +108,22 @@ class Survey:
         region = Region(vma.start, vma.end, vma.prot, flags, file, offset, advice, lock, name, "sl" in vma.flags)
         self.regions.append(region)
 
+    def _nameless(self, vma: Vma) -> tuple[int, int]:
+        if nameless.is_plain(vma, self._vmas):
+            return MAP_SHARED | MAP_ANONYMOUS, -1
+        key = (vma.major, vma.minor, vma.inode, True)
+        if key not in self._index:
+            self._index[key] = len(self.files)
+            self.files.append(nameless.describe(self._frozen.pid, vma))
+        return MAP_SHARED, self._index[key]
+
     def _file(self, vma: Vma) -> tuple[int, int] | None:
         if vma.path.startswith("/SYSV"):
             self._refuse(f"it has System V shared memory attached ({vma.path})")
-        elif vma.path.startswith(("/memfd:", "anon_inode:", "[")) or not vma.path.startswith("/"):
+        elif vma.path.startswith("/secretmem"):
+            self._refuse("it has secret memory (memfd_secret)")
+        elif vma.path.startswith(("anon_inode:", "[")) or not vma.path.startswith("/"):
             self._refuse(f"it maps {vma.path}")
-        elif vma.deleted and vma.shared:
-            self._refuse(f"it maps a deleted file for sharing ({vma.path})")
         elif vma.deleted:
             self.whole.append((vma.start, vma.end))
             return MAP_PRIVATE | MAP_ANONYMOUS, -1
@@ -136,6 +149,12 @@ class Survey:
             return
         mine = {(v.major, v.minor, v.inode) for v in self.shared}
         marks = [f" {major:02x}:{minor:02x} {inode} ".encode() for major, minor, inode in mine]
+        for vma in self.shared:
+            index = self._index.get((vma.major, vma.minor, vma.inode, True), -1)
+            if index >= 0 and vma.path.startswith("/memfd:"):
+                file = self.files[index]
+                if is_open_elsewhere(self._frozen.pid, vma.path, file.device, file.inode):
+                    self._refuse(f"it maps {os.fsdecode(file.path)}, which another process has open")
         for name in os.listdir("/proc"):
             if not name.isdigit() or int(name) == self._frozen.pid:
                 continue
@@ -146,16 +165,20 @@ class Survey:
             if any(mark in raw for mark in marks):
                 self._refuse(f"it shares memory with process {name}")
 
-    def runs(self) -> list[tuple[int, int]]:
-        """(address, length) of all pages to carry, in address order."""
+    def runs(self, carried: Container[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+        """(address, length) of all pages to carry, in address order.
+
+        Args:
+            carried: (device, inode) of objects whose content travels with descriptors.
+        """
+        self._carried = carried
         descriptor = os.open(f"{self._frozen.live}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if not self._spans:
                 return []
             found = self._private(descriptor)
             runs = list(_clip(found, self._spans, self._cuts()))
-            for vma in self.shared:
-                runs += pagemap.present_runs(descriptor, vma.start, vma.end)
+            runs += nameless.runs(self._frozen.pid, [vma for vma in self.shared if not self._is_carried(vma)])
         finally:
             os.close(descriptor)
         runs += [(start, end - start) for start, end in self.whole]
@@ -167,6 +190,10 @@ class Survey:
         except pagemap.NoScan:  # before Linux 6.7: leave out what has no pages, it may be terabytes
             touched = procfs.touched(procfs.read(f"{self._frozen.live}/smaps"))
             return [run for start, end in touched for run in pagemap.private_entries(descriptor, start, end)]
+
+    def _is_carried(self, vma: Vma) -> bool:
+        index = self._index.get((vma.major, vma.minor, vma.inode, True), -1)
+        return index >= 0 and (self.files[index].device, self.files[index].inode) in self._carried
 
     def _cuts(self) -> set[int]:
         return {start for start, _ in self.whole} | {vma.start for vma in self.shared}

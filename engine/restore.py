@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from engine import cpu, note, state, timers, vdso
+from engine import cpu, nameless, note, state, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
@@ -57,7 +57,7 @@ class Builder:
 
     def _look_up(self) -> None:
         self._bounds = [r.start for r in self.image.regions]
-        self._writable = [bool(r.prot & _PROT_WRITE) for r in self.image.regions]
+        self._writable = [bool(nameless.widened(self.image, r) & _PROT_WRITE) for r in self.image.regions]
 
     # ---- memory layout ----------------------------------------------------------------------------------
 
@@ -76,6 +76,9 @@ class Builder:
             self._look_up()
         local = self._opened = open_all(image, target.pid, self._credentials())
         rebuilt = self._rebuild_descriptors()
+        for index, fd in nameless.make(image, rebuilt).items():
+            os.dup2(fd, local[index], inheritable=False)
+            os.close(fd)
         target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
         numbers = target.pass_fds(local + [p.local_fd for p in rebuilt])
         self._placed = [
@@ -166,9 +169,8 @@ class Builder:
             size = r.end - r.start
             fd = numbers[r.file] if r.file >= 0 else -1
             what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else "memory"
-            calls.add(
-                "mmap", r.start, size, r.prot, r.flags | _MAP_FIXED_NOREPLACE, fd, r.offset, label=f"mapping {what}"
-            )
+            prot, flags = nameless.widened(self.image, r), r.flags | _MAP_FIXED_NOREPLACE
+            calls.add("mmap", r.start, size, prot, flags, fd, r.offset, label=f"mapping {what}")
             for advice in r.advice:
                 calls.add("madvise", r.start, size, advice, must=False)
             if r.name:
@@ -239,6 +241,7 @@ class Builder:
             self._settle_vdso(self._foreign)
         self._outside()
         calls = Calls(target.injection)
+        nameless.narrow(image, lambda *span: calls.add("mprotect", *span))
         for r in image.regions:
             if r.lock:
                 calls.add("mlock2", r.start, r.end - r.start, r.lock - 1, must=False)

@@ -26,6 +26,9 @@ def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
     opened: list[int] = []
     try:
         for index, file in enumerate(image.files):
+            if file.nameless:
+                opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))  # replaced when descriptors are there
+                continue
             path = b"/proc/%d/root%s" % (root_of, file.path)
             if index == image.cwd and image.fresh and not os.path.isdir(path):
                 # A program that begins here, and its folder is not here: it begins in the root, as BProc's bpsh has it.

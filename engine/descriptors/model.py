@@ -152,6 +152,19 @@ def _is_at(path: bytes, status: Status) -> bool:
         return False  # closed meanwhile
 
 
+def is_open_elsewhere(pid: int, path: str, device: int, inode: int) -> bool:
+    """Whether a process other than `pid` and this one has an object open; reads all of /proc/*/fd."""
+    own = os.getpid()
+    for link in _links_elsewhere(pid, set()).get(os.fsencode(path), ()):
+        try:
+            info = os.stat(link)
+        except OSError:
+            continue  # closed meanwhile
+        if (info.st_dev, info.st_ino) == (device, inode) and not link.startswith(b"/proc/%d/" % own):
+            return True
+    return False
+
+
 def _links_elsewhere(pid: int, duplicates: set[int]) -> dict[bytes, list[bytes]]:
     """Link text -> /proc paths of all descriptors but the process's and our own duplicates of them."""
     found: dict[bytes, list[bytes]] = {}

@@ -16,7 +16,6 @@ _SWAPPED: Final = 16
 _PFNZERO: Final = 32
 _REGIONS: Final = 1024
 # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 file page or shared anonymous
-_ANY: Final = 3 << 62
 _NOT_FILE: Final = 7 << 61
 _WANTED: Final = (1 << 63, 1 << 62)  # present or swapped
 _PFN: Final = (1 << 55) - 1
@@ -63,19 +62,6 @@ def private_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     return _scan(pagemap, start, end, _FILE | _PFNZERO, _PRESENT | _SWAPPED)
 
 
-def present_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
-    """The same for shared memory: every present or swapped page but the zero page."""
-    try:
-        return _scan(pagemap, start, end, _PFNZERO, _PRESENT | _SWAPPED)
-    except NoScan:
-        return _entries(pagemap, start, end, _ANY)
-
-
-def private_entries(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
-    """As `private_runs`, by reading 8 bytes a page of the address space: for spans that have pages."""
-    return _entries(pagemap, start, end, _NOT_FILE)
-
-
 def _scan(pagemap: int, start: int, end: int, without: int, anyof: int) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
     argument = _Argument(96, 0, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, without, without, anyof, anyof)
@@ -115,7 +101,8 @@ def _zero_page() -> int:
     return entry & _PFN or -1
 
 
-def _entries(pagemap: int, start: int, end: int, mask: int) -> list[tuple[int, int]]:
+def private_entries(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
+    """As `private_runs`, by reading 8 bytes a page of the address space: for spans that have pages."""
     runs: list[tuple[int, int]] = []
     zero = _zero_page()
     for position in range(start, end, _PIECE):
@@ -123,7 +110,7 @@ def _entries(pagemap: int, start: int, end: int, mask: int) -> list[tuple[int, i
         if raw.count(0) == len(raw):
             continue
         for index, entry in enumerate(memoryview(raw).cast("Q")):
-            if entry & mask in _WANTED and not (entry & _PFN == zero and entry >> 63):
+            if entry & _NOT_FILE in _WANTED and not (entry & _PFN == zero and entry >> 63):
                 address = position + index * PAGE
                 if runs and runs[-1][0] + runs[-1][1] == address:
                     runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)

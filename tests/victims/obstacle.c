@@ -29,6 +29,17 @@ int main(int argc, char **argv)
 		struct sock_fprog program = {1, &allow};
 		CHECK(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
 	}
+	if (!strcmp(argv[2], "memfd")) { /* mapped here, open in a child only */
+		int fd = memfd_create("passed", 0);
+		CHECK(fd >= 0 && !ftruncate(fd, 4096) && mmap(0, 4096, 3, MAP_SHARED, fd, 0) != MAP_FAILED);
+		munmap(shared, 4096);
+		CHECK((child = fork()) >= 0);
+		if (!child) {
+			execl("/bin/sleep", "sleep", "600", NULL);
+			_exit(1);
+		}
+		close(fd);
+	}
 	if (!strcmp(argv[2], "several")) {
 		int id = shmget(IPC_PRIVATE, 4096, 0600);
 		void *at = shmat(id, 0, 0);
