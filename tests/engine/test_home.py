@@ -40,7 +40,7 @@ def test_ghost_has_the_pid_and_command_line(mover: Mover, victim: Callable[..., 
     os.close(program)
 
 
-@pytest.mark.parametrize("name", ["memory", "signals", "memory-static"])
+@pytest.mark.parametrize("name", ["memory", "signals", "memory-static", "robust"])
 def test_there_and_back(mover: Mover, victim: Callable[..., Victim], programs: Path, name: str) -> None:
     one = victim(name)
     exe = os.readlink(f"/proc/{one.pid}/exe")

@@ -1,4 +1,4 @@
-/* Checks: heap, brk growth, mmap, file maps (shared, private), guard pages, protections, stack growth, shared anonymous memory. */
+/* Checks: heap, brk growth, mmap, file maps (shared, private), guard pages, protections, advice, stack growth, shared anonymous memory. */
 #include "victim.h"
 #include <fcntl.h>
 #include <setjmp.h>
@@ -27,6 +27,25 @@ static int deep(int depth)
 
 static int data[4096] = {1, 2, 3};
 
+/* What the kernel says about the mapping at an address. */
+static void flags_of(void *address, char *flags)
+{
+	FILE *file = fopen("/proc/self/smaps", "r");
+	char line[512];
+	unsigned long first, last;
+	int inside = 0;
+	CHECK(file);
+	while (fgets(line, sizeof line, file)) {
+		if (sscanf(line, "%lx-%lx ", &first, &last) == 2)
+			inside = first <= (unsigned long)address && (unsigned long)address < last;
+		else if (inside && !strncmp(line, "VmFlags:", 8)) {
+			snprintf(flags, 256, "%.255s", line + 8);
+			break;
+		}
+	}
+	fclose(file);
+}
+
 int main(int argc, char **argv)
 {
 	signal(SIGSEGV, on_fault);
@@ -52,7 +71,11 @@ int main(int argc, char **argv)
 	close(file);
 	strcpy(filemap, "before");
 	char *advised = mmap(0, 1 << 16, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	madvise(advised, 1 << 16, MADV_DONTFORK);
+	static const int advices[] = {MADV_DONTFORK, MADV_DONTDUMP, MADV_WIPEONFORK, MADV_NOHUGEPAGE, MADV_HUGEPAGE, MADV_RANDOM};
+	char flags[6][256];
+	for (int i = 0; i < 6; i++) /* each an area of its own; the kernel may lack huge pages */
+		(void)!madvise(advised + 8192 * i, 4096, advices[i]), flags_of(advised + 8192 * i, flags[i]);
+	CHECK(strstr(flags[0], " dc") && strstr(flags[1], " dd") && strstr(flags[2], " wf") && strstr(flags[5], " rr"));
 	char *fourth = mmap(0, 4 * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	fourth[0] = 1, fourth[3 * 4096] = 4; /* holes between */
 	for (int i = 0; i < 300000; i++)
@@ -73,6 +96,11 @@ int main(int argc, char **argv)
 	CHECK(fourth[0] == 1 && fourth[4096] == 0 && fourth[3 * 4096] == 4);
 	CHECK(faults(none, 0) && faults(hidden, 0) && faults(readonly, 1) && !faults(readonly, 0));
 	mprotect(hidden, 8192, PROT_READ);
+	for (int i = 0; i < 6; i++) {
+		char now_flags[256];
+		flags_of(advised + 8192 * i, now_flags);
+		CHECK(!strcmp(flags[i], now_flags));
+	}
 	CHECK(!strcmp(hidden, "hidden") && !strcmp(readonly, "read only"));
 	CHECK(sbrk(0) == top && sbrk(1 << 20) == top);
 	top[1 << 19] = 1;
