@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """bpps: the output of ps with a column NODE before it.
 
-ps itself is the system's own, with all its options: a ghost has the pid, the user and the command line of its process.
+ps itself is the system's own, with all its options: a ghost has the pid, the user and the command line of its process,
+and for root psview gives it the state, times and memory as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from errno import EINVAL, ENOENT
+from errno import EINVAL
 
 from bpfs.cli.common import make_parser, run
+from bpfs.cli.psview import PsView
 from bpfs.client import MASTER, Cluster
 from bpfs.errors import BpfsError
 
@@ -25,6 +28,7 @@ All other options and arguments are those of ps(1), without options those of ps 
 on the master. Exit code: that of ps; 1 when the cluster cannot be read.
 """
 
+_FRESH_S = 2.0  # between two looks at the nodes while another program runs
 _WIDTH = 4  # of the column
 _BLANKS = frozenset({"COMMAND", "CMD", "STARTED", "LABEL"})
 """Headers of columns whose values may hold blanks."""
@@ -37,17 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     parser = make_parser(PROG, "Shows processes as ps does, and on which node each is.", _EPILOG)
-    parser.usage = "bpps [--nodes NODES] [--mount DIR] [OPTIONS OF PS]"
+    parser.usage = (
+        "bpps [--nodes NODES] [--mount DIR] [OPTIONS OF PS]\n       bpps [--mount DIR] --run PROGRAM [ARGUMENTS]"
+    )
     parser.add_argument("--nodes", metavar="NODES", help="only what is on these nodes")
+    parser.add_argument(
+        "--run", nargs=argparse.REMAINDER, metavar="PROGRAM", help="run top, htop or the like in place of ps"
+    )  # fmt: skip
     options, arguments = parser.parse_known_args(argv)
     cluster = Cluster(options.mount)
     wanted = set(cluster.expand(options.nodes)) if options.nodes else None
-    program = shutil.which("ps")
-    if program is None:
-        raise BpfsError(ENOENT, "ps is not installed (package procps)")
+    # The files of processes can be covered by root only; others see what the ghosts have.
+    view = PsView(cluster) if os.geteuid() == 0 else None
+    try:
+        if view:
+            view.refresh()
+        if options.run:
+            if view:
+                view.keep_fresh(_FRESH_S)
+            return _status(subprocess.call(options.run))
+        return _ps(cluster, arguments, wanted)
+    finally:
+        if view:
+            view.close()
+
+
+def _ps(cluster: Cluster, arguments: list[str], wanted: set[int] | None) -> int:
     # Looked at first: who ends in between is in no list, and who comes has no node yet.
     nodes = places(cluster)
-    ps = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, env=_environment())
+    ps = subprocess.Popen(["ps", *arguments], stdout=subprocess.PIPE, env=_environment())
     assert ps.stdout is not None
     text = ps.stdout.read().decode(errors="surrogateescape")
     code = ps.wait()
@@ -55,7 +77,11 @@ def _main(argv: Sequence[str] | None) -> int:
         shown = label(text.splitlines(keepends=True), nodes, wanted)
         sys.stdout.buffer.write("".join(shown).encode(errors="surrogateescape"))
         sys.stdout.buffer.flush()
-    return code
+    return _status(code)
+
+
+def _status(code: int) -> int:
+    return code if code >= 0 else 128 - code
 
 
 def _environment() -> dict[str, str]:

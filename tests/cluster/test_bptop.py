@@ -1,10 +1,11 @@
-"""bptop on a real cluster, looked at in a real terminal."""
+"""bptop and bpps on a real cluster, looked at in a real terminal."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,3 +116,50 @@ def test_keys_sort_move_and_kill(it: VirtualCluster, jobs: list[subprocess.Popen
         wait_until(lambda: not (session_folder / "tmux").exists() or not terminal.screen(), "it should end")
     finally:
         terminal.close()
+
+
+def bpps(it: VirtualCluster, *options: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "bpfs.cli.bpps", "--mount", str(it.mount), *options],
+        cwd=TOP, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
+
+
+def test_unmodified_programs_see_what_processes_do_on_their_nodes(
+    it: VirtualCluster, jobs: list[subprocess.Popen[bytes]]
+) -> None:
+    wait_until(lambda: float(it.read(f"procs/{jobs[1].pid}/rusage").split()[1]) > 0.2, "it should have computed")
+    columns = ["-o", "pid,ppid,stat,cputimes,rss,tty,comm", "--cols", "200"]
+    shown = [line.split() for line in bpps(it, *columns, "-p", f"{jobs[0].pid},{jobs[1].pid}").splitlines()[1:]]
+    plain = subprocess.run(
+        ["ps", *columns, "-p", f"{jobs[0].pid},{jobs[1].pid}"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]
+    assert [line[0] for line in shown] == ["0", "1"]
+    assert [line[3][0] for line in shown] == ["S", "R"]
+    for line, ghost in zip(shown, map(str.split, plain), strict=True):
+        assert (line[1:3], line[6:]) == (ghost[:2], ghost[5:]), "pid, parent, terminal and name are the ghost's"
+        assert int(line[5]) > int(ghost[4]), "memory is the process's"
+    assert bpps(it, "--run", "cut", "-d ", "-f3", f"/proc/{jobs[1].pid}/stat") == "R\n"
+    # Nothing of it is seen by others, nor left.
+    assert f"/proc/{jobs[1].pid}/" not in Path("/proc/mounts").read_text()
+    assert not list(Path(os.environ["TMPDIR"]).glob("bpps-*"))
+
+
+def test_a_program_sees_figures_that_go_on(it: VirtualCluster, jobs: list[subprocess.Popen[bytes]]) -> None:
+    stat = f"/proc/{jobs[1].pid}/stat"
+    script = (
+        f"first=$(cut -d' ' -f14 {stat}); until [ $(cut -d' ' -f14 {stat}) -gt $first ]; do sleep 0.1; done; echo on"
+    )
+    assert bpps(it, "--run", "timeout", "60", "sh", "-c", script) == "on\n"
+
+
+def test_a_silent_node_keeps_nobody_waiting(it: VirtualCluster, jobs: list[subprocess.Popen[bytes]]) -> None:
+    slave = it.slave(1)
+    os.kill(slave, signal.SIGSTOP)
+    try:
+        shown = [line.split() for line in bpps(it, "-o", "pid,stat", "-p", f"{jobs[0].pid},{jobs[1].pid}").splitlines()]
+    finally:
+        os.kill(slave, signal.SIGCONT)
+    assert [line[0] for line in shown] == ["NODE", "0", "1"]
