@@ -27,6 +27,7 @@ _AF_UNIX: Final = 1
 _SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
 _F_DUPFD: Final = 0
+_F_SETFD: Final = 2
 _F_DUPFD_CLOEXEC: Final = 1030
 _AT_EMPTY_PATH: Final = 0x1000
 _TOP: Final = 0x7FFFFFFFF000
@@ -289,7 +290,8 @@ class Home(Target):
     def _way_back(self, first: list[bytes], program: int = -1) -> None:
         strings = HEAL_STRINGS + self.injection.base
         argv, envp = self._vectors(strings)
-        rows = [row(NR["rt_sigprocmask"], 0, strings, 0, 8, must=False), *first]
+        rows = [row(NR["rt_sigprocmask"], 0, strings, 0, 8, must=False)]
+        rows += [row(NR["fcntl"], self.control, _F_SETFD, 0, must=False), *first]  # the ghost keeps it close-on-exec
         rows += [
             row(NR["execveat"], fd, strings + 8, argv, envp, _AT_EMPTY_PATH, must=False)
             for fd in (program, self.exe_fd)

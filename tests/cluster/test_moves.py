@@ -312,3 +312,41 @@ def test_descriptors_that_come_and_go_while_it_is_looked_at(it):
         out, _ = process.communicate("enough\n", timeout=60)
     assert out == f"end {process.pid} enough\n"
     assert process.returncode == 0
+
+
+# Has a descriptor beyond what its limit allows; answers lines.
+CRAMPED = """
+import os, resource, sys
+os.dup2(os.open("/dev/null", os.O_RDONLY), 900)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+print("ready", flush=True)
+for line in sys.stdin:
+    print(line.strip(), os.fstat(900).st_rdev, flush=True)
+"""
+
+
+def test_a_return_that_fails_late_leaves_the_process_where_it_was(it):
+    """The memory of its ghost has been given up by then: it has to start anew, with its control socket."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CRAMPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        null = os.stat("/dev/null").st_rdev
+        move(it, process.pid, 1)
+        for round in range(3):
+            done = echo(it, process.pid, "nodes/-1/migrate")
+            # Root may raise the limit where it has CAP_SYS_RESOURCE.
+            assert place(it, process.pid) == ("-1" if done.returncode == 0 else "1"), done.stderr
+            process.stdin.write(f"{round}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == f"{round} {null}\n"
+            move(it, process.pid, round % 2)
+            if done.returncode == 1:
+                move(it, process.pid, 1)
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
