@@ -81,7 +81,7 @@ class Blocks:
                 yield
             finally:
                 if before is not None:
-                    _write_pid_max(before)
+                    _put_back(before)
                 os.close(lock)
 
     def _raise(self) -> int | None:
@@ -123,6 +123,13 @@ def _try_flock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _put_back(value: int) -> None:
+    try:
+        _write_pid_max(value)
+    except OSError as error:
+        _log.error("pid_max cannot be put back to %d: %s", value, error.strerror)
 
 
 def _write_pid_max(value: int) -> None:

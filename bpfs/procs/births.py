@@ -8,14 +8,15 @@ child does: should the parent come home before it waits, it finds the status the
 from __future__ import annotations
 
 import errno
-import math
 import os
 import signal
 import socket
 import struct
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import trio
+import trio.lowlevel
 
 from bpfs import log
 from bpfs.errors import BpfsError
@@ -32,6 +33,7 @@ from engine.jobwatch import Kind, Record, parse
 AGAIN = 0.002  # seconds until a pid that an ended ghost still has is tried again
 AGAIN_TIMES = 25
 
+TURN = 0.02  # seconds at most that pid_max stays raised
 EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
 
 _log = log.get("procs")
@@ -46,22 +48,49 @@ class Births:
         self._nodes = nodes
         self._blocks = blocks
         self._complained: set[int] = set()  # nodes of which a child could not be shown
-        self._send, self._incoming = trio.open_memory_channel[tuple[Node, bytes]](math.inf)
+        self._waiting: dict[tuple[int, int], tuple[Node, list[Record]]] = {}  # by node and pid, oldest first
+        self._wake = trio.Event()
+        self._raised = AsyncExitStack()
+        self._is_raised = False
         nursery.start_soon(self._take_all, name="births")
 
     def report(self, node: Node, message: messages.JobEvents) -> None:
         """Handler of JobEvents; a plain function, for they must be taken in their order."""
-        self._send.send_nowait((node, message.records))
+        try:
+            for record in parse(message.records):
+                self._put(node, record)
+        except (ValueError, struct.error) as error:
+            _log.warning("node %d told nonsense of its jobs: %s", node.number, error)
+        self._wake.set()
+
+    def _put(self, node: Node, record: Record) -> None:
+        key = (int(node.number), record.pid)
+        waiting = self._waiting.setdefault(key, (node, []))[1]
+        waiting.append(record)
+        # In a storm of forks we are late, and who has come and gone meanwhile is nobody's business any more.
+        if record.kind is Kind.REAPED and waiting[0].kind is Kind.IS and self._table.known(record.pid) is None:
+            del self._waiting[key]
 
     async def _take_all(self) -> None:
-        async for node, packet in self._incoming:
-            try:
-                records = list(parse(packet))
-            except (ValueError, struct.error) as error:
-                _log.warning("node %d told nonsense of its jobs: %s", node.number, error)
-                continue
-            for record in records:
-                await carefully(record.pid, self._take(node, record))
+        while True:
+            self._wake = trio.Event()
+            if not self._waiting:
+                await self._wake.wait()
+            async with AsyncExitStack() as stack:
+                self._raised = stack
+                until = trio.current_time() + TURN
+                while self._waiting and trio.current_time() < until:
+                    node, records = self._waiting.pop(next(iter(self._waiting)))
+                    for record in records:
+                        await carefully(record.pid, self._take(node, record))
+            self._is_raised = False
+            await trio.lowlevel.checkpoint()
+
+    async def _raise(self) -> None:
+        # Once for all births of a turn: it costs as much as a birth.
+        if not self._is_raised:
+            await self._raised.enter_async_context(self._blocks.raised())
+            self._is_raised = True
 
     async def _take(self, node: Node, record: Record) -> None:
         if record.kind is Kind.REAPED:
@@ -119,8 +148,8 @@ class Births:
         ours, theirs = Ghost.pair()
         with theirs:
             try:
-                async with self._blocks.raised():
-                    await self._bear(maker.ghost, birth, theirs)
+                await self._raise()
+                await self._bear(maker.ghost, birth, theirs)
             except BaseException:
                 ours.close()
                 raise
