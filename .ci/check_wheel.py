@@ -17,6 +17,9 @@ NEEDED = [
     "bpfs/bin/ghost",
     "bpfs/bin/iorelay",
     "bpfs/bin/bpsh",
+    "bpfs/bin/libbproc.so",
+    "bpfs/bin/include/sys/bproc.h",
+    "bpfs/bin/pkgconfig/bproc.pc",
     "engine/bin/nodeinit",
     "boot/bin/bpfs-init",
 ]

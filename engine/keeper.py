@@ -86,6 +86,7 @@ class Keeper:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._listener: socket.socket | None = None
+        self._stream: Stream | None = None
         self._token = b""
         self._folder = self._fd = -1
         self._name = self._spare_name = ""
@@ -154,10 +155,10 @@ class Keeper:
                 raise
             stream.send(img.frame(img.HELD, b""))
         except BaseException:
+            stream.close()
             self.undo()
             raise
-        finally:
-            stream.close()
+        self._stream = stream  # its end would tell the source that its image is lost
         return {"bytes": total}
 
     def _take(self, stream: Stream) -> int:
@@ -188,7 +189,7 @@ class Keeper:
             self._spare_name = ""
             self._sync_folder()
         finally:
-            self.undo()
+            self._clear()
         return {"size": size}
 
     def _rotate(self, keep: int) -> None:
@@ -213,6 +214,13 @@ class Keeper:
     def undo(self) -> bool:
         """Nothing of an image that is not whole stays. Returns whether there was anything to undo."""
         begun = self._fd >= 0
+        self._clear()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        return begun
+
+    def _clear(self) -> None:
         if self._spare_name and self._fd >= 0:
             with contextlib.suppress(OSError), acting_as(self._who):
                 os.unlink(self._spare_name, dir_fd=self._folder)
@@ -226,7 +234,6 @@ class Keeper:
         self._fd = self._folder = -1
         self._listener = self._parent = self._writer = None
         self._spare_name = ""
-        return begun
 
 
 class Giver:

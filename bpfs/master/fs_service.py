@@ -54,6 +54,9 @@ class FsService:
             "listdir": self._listdir,
             "readlink": self._readlink,
             "setattr": self._setattr,
+            "getxattr": self._getxattr,
+            "listxattr": self._listxattr,
+            "setxattr": self._setxattr,
             "open": self._open,
             "read": self._read,
             "write": self._write,
@@ -100,6 +103,20 @@ class FsService:
 
     async def _setattr(self, request: FsRequest, caller: Caller) -> FsReply:
         return FsReply(value=_plain(await self._tree.setattr(request.path, caller, _changes(request.value))))
+
+    async def _getxattr(self, request: FsRequest, caller: Caller) -> FsReply:
+        return FsReply(data=await self._tree.getxattr(request.path, caller, str(request.value)))
+
+    async def _listxattr(self, request: FsRequest, caller: Caller) -> FsReply:
+        return FsReply(value=list(await self._tree.listxattr(request.path, caller)))
+
+    async def _setxattr(self, request: FsRequest, caller: Caller) -> FsReply:
+        match request.value:
+            case [str(name), bytes() | None as value]:
+                await self._tree.setxattr(request.path, caller, name, value)
+            case _:
+                raise BpfsError(EINVAL, "this is no attribute with its value")
+        return FsReply()
 
     # -- files ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 from bpfs.nodes.admin import Administrator
+from bpfs.nodes.attributes import NodeAttributes
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import MASTER, Node, NodeTable
@@ -81,6 +82,7 @@ class NodeFiles:
                 table=self.node_table,
                 member_access=lambda node: Access(node.uid, node.gid, 0o555),
                 member_change=self._change,
+                member_notes=NodeAttributes(),
             ),
         )
 

@@ -48,6 +48,7 @@ class Node:
     barred: bool = False  # the administrator wants it down
     reserved: bool = False  # the administrator wants it unavailable whenever it is there
     real: bool = False  # its machine may be rebooted
+    notes: dict[str, bytes] = field(default_factory=dict)  # extended attributes, by name
     init: int = 0  # HostPid of its job space's init, as the workers there see it
     session: Session | None = None  # the conversation with its slave, as long as there is one
     doubtful: bool = False  # linkless, but jobs of the last incarnation may still run: wait for `wait_fenced`

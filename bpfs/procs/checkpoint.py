@@ -254,16 +254,20 @@ class _Taking:
         refuse((await src.call("inspect"))["refusals"])
 
     async def _end(self, src: Engine, keeper: Engine, writer: WriteRequest | None) -> int:
-        if not self.order.stop:
+        if not self.order.stop and writer is None:
             await self._release(src, 0)
             self.figures.running = time.perf_counter()
             return await self._complete(keeper)
-        try:  # it may not do anything any more between its image and its end
+        try:  # between its image and its end it may do nothing; and its own write returns when the file is there
             size = await self._complete(keeper)
         except BpfsError as error:
             await self._release(src, error.code if writer is not None and writer.answered else 0)
             raise
-        await src.call("vanish")
+        if self.order.stop:
+            await src.call("vanish")
+        else:
+            await self._release(src, 0)
+            self.figures.running = time.perf_counter()
         return size
 
     async def _complete(self, keeper: Engine) -> int:

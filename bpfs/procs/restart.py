@@ -21,7 +21,7 @@ from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER
 from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, Saved, split
 from bpfs.procs.ghost import Ghost
-from bpfs.procs.ghosts import Away, tell
+from bpfs.procs.ghosts import Away, carefully, tell
 from bpfs.procs.migration import Figures, transfer
 from bpfs.procs.places import HANDLES, LOOPBACK, Engine, MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Pid, Process, ProcState
@@ -65,6 +65,14 @@ def parse_restart(text: str) -> Order:
     return Order(path, parse_number(rest[0], MASTER, 2**31 - 1, "node") if rest else MASTER, anypid)
 
 
+@dataclass(slots=True)
+class _Line:
+    """Of procs/restart. `end`: `exit 3` or `signal 15`, once it has ended."""
+
+    text: str = ""
+    end: str = ""
+
+
 class Restarts:
     """Brings processes back."""
 
@@ -72,11 +80,11 @@ class Restarts:
         self._procs = procs
         self._around = around
         self._master = master
-        self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self._lines: deque[_Line] = deque(maxlen=LINES_KEPT)
 
     def show(self) -> str:
         """The content of procs/restart: the last ones, oldest first."""
-        return "".join(f"{line}\n" for line in self._lines)
+        return "".join(f"{line.text} {line.end}".rstrip() + "\n" for line in self._lines)
 
     async def write(self, request: WriteRequest) -> None:
         """Carries out a write to procs/restart; returns when the process runs.
@@ -86,18 +94,19 @@ class Restarts:
                 the caller's; EBADMSG it is damaged; else what is missing where it should run.
         """
         order = parse_restart(request.text)
-        began, pid, outcome = time.perf_counter(), 0, "ok"
+        began, pid, outcome, line = time.perf_counter(), 0, "ok", _Line()
         try:
             caller = request.caller
             revival = _Revival(self._around, self._master, self._procs, order, caller, Rights.of(caller))
-            pid = await revival.run()
+            pid = await revival.run(line)
         except BpfsError as error:
             outcome = f"{errno_name(error.code)} {error.sentence}"
             raise
         finally:
             total = (time.perf_counter() - began) * 1e3
             when = time.strftime("%Y-%m-%dT%H:%M:%S")
-            self._lines.append(f"{when} {order.path} pid={pid} node={order.node} total_ms={total:.1f} {outcome}")
+            line.text = f"{when} {order.path} pid={pid} node={order.node} total_ms={total:.1f} {outcome}"
+            self._lines.append(line)
 
     async def rescue(self, away: Away, node: int, saved: Saved) -> None:
         """Brings back a process whose node was lost, on another node, behind the ghost that it still has.
@@ -131,7 +140,7 @@ class _Revival:
             await self._build_on_node(place, source, dst, away, channels)
             away.proc.arrived(self._order.node, 0.0, image["bytes"])
 
-    async def run(self) -> int:
+    async def run(self, line: _Line) -> int:
         """Returns the pid. Raises BpfsError; nothing of it stays."""
         caller, order = self._caller, self._order
         place = self._procs.place(order.node)
@@ -139,6 +148,7 @@ class _Revival:
             image = await self._load(source)
             away, numbers = await self._bear(source, image)
             proc = away.proc
+            self._around.ghosts.nursery.start_soon(carefully, proc.pid, self._note_end(proc, line))
             proc.state, proc.progress = ProcState.MIGRATING, f"restart on node {order.node}"
             try:
                 if order.node != MASTER:
@@ -151,6 +161,10 @@ class _Revival:
             proc.state = ProcState.RUNNING
             self._procs.table.changed(proc, f"restarted on node {order.node}")
             return proc.pid
+
+    async def _note_end(self, proc: Process, line: _Line) -> None:
+        # It may have ended before anybody can ask for it.
+        line.end = str(await self._procs.wait(proc))
 
     async def _load(self, source: Engine, relayed: bool = False) -> dict[str, Any]:
         return await source.call(

@@ -62,6 +62,19 @@ class RemoteTree:
         value = [changes.uid, changes.gid, changes.mode]
         return _attributes((await self._ask("setattr", caller, path, value=value)).value)
 
+    async def getxattr(self, path: Path, caller: Caller, name: str) -> bytes:
+        """See `Tree`."""
+        return (await self._ask("getxattr", caller, path, value=name)).data
+
+    async def listxattr(self, path: Path, caller: Caller) -> Sequence[str]:
+        """See `Tree`."""
+        reply = await self._ask("listxattr", caller, path)
+        return [str(name) for name in reply.value or ()]
+
+    async def setxattr(self, path: Path, caller: Caller, name: str, value: bytes | None) -> None:
+        """See `Tree`."""
+        await self._ask("setxattr", caller, path, value=[name, value])
+
     async def _ask(self, op: str, caller: Caller, path: Path, size: int = 0, value: Any = None) -> FsReply:
         return await self.request(_request(op, caller, path=path, size=size, value=value), TIMEOUT)
 

@@ -152,6 +152,15 @@ class Tree(Protocol):
     async def setattr(self, path: Path, caller: Caller, changes: Changes) -> Attributes:
         """chown, chgrp, chmod. EPERM where there is nothing to set."""
 
+    async def getxattr(self, path: Path, caller: Caller, name: str) -> bytes:
+        """An extended attribute. ENODATA where there is none, EOPNOTSUPP where there can be none."""
+
+    async def listxattr(self, path: Path, caller: Caller) -> Sequence[str]:
+        """The names of all extended attributes."""
+
+    async def setxattr(self, path: Path, caller: Caller, name: str, value: bytes | None) -> None:
+        """Sets an extended attribute, or removes it."""
+
     def listen(self, listener: Listener) -> None:
         """Has `listener` called with every change of what is `lasting`."""
 

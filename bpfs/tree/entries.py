@@ -162,6 +162,24 @@ class Directory(Entry[T]):
     mode: int = field(default=0o555, kw_only=True)
 
 
+class Notes(Protocol):
+    """Extended attributes of the members of a collection; all names begin with `prefix`."""
+
+    prefix: str
+
+    def names(self, target: Any) -> list[str]:
+        """What a member has."""
+
+    def get(self, target: Any, name: str) -> bytes:
+        """Raises BpfsError ENODATA."""
+
+    def set(self, target: Any, caller: Caller, name: str, value: bytes) -> None:
+        """Raises BpfsError."""
+
+    def remove(self, target: Any, caller: Caller, name: str) -> None:
+        """Raises BpfsError."""
+
+
 @dataclass(frozen=True)
 class Collection(Entry[T]):
     """A directory whose names come and go.
@@ -181,6 +199,7 @@ class Collection(Entry[T]):
     link: Callable[[Any, Caller], str] | None = None
     member_access: Callable[[Any], Access] | None = None
     member_change: Callable[[Any, Caller, Changes], Awaitable[None] | None] | None = None
+    member_notes: Notes | None = None
     member_key: Callable[[Any], object] | None = None
     member_lasting: bool = True
     """False: names of members are asked for each time (pids come and go quickly)."""

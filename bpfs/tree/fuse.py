@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from errno import EINTR, EIO, ENOENT, ENOSYS, EPERM, ESTALE
+from errno import EINTR, EINVAL, EIO, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, ESTALE
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -33,6 +33,9 @@ _FOREVER = 365 * 86400
 
 _SAME_CALL_S = 0.005
 """Seconds within which a thread's request for what it has just looked up belongs to the same system call."""
+
+_ATTRIBUTES = b"bproc."
+"""What extended attributes of ours begin with."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +62,13 @@ def _to_errno(
 
     functools.update_wrapper(guarded, operation)
     return guarded
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise pyfuse3.FUSEError(EINVAL) from None
 
 
 @dataclass(slots=True)
@@ -180,6 +190,35 @@ class Operations(pyfuse3.Operations):
             )
             await self._tree.setattr(path, caller, changes)
         return _entry(inode, await self._tree.getattr(path, caller))
+
+    # -- extended attributes -------------------------------------------------------------------------------------------
+
+    @_to_errno
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        """See pyfuse3."""
+        # Programs like ls ask for these of every file; the answer makes them ask no more.
+        if not name.startswith(_ATTRIBUTES):
+            raise pyfuse3.FUSEError(EOPNOTSUPP)
+        return await self._tree.getxattr(self._inode(inode).path, self._caller(ctx), _text(name))
+
+    @_to_errno
+    async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
+        """See pyfuse3."""
+        return [os.fsencode(name) for name in await self._tree.listxattr(self._inode(inode).path, self._caller(ctx))]
+
+    @_to_errno
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        """See pyfuse3."""
+        if not name.startswith(_ATTRIBUTES):
+            raise pyfuse3.FUSEError(EOPNOTSUPP)
+        await self._tree.setxattr(self._inode(inode).path, self._caller(ctx), _text(name), bytes(value))
+
+    @_to_errno
+    async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
+        """See pyfuse3."""
+        if not name.startswith(_ATTRIBUTES):
+            raise pyfuse3.FUSEError(EOPNOTSUPP)
+        await self._tree.setxattr(self._inode(inode).path, self._caller(ctx), _text(name), None)
 
     @_to_errno
     async def readlink(self, inode: int, ctx: Any) -> bytes:

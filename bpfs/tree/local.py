@@ -11,7 +11,7 @@ import logging
 import stat
 import time
 from collections.abc import Sequence
-from errno import EACCES, EBADF, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EPERM
+from errno import EACCES, EBADF, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EOPNOTSUPP, EPERM
 from inspect import isawaitable
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import trio
 
 from bpfs.errors import BpfsError
 from bpfs.tree.base import Attributes, Caller, Changes, Handle, Listener, Path, WriteRequest, one_line
-from bpfs.tree.entries import Access, Collection, Content, Directory, Entry, File, Link, Stream, Table
+from bpfs.tree.entries import Access, Collection, Content, Directory, Entry, File, Link, Notes, Stream, Table
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,34 @@ class LocalTree:
         if isawaitable(result):
             await result
         return self._attributes(self._find(path), caller)
+
+    # -- extended attributes -------------------------------------------------------------------------------------------
+
+    async def getxattr(self, path: Path, caller: Caller, name: str) -> bytes:
+        """See `Tree`."""
+        notes, target = self._notes(path, name)
+        return notes.get(target, name)
+
+    async def listxattr(self, path: Path, caller: Caller) -> Sequence[str]:
+        """See `Tree`."""
+        node = self._find(path)
+        notes = node.entry.member_notes if isinstance(node.entry, Collection) and node.member else None
+        return notes.names(node.target) if notes is not None else []
+
+    async def setxattr(self, path: Path, caller: Caller, name: str, value: bytes | None) -> None:
+        """See `Tree`."""
+        notes, target = self._notes(path, name)
+        if value is None:
+            notes.remove(target, caller, name)
+        else:
+            notes.set(target, caller, name, value)
+
+    def _notes(self, path: Path, name: str) -> tuple[Notes, Any]:
+        node = self._find(path)
+        notes = node.entry.member_notes if isinstance(node.entry, Collection) and node.member else None
+        if notes is None or not name.startswith(notes.prefix):
+            raise BpfsError(EOPNOTSUPP, f"/{'/'.join(path)} has no attribute {name[:40]}")
+        return notes, node.target
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

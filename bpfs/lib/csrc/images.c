@@ -95,8 +95,8 @@ EXPORT int bproc_dump(int fd, int flags)
 	return (int)total;
 }
 
-/* The pid in the last line about this image in procs/restart. */
-static int restarted_as(const char *image)
+/* The pid in the last line about this image in procs/restart, and the end of that line. */
+static int restarted_as(const char *image, char *rest, size_t room)
 {
 	char path[PATH_ROOM], text[1 << 14], *at = text, *found = NULL;
 
@@ -105,20 +105,30 @@ static int restarted_as(const char *image)
 	while ((at = strstr(at, image)))
 		found = at++;
 	found = found ? strstr(found, "pid=") : NULL;
-	return found ? atoi(found + 4) : -1;
+	if (!found)
+		return -1;
+	at = strstr(found, " ok");
+	snprintf(rest, room, "%s", at ? at + 3 : "");
+	rest[strcspn(rest, "\n")] = 0;
+	return atoi(found + 4);
 }
 
-static void end_as(int pid)
+static void end_as(int pid, const char *image)
 {
 	char path[PATH_ROOM], text[64];
 	struct rlimit none = { 0, 0 };
 	int value;
 
+	/* It may have ended already: then the line about it says how. */
 	if (bpfs_path(path, "procs/%d/wait", pid) < 0 || bpfs_read(path, text, sizeof text) < 0)
-		_exit(127);
-	if (sscanf(text, "exit %d", &value) == 1)
+		for (int tries = 0; restarted_as(image, text, sizeof text) == pid && !*text; tries++) {
+			if (tries == 100)
+				_exit(127);
+			nanosleep(&(struct timespec){ .tv_nsec = 10000000 }, NULL);
+		}
+	if (sscanf(text, " exit %d", &value) == 1)
 		_exit(value);
-	if (sscanf(text, "signal %d", &value) == 1) {
+	if (sscanf(text, " signal %d", &value) == 1) {
 		setrlimit(RLIMIT_CORE, &none);
 		signal(value, SIG_DFL);
 		raise(value);
@@ -144,13 +154,13 @@ EXPORT int bproc_undump(int fd)
 		return -1;
 	}
 	close(file);
-	pid = restarted_as(spare);
+	pid = restarted_as(spare, path, sizeof path);
 	unlink(spare);
 	if (pid <= 0) {
 		errno = EIO;
 		return -1;
 	}
-	end_as(pid);
+	end_as(pid, spare);
 	return -1;
 }
 
