@@ -84,7 +84,6 @@ class Daemon:
 
     def _take_over(self) -> None:
         nodes = self._core.nodes
-        self._contents.take_over()
         for data in list(nodes.waiting.values()):
             self._serve(data)
         if nodes.resend:

@@ -7,6 +7,7 @@ small again whenever it has outgrown what it tells.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ class Node:
         capability: file capabilities.
         fresh: a change would have been told, so nobody needs to be asked.
         lookups: as the kernel counts them.
-        opens: open files of the kernel's.
+        opens: open files of the kernel's that this daemon has seen; those of an earlier one are not counted.
         backing: passthrough id; 0: none.
-        fd: the object where pages are read through the daemon, else -1.
+        fd: the object; -1: not open in this daemon.
         listing: names and types of a directory, while nothing has changed in it.
         reading: as it was listed last, for who has it open.
     """
@@ -61,6 +62,7 @@ class Nodes:
         self.by_number: dict[int, Node] = {ROOT: Node(ROOT, "/")}
         self.by_path: dict[str, Node] = {"/": self.by_number[ROOT]}
         self.passthrough = self.resend = self.started = False
+        self.dropped: Callable[[Node], None] = lambda node: None  # the kernel has forgotten one
         self.waiting: dict[int, bytes] = {}  # requests under way, where the kernel does not send them again
         self._path = journal
         self._next = ROOT + 1
@@ -101,13 +103,9 @@ class Nodes:
         """The content is known."""
         self._do("digest", node.number, digest)
 
-    def opened(self, node: Node, backing: int, local: bool) -> None:
-        """One more open file. `local`: read through the daemon's own descriptor."""
-        self._do("open", node.number, backing, local)
-
-    def released(self, node: Node) -> None:
-        """One open file less."""
-        self._do("close", node.number)
+    def has_backing(self, node: Node, backing: int) -> None:
+        """Open files of it are passed through from now on; 0: no more."""
+        self._do("back", node.number, backing)
 
     def detach(self, path: str) -> Node | None:
         """The name leads elsewhere now: its next look-up makes another node."""
@@ -159,27 +157,17 @@ class Nodes:
     def _apply_look(self, number: int, count: int) -> None:
         node = self.by_number[number]
         node.lookups += count
-        if node.lookups <= 0 and number != ROOT and not node.opens:
+        if node.lookups <= 0 and number != ROOT:  # none of it is open, either
             del self.by_number[number]
             if self.by_path.get(node.path) is node:
                 del self.by_path[node.path]
+            self.dropped(node)
 
     def _apply_digest(self, number: int, digest: str) -> None:
         self.by_number[number].digest = digest
 
-    def _apply_open(self, number: int, backing: int, local: bool) -> None:
-        node = self.by_number[number]
-        node.opens += 1
-        node.backing = backing
-        if not local:
-            node.fd = -1
-
-    def _apply_close(self, number: int) -> None:
-        node = self.by_number[number]
-        node.opens -= 1
-        if node.opens <= 0:
-            node.opens, node.backing = 0, 0
-            self._apply_look(number, 0)
+    def _apply_back(self, number: int, backing: int) -> None:
+        self.by_number[number].backing = backing
 
     def _apply_detach(self, path: str) -> None:
         self.by_path.pop(path, None)
@@ -218,7 +206,8 @@ class Nodes:
 def _records(node: Node, attached: bool) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = [] if node.number == ROOT else [("new", node.number, node.path)]
     made.append(("know", node.number, node.attributes, node.target, node.digest, node.fresh, node.capability))
-    made += [("open", node.number, node.backing, node.fd >= 0)] * node.opens
+    if node.backing:
+        made.append(("back", node.number, node.backing))
     made.append(("look", node.number, node.lookups))
     if not attached:
         made.append(("detach", node.path))

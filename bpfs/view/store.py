@@ -49,6 +49,8 @@ class Store:
         self.directory = directory
         self.limit = limit
         self.statistics = Statistics()
+        self.before_removal: Callable[[], None] = lambda: None
+        """Called, without any lock, before objects are removed: whoever holds some without need closes them."""
         self._lock = threading.RLock()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._checked: dict[str, tuple[int, int, int, int]] = {}
@@ -99,6 +101,10 @@ class Store:
             if digest in self._sizes:
                 self._sizes.move_to_end(digest)
         return fd
+
+    def is_sound(self, digest: str, fd: int) -> bool:
+        """Whether an object's file is as it was when it was checked."""
+        return self._checked.get(digest) == _mark(fd)
 
     def _check(self, fd: int, digest: str) -> None:
         with open(os.dup(fd), "rb") as file:
@@ -153,9 +159,10 @@ class Store:
         return fd
 
     def _make_room(self, size: int) -> None:
+        if not self.limit or self.size + size <= self.limit:
+            return
+        self.before_removal()
         with self._lock:
-            if not self.limit or self.size + size <= self.limit:
-                return
             over = self.size + size - self.limit
             for digest in list(self._sizes):
                 if over <= 0:
@@ -164,6 +171,7 @@ class Store:
 
     def purge(self, may: Callable[[str], bool] = lambda _: True) -> int:
         """Remove every object that nobody has open or mapped; returns how many went."""
+        self.before_removal()
         with self._lock:
             return sum(may(digest) and self._remove(digest) >= 0 for digest in list(self._sizes))
 
