@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -69,7 +70,7 @@ class Ghosts:
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
-        self._early: dict[int, tuple[int, list[tuple[Node, messages.JobReport]]]] = {}  # see `expect`
+        self._early: dict[int, tuple[int, list[Callable[[], Awaitable[object]]]]] = {}  # see `expect`
         self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
         self.rescue: Callable[[Away], Awaitable[bool]] | None = None
         """Asked for every process whose node was lost: whether it lives on elsewhere."""
@@ -127,12 +128,20 @@ class Ghosts:
         """The process is at its new place: takes what was reported from there already."""
         _, early = self._early[proc.pid]
         while early:
-            await carefully(proc.pid, self._changed(*early.pop(0)))
+            await carefully(proc.pid, early.pop(0)())
         del self._early[proc.pid]
 
     def is_expected(self, pid: int, node: int) -> bool:
         """Whether a process may run on `node` though we have not been told yet."""
         return pid in self._early and self._early[pid][0] == node
+
+    def defer(self, pid: int, node: Node, take: Callable[[], Awaitable[object]]) -> bool:
+        """Whether what a node has reported of a process was put off to `catch_up`."""
+        number, early = self._early.get(pid, (None, []))
+        if number != node.number:
+            return False
+        early.append(take)
+        return True
 
     def expect_no_more(self, proc: Process) -> None:
         """The move is off."""
@@ -277,9 +286,7 @@ class Ghosts:
         async for node, report in self._incoming:
             if report.kind == SIGNAL_REPORT:
                 self.nursery.start_soon(self._forward, report)
-            elif report.pid in self._early and self._early[report.pid][0] == node.number:
-                self._early[report.pid][1].append((node, report))
-            else:
+            elif not self.defer(report.pid, node, partial(self._changed, node, report)):
                 await carefully(report.pid, self._changed(node, report))
 
     async def _changed(self, node: Node, report: messages.JobReport) -> None:
