@@ -42,7 +42,8 @@ _ROW: Final = 64
 MAX_ROWS: Final = (_DATA - _TABLE) // _ROW
 ALL_SIGNALS: Final = 0xFFFFFFFFFFFFFFFF
 _SYSGOOD: Final = signal.SIGTRAP | 0x80
-_MUST: Final = 1
+_NONE: Final = (0,) * 6
+_pack_row = struct.Struct("<II7Q").pack  # the second is whether it must not fail
 _PROT_RWX: Final = 7
 _MAP_FIXED_NOREPLACE: Final = 0x100022  # with PRIVATE | ANONYMOUS
 TRAP_SIGNALS: Final = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
@@ -140,8 +141,11 @@ def _slot(registers: Registers, mask: int, trap: int, slot: int, heal: int, heal
 
 def row(number: int, *arguments: int, must: bool = True) -> bytes:
     """One row of a call table."""
-    values = [a & ALL_SIGNALS for a in arguments] + [0] * (6 - len(arguments))
-    return struct.pack("<II7Q", number, _MUST if must else 0, *values, 0)
+    padded = arguments + _NONE[len(arguments) :]
+    try:
+        return _pack_row(number, must, *padded, 0)
+    except struct.error:  # a negative argument
+        return _pack_row(number, must, *[a & ALL_SIGNALS for a in padded], 0)
 
 
 class Injection:

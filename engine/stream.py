@@ -8,6 +8,8 @@ from typing import Final
 
 CONNECT_TIMEOUT_S: Final = 10.0
 _BUFFER: Final = 4 << 20
+SEND: Final = (32, socket.SO_SNDBUF)  # SO_SNDBUFFORCE of <asm-generic/socket.h>
+RECEIVE: Final = (33, socket.SO_RCVBUF)  # SO_RCVBUFFORCE
 _TOKEN_PATIENCE_S: Final = 2.0
 
 
@@ -102,6 +104,19 @@ def wait_for(sock: socket.socket, event: int, control: socket.socket | None, tim
         raise Aborted
 
 
+def widen(sock: socket.socket, option: tuple[int, int]) -> None:
+    """Give a socket buffers for what one side sends while the other is still busy; before it connects or listens.
+
+    Args:
+        option: SEND or RECEIVE.
+    """
+    forced, plain = option
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, forced, _BUFFER)
+    except PermissionError:  # without CAP_NET_ADMIN: as much as net.core.*mem_max allows
+        sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER)
+
+
 def connect(host: str, port: int, control: socket.socket | None) -> socket.socket:
     """Connect within CONNECT_TIMEOUT_S. Raises Aborted, OSError."""
     family, kind, proto, _, address = socket.getaddrinfo(
@@ -110,7 +125,7 @@ def connect(host: str, port: int, control: socket.socket | None) -> socket.socke
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        widen(sock, SEND)
         if (code := sock.connect_ex(address)) not in (0, 115):
             raise OSError(code, f"cannot connect to {host}:{port}")
         wait_for(sock, select.POLLOUT, control, CONNECT_TIMEOUT_S)

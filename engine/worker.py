@@ -28,7 +28,7 @@ from engine.onexec import Armed, end
 from engine.restore import Builder
 from engine.runner import ProcessGone
 from engine.spawn import Relative
-from engine.stream import Aborted, Stream, accept, connect
+from engine.stream import RECEIVE, Aborted, Stream, accept, connect, widen
 from engine.target import Target, place_child, seize_ghost
 
 TOKEN_SIZE: Final = 32
@@ -268,6 +268,7 @@ class Destination:
         place = request["place"]
         family = socket.AF_INET6 if ":" in request["address"] else socket.AF_INET
         listener = socket.create_server((request["address"], 0), family=family, backlog=8)
+        widen(listener, RECEIVE)
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))

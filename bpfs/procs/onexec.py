@@ -7,6 +7,7 @@ smallest, and nothing of the old program has to move.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -14,7 +15,7 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs.ghosts import carefully
-from bpfs.procs.migration import Externals, Migration
+from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.routes import Surroundings, route
@@ -25,7 +26,7 @@ from bpfs.tree.base import WriteRequest
 if TYPE_CHECKING:
     from bpfs.procs.service import Procs
 
-READY_FOR = 5.0  # seconds for which a node keeps ready what an armed process will need
+READY_FOR = 2.0  # seconds for which a node keeps ready what an armed process will need
 EXIT_CANNOT_MOVE = 125  # what env(1), timeout(1) and others end with when they fail themselves
 
 _log = log.get("procs")
@@ -117,6 +118,8 @@ class Ahead:
         self._engine: Engine | None = None
         self._settled = trio.Event()
         self._taken = trio.Event()
+        self._over = trio.Event()
+        self._scope = trio.CancelScope()
 
     async def run(self, externals: Externals) -> None:
         """Makes it ready, and holds it so for a while, or, once taken, until it is cancelled.
@@ -132,30 +135,45 @@ class Ahead:
             return {}
 
         try:
-            async with self.migration.destination.engine() as engine:
-                await self.migration.make_ready(engine, look, stop)
-                self._engine = engine
-                self._settled.set()
-                with trio.move_on_after(READY_FOR):
-                    await self._taken.wait()
-                if self._taken.is_set():
-                    await trio.sleep_forever()
+            with self._scope:
+                async with self.migration.destination.engine() as engine:
+                    try:
+                        await self.migration.make_ready(engine, look, stop)
+                        self._engine = engine
+                        self._settled.set()
+                        await self._hold()
+                    finally:
+                        if not self._taken.is_set():
+                            await self._undo(engine)
         except BpfsError as error:
             _log.info("process %d: nothing is ready before its exec: %s", self.migration.proc.pid, error)
         finally:
             self._engine = None
             self._settled.set()
-            if not self._taken.is_set():
-                with trio.CancelScope(shield=True):
-                    await self.migration.stay()
+            self._over.set()
+
+    async def _hold(self) -> None:
+        with trio.move_on_after(READY_FOR):
+            await self._taken.wait()
+        if self._taken.is_set():
+            await trio.sleep_forever()
+        self._engine = None
+
+    async def _undo(self, engine: Engine) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + UNDO_TIMEOUT):
+            with suppress(BpfsError):
+                await engine.call("discard")
+            await self.migration.stay()
 
     async def take(self) -> Engine | None:
         """The destination's engine where all is ready, and the process still is what it was made ready for."""
         await self._settled.wait()
-        if self._engine is None or _birth(self.migration.proc) != self._birth:
-            return None
-        self._taken.set()
-        return self._engine
+        if self._engine is not None and _birth(self.migration.proc) == self._birth:
+            self._taken.set()
+            return self._engine
+        self._scope.cancel()
+        await self._over.wait()  # it had the pid on that node
+        return None
 
 
 def _birth(proc: Process) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.moving import check_counting, counting, echo, finish, move, place
+from tests.cluster.moving import check_counting, counting, echo, finish, move, place, processes_of
 from tests.cluster.virtual import cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -350,3 +350,32 @@ def test_a_return_that_fails_late_leaves_the_process_where_it_was(it):
     finally:
         process.kill()
         process.wait()
+
+
+ARMED = """
+import os, sys
+with open(sys.argv[1], "w") as file:
+    file.write(f"{os.getpid()} onexec")
+os.setpgid(0, 0)
+os.dup2(int(sys.argv[2]), 1)
+os.execv("/bin/sh", ["sh", "-c", "ps -o pgid= -p $$; echo $$; exit 5"])
+"""
+
+
+def test_what_an_armed_process_becomes_before_its_exec_counts(it):
+    """The node makes ready for it as it was when it was armed: its group and its output are others by then."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", ARMED, it.mount / "nodes/1/migrate", str(writer)]
+    with open(reader) as output, subprocess.Popen(command, pass_fds=[writer]) as process:
+        os.close(writer)
+        said = output.read()
+    assert process.returncode == 5
+    assert said.split() == [str(process.pid)] * 2
+    assert it.read("nodes/1/migrate").splitlines()[-1].startswith(f"{process.pid} ok ")
+
+
+def test_what_a_node_made_ready_for_an_exec_that_does_not_come_goes_again(it, counter):
+    assert echo(it, f"{counter.pid} onexec", "nodes/1/migrate").returncode == 0
+    wait_until(lambda: len(processes_of(it, counter.pid)) == 2, "a node should make ready for it")
+    wait_until(lambda: len(processes_of(it, counter.pid)) == 1, "what was made ready should go")
+    check_counting(finish(counter), counter.pid)

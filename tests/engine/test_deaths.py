@@ -13,6 +13,7 @@ from engine.linux import packets
 from engine.zygote import _SESSIONS_MAX, Zygote
 from tests.engine.moves import Mover, Refused, Victim, Worker, until
 from tests.engine.test_home import ghost_program, go_away
+from tests.engine.test_moves import CLD_EXITED, ended
 
 
 def children(pid: int) -> set[int]:
@@ -203,3 +204,55 @@ def sleeps_or_ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "SZX"
     except OSError:
         return True
+
+
+def whole_copy(mover: Mover, one: Victim) -> tuple[Worker, int, Worker]:
+    """The worker that holds the frozen source, its pid, and the one that holds the whole copy."""
+    (source, pid), destination = new_worker(mover), mover.worker()
+    seen = source.ask("freeze", pid=one.pid, inspect=True, moving=True)
+    ids = {key: seen["process"][key] for key in ("pid", "ppid", "pgid", "sid")}
+    ready = destination.ask("prepare", place={"init": mover.space.init}, address="127.0.0.1", **ids)
+    externals = {e["key"]: 0 for e in seen["externals"]}
+    destination.start("receive", [one.output.fileno()], externals=externals, timeout_s=30)
+    source.ask("send", host="127.0.0.1", port=ready["port"], token=ready["token"])
+    destination.finish()
+    return source, pid, destination
+
+
+def test_the_source_itself_lets_its_copy_run(mover: Mover, victim: Callable[..., Victim]) -> None:
+    one = victim("memory")
+    source, _, destination = whole_copy(mover, one)
+    destination.start("follow")
+    source.ask("vanish", go=True)
+    followed = destination.finish()
+    assert followed["running"]
+    assert followed["hostpid"] == mover.space.hostpid(one.pid)
+    one.stop()
+    assert ended(mover, one.pid) == (CLD_EXITED, 0), one.text()
+
+
+def test_a_source_that_dies_without_a_word_lets_nothing_run(
+    mover: Mover, victim: Callable[..., Victim], zygote: Zygote
+) -> None:
+    one = victim("memory")
+    mappings = maps(one.pid)
+    _, pid, destination = whole_copy(mover, one)
+    destination.start("follow")
+    kill_worker(zygote, pid)
+    assert not destination.finish()["running"]
+    destination.ask("discard")
+    assert_unharmed(one, mappings)
+    until(lambda: mover.space.hostpid(one.pid) is None, "the end of the copy")
+
+
+def test_a_source_does_not_go_while_its_copy_is_gone(
+    mover: Mover, victim: Callable[..., Victim], zygote: Zygote
+) -> None:
+    one = victim("memory")
+    mappings = maps(one.pid)
+    source, _, destination = whole_copy(mover, one)
+    kill_worker(zygote, destination.ask("hello")["pid"])
+    with pytest.raises(Refused, match="copy is gone"):
+        source.ask("vanish", go=True)
+    source.ask("release")
+    assert_unharmed(one, mappings)
