@@ -146,13 +146,15 @@ class Source:
         try:
             stream.send(request["token"])
             image = self._image = self._image or dump.build(self._inspection)
-            total, ms = dump.write(self._inspection, image, stream.send)
+            try:
+                total, ms = dump.write(self._inspection, image, stream.send)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                with contextlib.suppress(img.ImageError, ConnectionResetError):
+                    _read_verdict(stream)  # it may have said why
+                raise error from None
             if len(fds) == 2:  # while the destination is still at work
                 self._passed = Passed(self._held(), image, fds[0], fds[1])
-            kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
-            if kind == img.ERROR:
-                answer = msgpack.unpackb(body)
-                raise OSError(int(answer["errno"]), str(answer["text"]))
+            _read_verdict(stream)
         except BaseException:
             stream.close()
             raise
@@ -377,6 +379,14 @@ class Destination:
         if target is not None:
             target.discard()
         return target is not None
+
+
+def _read_verdict(stream: Stream) -> None:
+    """What the destination says of the copy. Raises OSError where that is not whole."""
+    kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
+    if kind == img.ERROR:
+        answer = msgpack.unpackb(body)
+        raise OSError(int(answer["errno"]), str(answer["text"]))
 
 
 def sentence(error: BaseException) -> str:
