@@ -14,6 +14,7 @@ import socket
 import struct
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 
 import trio
 import trio.lowlevel
@@ -101,6 +102,10 @@ class Births:
             if record.kind is Kind.IS and record.pid in self._blocks.of(node.number):
                 await self._born(node, record)
             return
+        if not self._ghosts.defer(record.pid, node, partial(self._known, node, proc, record)):
+            await self._known(node, proc, record)
+
+    async def _known(self, node: Node, proc: Process, record: Record) -> None:
         if proc.place != node.number:
             return
         away = self._ghosts.stand_in(record.pid)
