@@ -73,6 +73,7 @@ class Config:
     nodedown: Path = DEFAULT_NODEDOWN
     nodeparallel: int = DEFAULT_NODEPARALLEL  # nodes whose steps run at once
     exports: list[str] = field(default_factory=list)  # what nodes without files of their own see; empty: the default
+    prestage: list[str] = field(default_factory=list)  # what such nodes fetch when they come up
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
 
     @property
@@ -279,6 +280,13 @@ def _export(config: Config, args: list[str]) -> None:
     config.exports += args
 
 
+def _prestage(config: Config, args: list[str]) -> None:
+    for path in args:
+        if not path.startswith("/"):
+            raise ValueError(f"what is to be fetched must be an absolute path, not {path!r}")
+    config.prestage += args
+
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -307,6 +315,7 @@ KEYWORDS = {
     ),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
     "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
+    "prestage": Keyword("PATH...", 1, 999, _prestage, "files and directories that such nodes fetch when they come up"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),

@@ -16,6 +16,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.master.cluster import Cluster
 from bpfs.nodes.registry import MASTER, Node
+from bpfs.nodes.states import NodeState
 from bpfs.tree.entries import File, WriteRequest
 from bpfs.view.protocol import TOKEN_TIMEOUT
 from bpfs.view.start import start
@@ -84,6 +85,21 @@ class View:
         self._cluster = cluster
         self.server = FileServer(cluster)
 
+    def hear(self, node: Node, what: str) -> None:
+        """Has a node that came up fetch what the configuration says."""
+        paths = self._cluster.config.prestage
+        if what == "state" and node.state is NodeState.UP and node.number != MASTER and paths:
+            self._cluster.nursery.start_soon(self._prestage, node, tuple(paths), name=f"prestage of node {node.number}")
+
+    async def _prestage(self, node: Node, paths: tuple[str, ...]) -> None:
+        for path in paths:
+            try:
+                await self._call(node, "prestage", path, FETCH_TIMEOUT)
+            except BpfsError as error:
+                if error.errno == EOPNOTSUPP:
+                    return  # it has files of its own
+                _log.warning("node %d did not fetch %s: %s", node.number, path, error)
+
     async def open(self, node: Node, _message: ViewOpen) -> ViewOpened:
         """Handler: a node wants a stream."""
         started = trio.Event()
@@ -145,6 +161,7 @@ async def view(cluster: Cluster) -> AsyncIterator[View]:
     it = View(cluster)
     cluster.handle(ViewOpen, it.open)
     cluster.node_entries.append(it.entry())
+    cluster.nodes.listen(it.hear)
     try:
         yield it
     finally:

@@ -171,6 +171,7 @@ def main(argv: list[str]) -> int:
     for signo in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signo, signal.SIG_IGN)  # the master's end is the end of the socket
     kernel.set_comm("bpfiles")
+    kernel.set_parent_death_signal(signal.SIGKILL)
     log.start("bpfiles")
     gc.freeze()
     threading.stack_size(256 << 10)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bpfs.rundir import process_start
 from tests.cluster.moving import check_counting, counting, finish, move
 from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
 
@@ -214,15 +215,21 @@ def test_the_daemon_may_die_under_load(it, exported):
     assert "starting it again" in it.log("n0")
 
 
+def server(it: VirtualCluster) -> int:
+    """The pid of the master's server of files."""
+    (pid,) = (pid for pid in children(it.pid("master")) if comm(pid) == "bpfiles" and process_start(pid)[0] not in "ZX")
+    return pid
+
+
 @contextmanager
 def silent_master(it: VirtualCluster):
     """The master's server of files does not run meanwhile."""
-    (server,) = (pid for pid in children(it.pid("master")) if comm(pid) == "bpfiles")
-    os.kill(server, signal.SIGSTOP)
+    pid = server(it)
+    os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(server, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_silent_master_gives_eio_and_killed_readers_go_at_once(it, exported):
@@ -238,6 +245,16 @@ def test_a_silent_master_gives_eio_and_killed_readers_go_at_once(it, exported):
             assert say("date +%Y; ls /")  # what is known needs nobody
             assert "Input/output error" in say(f"cat {exported}/unread-b 2>&1")
         wait_until(lambda: say(f"cat {exported}/unread-b 2>&1") == "late\n", "it should be back")
+
+
+def test_the_server_of_files_may_die(it, exported):
+    late = exported / "after"
+    with talking(it) as say:
+        assert say("cat /etc/hostname /etc/debian_version 2>/dev/null")
+        for turn in range(3):
+            kill(server(it))
+            late.write_text(f"{turn}\n")
+            wait_until(lambda: say(f"cat {late} 2>&1") == f"{turn}\n", "it should be started again")  # noqa: B023
 
 
 def cache(it: VirtualCluster, node: int = 0) -> dict[str, int]:
