@@ -125,6 +125,9 @@ class ProcFiles:
         """What goes into the table of a node."""
         procs = self._procs
 
+        async def moves(node: Node) -> str:
+            return "".join(f"{move}\n" for move in await procs.moves_to(int(node.number)))
+
         async def migrate(node: Node, request: WriteRequest) -> None:
             verb = parse_move(request.text)
             await procs.migrate(verb, int(node.number), request)
@@ -134,7 +137,7 @@ class ProcFiles:
                 "migrate",
                 "the last moves to this node; write a pid to move it here",
                 write=migrate,
-                read=lambda node: "".join(f"{move}\n" for move in procs.moves_to(int(node.number))),
+                read=moves,
                 access=lambda node: Access(node.uid, node.gid, 0o444 | (node.mode & 0o111) << 1),
             ),
             Collection(
@@ -152,17 +155,20 @@ class ProcFiles:
         return proc if proc is not None and proc.place == node else None
 
 
-def _node(proc: Process) -> str:
+async def _node(proc: Process) -> str:
+    await proc.wait_landed()
     return "migrating\n" if proc.state is ProcState.MIGRATING else f"{proc.place}\n"
 
 
-def _state(proc: Process) -> str:
+async def _state(proc: Process) -> str:
+    await proc.wait_landed()
     if proc.state is ProcState.MIGRATING:
         return f"migrating: {proc.progress}\n"
     return f"{proc.state.value}\n"
 
 
-def _history(proc: Process) -> str:
+async def _history(proc: Process) -> str:
+    await proc.wait_landed()
     return "".join(
         f"{stay.node} {time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(stay.since))} "
         f"freeze_ms={stay.freeze_ms:.1f} bytes={stay.bytes}\n"

@@ -128,6 +128,7 @@ class Migration(ABC):
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
+        self.proc.landing = True
         told, self.on_failure = self.on_failure, None
         if told is not None:
             told(error)
@@ -291,6 +292,7 @@ class Migration(ABC):
             raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
 
     async def _commit(self, src: Engine, dst: Engine, release: Release) -> None:
+        self.proc.landing = True
         await self._enter(Phase.DEPART)
         try:
             if time.perf_counter() - self.figures.whole > FRESH:

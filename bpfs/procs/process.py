@@ -14,6 +14,7 @@ Pid = NewType("Pid", int)  # the cluster's pid: the one on the master
 
 MASTER = -1  # node number of the master
 MOVES_KEPT = 32  # places a process remembers, moves a node remembers
+LANDING = 0.25  # seconds; from the end of a move's source to the master's word it takes one or two milliseconds
 
 
 class ProcState(enum.Enum):
@@ -81,6 +82,7 @@ class Process:
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
+    landing: bool = False  # its outcome is a moment away, and the process itself may know it before the master
     onloss: OnLoss = OnLoss.KILL
     busy: str = ""  # what keeps it from moving just now: a checkpoint
     status: ExitStatus | None = None
@@ -103,6 +105,13 @@ class Process:
         self.native = False
         self.history.append(Stay(node, time.time(), freeze_ms, sent))
         del self.history[:-MOVES_KEPT]
+
+    async def wait_landed(self) -> None:
+        """Waits, for a moment at most, while a migration comes to its end: a script that has moved itself asks where it
+        is."""
+        if self.landing and self.state is ProcState.MIGRATING:
+            with trio.move_on_after(LANDING):
+                await self.settled.wait()
 
     async def wait_ended(self) -> ExitStatus:
         """Waits until it is known how the process ended."""

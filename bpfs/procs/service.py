@@ -42,6 +42,7 @@ class Procs:
         self._master = MasterPlace(workers)
         self._onexec = OnExec(self, around)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
+        self._under_way: set[Migration] = set()
         self.checkpoints = Checkpoints(self, around.ghosts, self._master)
         self.restarts = Restarts(self, around, self._master)
         self.losses = Losses(self)
@@ -99,6 +100,7 @@ class Procs:
             move = Move(proc.pid, outcome, reason, figures.freeze_ms, figures.total_ms, figures.bytes)
             self._moves[node].append(move)
 
+        self._under_way.add(migration)
         # Before the process runs on: it may be a script that reads at once what was wrong.
         migration.on_failure = lambda error: record(errno_name(error.code), error.sentence)
         try:
@@ -113,6 +115,8 @@ class Procs:
                 proc.state = before
             with trio.CancelScope(shield=True):
                 await self._settle(proc, migration.source.number)
+            self._under_way.discard(migration)
+            proc.landing = False
             proc.settled.set()
 
     async def _settle(self, proc: Process, source: int) -> None:
@@ -136,8 +140,10 @@ class Procs:
             return self._master
         return NodePlace(self.nodes.get(number))
 
-    def moves_to(self, node: int) -> list[Move]:
+    async def moves_to(self, node: int) -> list[Move]:
         """The last moves to a node, oldest first."""
+        for migration in [one for one in self._under_way if one.destination.number == node]:
+            await migration.proc.wait_landed()
         return list(self._moves[node])
 
     # -- everything else ---------------------------------------------------------------------------------------

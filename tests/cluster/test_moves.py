@@ -158,6 +158,23 @@ def test_a_shell_goes_and_comes_home(it):
     assert (done.stdout.split(), done.stderr) == (["n2", os.uname().nodename, "n0"], "")
 
 
+def test_a_shell_that_has_moved_finds_itself_where_it_is(it):
+    # At once, and by itself: the master may hear of it later than the shell knows.
+    m = it.mount
+    script = f"""for turn in 1 2 3 4 5 6 7 8 9 10; do
+        for node in 2 0 -1; do
+            echo $$ > {m}/nodes/$node/migrate
+            read place < {m}/procs/$$/node
+            read state < {m}/procs/$$/state
+            while read line; do last=$line; done < {m}/nodes/$node/migrate
+            set -- $last
+            echo $node:$place:$state:$(($1 - $$)):$2
+        done
+    done"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout.split(), done.stderr) == ([f"{n}:{n}:running:0:ok" for n in (2, 0, -1)] * 10, "")
+
+
 def test_a_shell_that_cannot_go_says_why_and_stays(it):
     script = f"echo $$ > {it.mount}/nodes/77/migrate; hostname"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
