@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import struct
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -158,7 +158,8 @@ class Births:
             except BaseException:
                 ours.close()
                 raise
-        proc.identity = replace(proc.identity, start=read_identity(proc.pid).start)
+        with suppress(BpfsError):  # killed already, which its process shall learn as always
+            proc.identity = replace(proc.identity, start=read_identity(proc.pid).start)
         self._ghosts.adopt(proc, Ghost(proc.pid, ours), Stdio(comm=record.comm))
         if maker is parent:
             self._ghosts.has_child(parent, proc.pid)
