@@ -307,7 +307,8 @@ class JobSpace:
 def _run_starter(theirs: socket.socket, block: range, root: str | None, clocks: Clocks | None) -> None:
     # nodeinit makes the namespaces itself: between fork and exec of a threaded program no Python may run.
     arguments = [str(PROGRAM), str(theirs.fileno()), str(block.start), str(block.stop)]
-    environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}"}
+    # A placeholder that is run anew finds its socket by BPFS_CONTROL (engine/target.py).
+    environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}", "BPFS_CONTROL": str(theirs.fileno())}
     if root is not None:
         environment["BPFS_ROOT"] = root
     if clocks is not None:

@@ -317,6 +317,24 @@ def placing(
         os.close(namespace)
 
 
+def find_placeholder(init: int, pid: int, others: list[int]) -> tuple[int | None, set[int]]:
+    """The placeholder with this pid, as the caller sees it, or None; and which of `others` are not on this node."""
+    namespace = nsfs.open_pid_namespace(init)
+    try:
+        fcntl.flock(namespace, fcntl.LOCK_EX)
+        world = World(init)
+        try:
+            found = world.get(pid)
+            missing = {other for other in others if world.get(other) is None}
+        finally:
+            world.close()
+        if found is None or not found.placeholder:
+            return None, missing
+        return outer_pid(init, namespace, pid), missing
+    finally:
+        os.close(namespace)
+
+
 def outer_pid(init: int, namespace: int, pid: int) -> int | None:
     """The caller's number for a job pid; None when there is no such process."""
     if pid == INIT:

@@ -88,7 +88,7 @@ class Builder:
         target.injection.write_slot()
         target.begin_rebuilding()
         calls = Calls(target.injection)
-        if target.home:
+        if target.in_place:
             target.unmap_all(calls)
         self._move_special(calls)
         self._map_regions(calls, numbers)
@@ -249,7 +249,7 @@ class Builder:
                 calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
         self._place_descriptors(calls)
         process_rows(calls, image)
-        signal_rows(calls, image, everything=target.home)
+        signal_rows(calls, image, everything=target.in_place)
         self._limit_rows(calls)
         if len(image.threads) > 1:
             calls.run()

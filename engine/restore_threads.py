@@ -48,7 +48,7 @@ class Threads:
         calls = Calls(leader)
         for state in self._states:
             self._clone_row(calls, state)
-        options = ptrace.O_TRACESYSGOOD | (0 if self._target.home else ptrace.O_EXITKILL)
+        options = ptrace.O_TRACESYSGOOD | (0 if self._target.in_place else ptrace.O_EXITKILL)
         ptrace.ptrace(ptrace.SETOPTIONS, leader.tid, 0, options | ptrace.O_TRACECLONE)
         leader.on_event = self._born
         try:

@@ -65,7 +65,7 @@ def spawn_child(parent: int, pid: int, sibling: bool = False) -> Child:
         FileExistsError: the pid is taken.
         OSError: the parent has ended or is held by another tracer for too long.
     """
-    frozen = _freeze_patiently(parent)
+    frozen = freeze_patiently(parent)
     try:
         frozen.vmas = procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
         injection = _open(frozen)
@@ -77,7 +77,8 @@ def spawn_child(parent: int, pid: int, sibling: bool = False) -> Child:
         frozen.release()
 
 
-def _freeze_patiently(pid: int) -> Frozen:
+def freeze_patiently(pid: int) -> Frozen:
+    """Freeze nodeinit or a placeholder. Raises OSError."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -130,22 +131,28 @@ def _adopt(hostpid: int, frozen: Frozen, parent: Injection) -> Child:
     return Child(hostpid, injection, list(frozen.vmas), frozen.threads[0].registers)
 
 
-def bear_stand_ins(parent: Child, relatives: Sequence[Relative]) -> None:
+def bear_stand_ins(parent: Child, relatives: Sequence[Relative], kill: bool = True) -> None:
     """Give a process in the making, a clone of nodeinit still, children that stand for its real ones elsewhere.
 
     They are placeholders that end, stop and continue on command, so that the parent waits for them natively.
+
+    Args:
+        kill: the parent dies with us.
 
     Raises:
         FileExistsError: one of the pids is taken.
         OSError: no more processes, or the parent was killed.
     """
-    ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, _OPTIONS | ptrace.O_EXITKILL)
+    if not relatives:
+        return
+    exit_kill = ptrace.O_EXITKILL if kill else 0
+    ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, _OPTIONS | exit_kill)
     try:
         # Group leaders first: the others join their groups.
         for relative in sorted(relatives, key=lambda one: one.pid != one.pgid):
             _bear_stand_in(parent, relative)
     finally:
-        ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_EXITKILL)
+        ptrace.ptrace(ptrace.SETOPTIONS, parent.pid, 0, ptrace.O_TRACESYSGOOD | exit_kill)
 
 
 def _bear_stand_in(parent: Child, relative: Relative) -> None:

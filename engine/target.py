@@ -18,9 +18,9 @@ from engine.linux import process_vm, procfs, ptrace, scm
 from engine.linux.libc import NR
 from engine.linux.procfs import Vma
 from engine.memory import SPECIAL
-from engine.placeholders import placing
+from engine.placeholders import find_placeholder, placing
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
-from engine.spawn import Child, Relative, bear_stand_ins, spawn_child
+from engine.spawn import Child, Relative, bear_stand_ins, freeze_patiently, spawn_child
 from engine.terminals import Terminal
 
 _AF_UNIX: Final = 1
@@ -48,7 +48,8 @@ class Target:
         own_fds: descriptor numbers in use that a rebuilt descriptor must not disturb before the commit.
     """
 
-    home = False
+    home = False  # on the master, in its ghost
+    in_place = False  # what is there now is a process that must live on, should this not come about
 
     def __init__(self, pid: int, injection: Injection, vmas: list[Vma]) -> None:
         self.pid, self.injection = pid, injection
@@ -181,7 +182,7 @@ def _kill(tids: list[int], pidfd: int) -> None:
 def place_child(
     init: int, pid: int, ppid: int, pgid: int, sid: int, uid: int = 0, terminal: str = "", front: bool = True,
     children: Sequence[Relative] = (),
-) -> Fresh:  # fmt: skip
+) -> Target:  # fmt: skip
     """Make the stopped child under its placeholders, empty, with a socket into it.
 
     Args:
@@ -196,6 +197,9 @@ def place_child(
         FileExistsError: the pid is in use there.
         OSError: the namespace is gone.
     """
+    standing = _seize_standing(init, pid, pgid, sid, children)
+    if standing is not None:
+        return standing
     tty = Terminal(init, (pid, pgid, sid), terminal, front)
     with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
         child = _spawn_patiently(place.maker, pid, place.sibling)
@@ -222,6 +226,32 @@ def place_child(
     return target
 
 
+def _seize_standing(init: int, pid: int, pgid: int, sid: int, children: Sequence[Relative]) -> Target | None:
+    """The placeholder with this pid, seized; None where there is none."""
+    hostpid, missing = find_placeholder(init, pid, [child.pid for child in children])
+    if hostpid is None:
+        return None
+    frozen = freeze_patiently(hostpid)
+    try:
+        frozen.vmas = procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
+        target = Standing(frozen)
+    except BaseException:
+        frozen.release()
+        raise
+    try:
+        calls = Calls(target.injection)
+        if sid == pid:
+            calls.add("setsid", must=False)
+        calls.add("setpgid", 0, pgid, must=False)
+        calls.run()
+        child = Child(hostpid, target.injection, frozen.vmas, frozen.threads[0].registers)
+        bear_stand_ins(child, [one for one in children if one.pid in missing], kill=False)
+    except BaseException:
+        target.discard()
+        raise
+    return target
+
+
 def _spawn_patiently(maker: int, pid: int, sibling: bool) -> Child:
     # Its predecessor under this pid may have left a moment ago and wait, dead, for its parent to take notice.
     deadline = time.monotonic() + _REAPED_WITHIN_S
@@ -242,6 +272,9 @@ class Home(Target):
     """
 
     home = True
+    in_place = True
+
+    again: tuple[bytes, ...] = ()  # in the environment of the program when it is run anew
 
     def __init__(self, frozen: Frozen) -> None:
         self.frozen = frozen
@@ -249,7 +282,7 @@ class Home(Target):
         super().__init__(frozen.pid, injection, frozen.vmas)
         environment = procfs.read(f"/proc/{frozen.pid}/environ").split(b"\0")[:-1]
         self.control = next((int(e[13:]) for e in environment if e.startswith(b"BPFS_CONTROL=")), -1)
-        self._environment = environment
+        self._environment = [*environment, *self.again]
         self._arguments = procfs.read(f"/proc/{frozen.pid}/cmdline").split(b"\0")[:-1]
         self.own_fds = sorted(int(name) for name in os.listdir(f"/proc/{frozen.pid}/fd"))
         self._original = set(self.own_fds)
@@ -336,6 +369,13 @@ class Home(Target):
         for fd in set(self.own_fds) - self._original:
             calls.add("close", fd, must=False)
         calls.run()
+
+
+class Standing(Home):
+    """A placeholder that becomes the process that it stands for: its parent and its children stay what they are."""
+
+    home = False
+    again = (b"BPFS_PLACEHOLDER=1",)
 
 
 def exec_block(

@@ -112,10 +112,15 @@ class Births:
         if away is None or away.proc is not proc:
             return
         if record.kind is Kind.ENDED:
-            if proc.native:
+            if self._has_parent_there(proc):
                 await self._ghosts.ended(away, status_of(record.code))
         elif proc.state is not ProcState.MIGRATING:
             await self._changed(away, record)
+
+    def _has_parent_there(self, proc: Process) -> bool:
+        """Whether its parent alone hears of its end and stops, being on the same node; else nodeinit reports them."""
+        parent = self._ghosts.stand_in(proc.identity.ppid)
+        return proc.native or (parent is not None and parent.proc.place == proc.place)
 
     # -- births ------------------------------------------------------------------------------------------------
 
@@ -189,9 +194,10 @@ class Births:
             await tell(away.ghost.arguments(after.cmdline))
         if _ids(after) != _ids(before):
             await tell(away.ghost.ids(*_ids(after)))
-        if proc.native and record.state == "T" and proc.state is ProcState.RUNNING:
+        theirs = self._has_parent_there(proc)
+        if theirs and record.state == "T" and proc.state is ProcState.RUNNING:
             await self._ghosts.stopped(away, signal.SIGSTOP)
-        elif proc.native and record.state != "T" and proc.state is ProcState.STOPPED:
+        elif theirs and record.state != "T" and proc.state is ProcState.STOPPED:
             await self._ghosts.continued(away)
 
     # -- ends --------------------------------------------------------------------------------------------------

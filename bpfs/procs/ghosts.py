@@ -207,6 +207,9 @@ class Ghosts:
         async with away.quiet:
             if away.proc.place == MASTER:
                 return  # it has come home, and waits for it natively
+            itself = self._away.get(child.pid)
+            if itself is not None and itself.proc.place == away.proc.place:
+                return  # they are together, and need nobody between them
             link = self.nodes.get(away.proc.place).live_session().link
             await link.request(messages.StandIn(child.pid, child.code, child.status), NODE_TIMEOUT)
 
@@ -332,6 +335,7 @@ class Ghosts:
         """The process has ended: so does its ghost, in the same way."""
         if proc.state is ProcState.ENDED:
             return
+        stopped = proc.state is ProcState.STOPPED
         self.table.end(proc, status)
         away = self._away.get(proc.pid)
         if away is not None and away.proc is proc and not away.real:
@@ -342,6 +346,8 @@ class Ghosts:
                 await tell(away.ghost.exit(status.code or 0))
             else:
                 await tell(away.ghost.killed(status.signal, status.core))
+            if stopped or away.ghost.state() == "T":
+                await tell(away.ghost.cont())  # a stopped ghost would never hear of it
 
     async def _carry_offsets(self, away: Away) -> None:
         session = self.nodes.get(away.proc.place).session

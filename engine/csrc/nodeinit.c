@@ -452,6 +452,20 @@ static int starts_with(const char *text, const char *prefix)
 	return 1;
 }
 
+/* A placeholder that was to become the process it stands for, and has not: it is run anew. */
+static int again;
+
+static _Noreturn void run_as_placeholder(void)
+{
+	call(__NR_close_range, 0, report_fd - 1, 0);
+	call(__NR_close_range, report_fd + 1, ~0U, 0);
+	call(__NR_fcntl, report_fd, F_SETFD, FD_CLOEXEC);
+	call(__NR_prctl, PR_SET_NAME, "nodeinit");
+	call(__NR_prctl, PR_SET_DUMPABLE, 0);
+	set_up_scratch();
+	loop();
+}
+
 static int read_arguments(long *stack)
 {
 	char **argv = (char **)(stack + 1);
@@ -463,6 +477,8 @@ static int read_arguments(long *stack)
 	for (char **env = argv + 5; *env; env++)
 		if (starts_with(*env, "BPFS_COOKIE="))
 			cookie = (uint32_t)hex_to_u64(*env + 12);
+		else if (starts_with(*env, "BPFS_PLACEHOLDER="))
+			again = 1;
 		else if (starts_with(*env, "BPFS_ROOT="))
 			root = *env + 10;
 		else if (starts_with(*env, "BPFS_CLOCKS="))
@@ -494,6 +510,8 @@ __attribute__((used)) _Noreturn void start(long *stack)
 		end(2);
 	call(__NR_rt_sigprocmask, SIG_BLOCK, &every, 0, sizeof every);
 	set_clocks();
+	if (again)
+		run_as_placeholder();
 	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0)
 		run_as_init();

@@ -125,16 +125,17 @@ def check(family: Family) -> None:
     assert parent == family.process.pid
 
 
-# A child cannot go yet to where its parent has a stand-in for it, nor a parent to where its child has a placeholder.
-APART = [(p, c) for p, c in itertools.product((MASTER, *NODES), repeat=2) if p == MASTER or p != c]
-SOME = [(0, MASTER), (MASTER, 1), (0, 1), (2, 0)]
+PLACES = list(itertools.product((MASTER, *NODES), repeat=2))
+SOME = [(0, MASTER), (MASTER, 1), (0, 1), (2, 0), (1, 1)]
 
 
-@pytest.mark.parametrize(("parent", "child"), APART if "BPFS_ROUNDS" in os.environ else SOME)
-def test_a_parent_and_its_child(it, parent, child):
+@pytest.mark.parametrize("first", ["parent", "child"])
+@pytest.mark.parametrize(("parent", "child"), PLACES if "BPFS_ROUNDS" in os.environ else SOME)
+def test_a_parent_and_its_child(it, parent, child, first):
     with Family(it) as family:
-        family.move(family.process.pid, parent)
-        family.move(family.children[0], child)
+        moves = [(family.process.pid, parent), (family.children[0], child)]
+        for pid, node in moves if first == "parent" else reversed(moves):
+            family.move(pid, node)
         check(family)
 
 
