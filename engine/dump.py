@@ -14,12 +14,9 @@ from engine.descriptors.model import Entry
 from engine.freeze import Frozen, freeze, unseized
 from engine.image import Image
 from engine.linux import procfs, ptrace
-from engine.linux.libc import NR, syscall
 from engine.memory import Survey, pack_runs, send_pages
 from engine.obstacles import children_of, obstacles
 from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
-
-_IOPRIO_WHO_PROCESS = 1
 
 
 @dataclass(slots=True)
@@ -125,10 +122,10 @@ def build(inspection: Inspection) -> Image:
     exe = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/exe")), os.stat(f"{frozen.live}/exe"))
     cwd = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/cwd")), os.stat(f"{frozen.live}/cwd"))
     inner = [int(x) for x in (status[key].split()[-1] for key in ("NSpid", "NSpgid", "NSsid"))]
-    threads = [thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid)]
+    threads = [thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid, asked.timer_slack)]
     for thread in frozen.threads[1:]:
-        altstack, clear_tid = ask_thread(frozen, thread)
-        threads.append(thread_state(frozen, thread, procfs.inner_pid(frozen.status_of(thread)), altstack, clear_tid))
+        inner_tid = procfs.inner_pid(frozen.status_of(thread))
+        threads.append(thread_state(frozen, thread, inner_tid, *ask_thread(frozen, thread)))
     numbers = {thread.tid: one.tid for thread, one in zip(frozen.threads, threads, strict=True)}
     for timer in asked.timers:
         timer[4] = numbers.get(timer[4], 0)
@@ -163,11 +160,9 @@ def build(inspection: Inspection) -> Image:
         personality=asked.personality,
         dumpable=asked.dumpable,
         death_signal=asked.death_signal,
-        timer_slack=asked.timer_slack,
         subreaper=asked.subreaper,
         thp_disabled=asked.thp_disabled,
         oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
-        io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, frozen.pid),
         descriptors=inspection.descriptors.table,
         frozen_ns=0,  # known when it is written
         total=sum(length for _, length in inspection.runs),

@@ -24,6 +24,8 @@ STOP_TIMEOUT_S: Final = 10.0
 _SEIZE_PATIENCE_S: Final = 0.5
 _TRACER_PATIENCE_S: Final = 2.0
 _SPIN_S: Final = 0.002
+_VFORK_PATIENCE_S: Final = 0.5  # a child of posix_spawn execs within a millisecond
+_FORKS: Final = (b"56", b"58", b"435")  # clone, vfork, clone3
 _LOWEST_SCRATCH: Final = 0x10000  # mmap_min_addr
 
 
@@ -39,6 +41,13 @@ class Thread:
     zombie: bool = False
     status: dict[str, str] = field(default_factory=dict)  # of the others than the first, once asked for
     again: int = 0  # an interrupted call with a time in a register, which is made again
+
+
+class InVfork(OSError):
+    """The process cannot stop before its child runs another program or ends."""
+
+    def __init__(self) -> None:
+        super().__init__(95, "it waits for a child that it has by vfork and that runs in its memory")
 
 
 class Frozen:
@@ -182,6 +191,8 @@ class Frozen:
                 return
             if status is None:
                 now = time.monotonic()
+                if now > spin + _VFORK_PATIENCE_S and _waits_for_child(thread.tid):
+                    raise InVfork
                 if now > deadline:
                     raise TimeoutError(
                         110, f"thread {thread.tid} does not stop: it is in an uninterruptible system call"
@@ -312,6 +323,9 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
             if time.monotonic() > deadline or not _is_held_by_us(pid):
                 raise PermissionError(error.errno, tracing(pid) or f"process {pid}: {error.strerror}") from None
             time.sleep(0.002)
+        except InVfork:
+            abandon(frozen, 0.0)  # the end of this worker does the rest
+            raise
         except BaseException:
             abandon(frozen)
             raise
@@ -344,9 +358,18 @@ def _is_held_by_us(pid: int) -> bool:
         return False
 
 
-def abandon(frozen: Frozen) -> None:
+def _waits_for_child(tid: int) -> bool:
+    try:
+        state = procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state
+        number = procfs.read(f"/proc/{tid}/syscall").split()[0]
+    except (OSError, IndexError):
+        return False
+    return state == "D" and number in _FORKS
+
+
+def abandon(frozen: Frozen, patience_s: float = STOP_TIMEOUT_S) -> None:
     """Give up a freeze at whatever point it is: threads that stand are detached, the rest when their stop comes."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
+    deadline = time.monotonic() + patience_s
     for thread in frozen.threads:
         with contextlib.suppress(OSError):
             if not thread.zombie and not thread.stopped:

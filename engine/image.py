@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 3
+VERSION: Final = 4
 META: Final = 1
 END: Final = 2
 HELD: Final = 3
@@ -54,6 +54,8 @@ class ThreadState:
     policy: bytes  # struct sched_attr
     affinity: list[int]  # CPUs; empty: all
     prime: list[int] = field(default_factory=list)  # an interrupted sleep: call number, remaining ns
+    io_priority: int = 0  # as of ioprio_get(2)
+    timer_slack: int = 0  # ns
 
 
 @dataclass(slots=True)
@@ -119,11 +121,9 @@ class Image:
     personality: int
     dumpable: int
     death_signal: int
-    timer_slack: int
     subreaper: int
     thp_disabled: int
     oom_score_adj: int
-    io_priority: int
     descriptors: list[dict[str, Any]]  # engine/descriptors' table
     frozen_ns: int  # how long it had been frozen when this was written
     total: int  # bytes of pages

@@ -17,12 +17,13 @@ from engine.linux.procfs import Vma
 _PAGE: Final = 4096
 _PROT_WRITE: Final = 2
 _MAP_SHARED: Final = 1
+_NOT_OURS: Final = ("/SYSV", "/secretmem")
 _UNNAMED: Final = ("/dev/zero (deleted)", "[anon_shmem:")
 
 
 def is_nameless(vma: Vma) -> bool:
-    """Whether a shared mapping is of such an object; System V segments are not ours."""
-    return vma.path.startswith((*_UNNAMED, "/memfd:")) or (vma.deleted and not vma.path.startswith("/SYSV"))
+    """Whether a shared mapping is of such an object; System V segments and secret memory are not ours."""
+    return vma.path.startswith((*_UNNAMED, "/memfd:")) or (vma.deleted and not vma.path.startswith(_NOT_OURS))
 
 
 def is_plain(vma: Vma, every: Iterable[Vma]) -> bool:

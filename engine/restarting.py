@@ -78,9 +78,9 @@ def _bound_rights(image: Image, limits: list[tuple[int, int]]) -> None:
         most = limits[which][1] % 2**64
         image.limits[which] = [min(soft % 2**64, most), min(hard % 2**64, most)]
     image.oom_score_adj = max(image.oom_score_adj, 0)
-    if image.io_priority >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
-        image.io_priority = 0
     for thread in image.threads:
+        if thread.io_priority >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
+            thread.io_priority = 0
         thread.policy = _bound_policy(thread.policy)
 
 

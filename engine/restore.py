@@ -276,7 +276,7 @@ class Builder:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(target.pid, leader.affinity)
         with contextlib.suppress(OSError):
-            syscall(NR["ioprio_set"], 1, target.pid, image.io_priority)
+            syscall(NR["ioprio_set"], 1, target.pid, leader.io_priority)
         with contextlib.suppress(OSError), open(f"/proc/{target.pid}/oom_score_adj", "w") as file:
             file.write(str(image.oom_score_adj))
 

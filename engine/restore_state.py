@@ -26,7 +26,6 @@ def process_rows(calls: Calls, image: Image) -> None:
         calls.add("prctl", state.PR_SET_CHILD_SUBREAPER, 1)
     if image.thp_disabled:
         calls.add("prctl", state.PR_SET_THP_DISABLE, image.thp_disabled, 0, 0, 0)
-    calls.add("prctl", state.PR_SET_TIMERSLACK, image.timer_slack, must=False)
     for which, value in enumerate(image.itimers):
         calls.add("setitimer", which, calls.data(_armed(value)), 0, label="interval timer")
 
@@ -34,6 +33,7 @@ def process_rows(calls: Calls, image: Image) -> None:
 def thread_rows(calls: Calls, one: ThreadState) -> None:
     """A thread's name, robust list, rseq and alternate stack."""
     calls.add("prctl", state.PR_SET_NAME, calls.data(one.comm + b"\0"))
+    calls.add("prctl", state.PR_SET_TIMERSLACK, one.timer_slack, must=False)
     if one.robust[0]:
         calls.add("set_robust_list", one.robust[0], one.robust[1], label="robust list")
     pointer, size, signature, _ = one.rseq

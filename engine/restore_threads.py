@@ -97,6 +97,8 @@ class Threads:
         with contextlib.suppress(OSError):
             policy = ctypes.create_string_buffer(state.policy, 56)
             syscall(NR["sched_setattr"], tid, ctypes.addressof(policy), 0)
+        with contextlib.suppress(OSError):
+            syscall(NR["ioprio_set"], 1, tid, state.io_priority)
         if state.affinity:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(tid, state.affinity)

@@ -39,6 +39,7 @@ PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 PR_SET_VMA: Final = 0x53564D41
 
 _F_GETFD: Final = 1
+_IOPRIO_WHO_PROCESS: Final = 1
 
 ACTION_SIZE: Final = 32  # struct kernel_sigaction: handler, flags, restorer, mask
 SIGNALS: Final = 64
@@ -142,17 +143,18 @@ def _posix_timers(frozen: Frozen) -> list[procfs.PosixTimer]:
         return []
 
 
-def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int]:
-    """(stack_t, clear_child_tid) of a thread that is not the leader. Raises OSError."""
+def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int, int]:
+    """(stack_t, clear_child_tid, timer slack in ns) of a thread that is not the leader. Raises OSError."""
     injection = frozen.open_injection().for_thread(thread.tid, thread.registers, thread.mask)
     calls = Calls(injection)
     answer = calls.data(bytes(32))
     calls.add("sigaltstack", 0, answer)
     calls.add("prctl", PR_GET_TID_ADDRESS, answer + 24, must=False)
-    calls.run()
+    slack = calls.add("prctl", PR_GET_TIMERSLACK)
+    results = calls.run()
     raw = calls.read(answer, 32)
     injection.finish()
-    return raw[:24], int.from_bytes(raw[24:], "little")
+    return raw[:24], int.from_bytes(raw[24:], "little"), results[slack]
 
 
 def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int, int, int]) -> None:
@@ -169,7 +171,9 @@ def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int
             registers.rip = abort
 
 
-def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int) -> img.ThreadState:
+def thread_state(
+    frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int, slack: int
+) -> img.ThreadState:
     """What the image carries of one thread.
 
     Args:
@@ -197,6 +201,8 @@ def thread_state(frozen: Frozen, thread: Thread, inner: int, altstack: bytes, cl
         policy=_scheduling(tid),
         affinity=[] if len(cpus) >= (os.cpu_count() or 1) else sorted(cpus),
         prime=prime,
+        io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, tid),
+        timer_slack=slack,
     )
 
 

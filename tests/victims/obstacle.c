@@ -1,10 +1,21 @@
 /* Has one thing that cannot move, named by argv[2], and checks that being refused does it no harm. */
 #include "victim.h"
+#include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
 #include <sys/shm.h>
 #include <sys/wait.h>
+
+/* A kernel without it: says so, and ends as a test that does not apply. */
+static long skips(long result)
+{
+	if (result < 0) {
+		fprintf(stderr, "SKIP: %s\n", strerror(errno));
+		exit(77);
+	}
+	return result;
+}
 
 int main(int argc, char **argv)
 {
@@ -39,6 +50,24 @@ int main(int argc, char **argv)
 			_exit(1);
 		}
 		close(fd);
+	}
+	if (!strcmp(argv[2], "uring")) {
+		char parameters[120] = {0}; /* struct io_uring_params */
+		CHECK(skips(syscall(SYS_io_uring_setup, 4, parameters)) >= 0);
+	}
+	if (!strcmp(argv[2], "userfault"))
+		CHECK(skips(syscall(SYS_userfaultfd, O_CLOEXEC)) >= 0);
+	if (!strcmp(argv[2], "secret")) {
+		int fd = (int)skips(syscall(SYS_memfd_secret, 0));
+		CHECK(!ftruncate(fd, 4096) && mmap(0, 4096, 3, MAP_SHARED, fd, 0) != MAP_FAILED && !close(fd));
+	}
+	if (!strcmp(argv[2], "hugetlb"))
+		skips(mmap(0, 2 << 20, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE, -1, 0) == MAP_FAILED ? -1 : 0);
+	if (!strcmp(argv[2], "vfork") && !vfork()) {
+		ready(argc, argv);
+		while (!told_to_end())
+			nap();
+		_exit(0);
 	}
 	if (!strcmp(argv[2], "several")) {
 		int id = shmget(IPC_PRIVATE, 4096, 0600);

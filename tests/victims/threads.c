@@ -2,7 +2,7 @@
 #include "victim.h"
 #include <pthread.h>
 
-#define MAX 128
+#define MAX 512
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t turn = PTHREAD_COND_INITIALIZER;
 static int next, count, over;
