@@ -16,12 +16,14 @@ what bpslave itself is made of. DIR may be on a tmpfs: pages are in memory once 
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import stat
 import subprocess
 from contextlib import suppress
-from errno import EIO, EOPNOTSUPP, EPIPE
+from dataclasses import dataclass, field
+from errno import EAGAIN, EIO, EOPNOTSUPP, EPIPE
 from pathlib import Path
 
 import msgpack
@@ -67,7 +69,8 @@ class NodeView:
         self._process: subprocess.Popen[bytes] | None = None
         self._streams, self._streams_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control, self._control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._turn = trio.Lock()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Waiter] = {}
         self._ended = False
         for sock in (self._streams, self._control):
             sock.setblocking(False)
@@ -83,6 +86,7 @@ class NodeView:
             self._mount()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._bring_streams, name="view streams")
+                nursery.start_soon(self._hear_answers, name="view answers")
                 await nursery.start(self._keep_daemon)
                 await trio.to_thread.run_sync(self._make_root, tops)
                 task_status.started()
@@ -152,6 +156,8 @@ class NodeView:
             finally:
                 os.close(handle)
             how = process.wait()
+            for number in list(self._waiting):  # it took the question with it
+                self._answer(number, EAGAIN, "")
             if not self._is_ended():
                 _log.error("the view's daemon ended (%s); starting it again", how)
                 await trio.sleep(PAUSE)
@@ -221,18 +227,38 @@ class NodeView:
 
     async def call(self, message: CacheCall) -> CacheReply:
         """Handler: pass a verb to the daemon."""
-        async with self._turn:
-            try:
-                self._control.send(msgpack.packb([message.verb, message.argument]))
-                await trio.lowlevel.wait_readable(self._control)
-                data = self._control.recv(65536)
-            except OSError as error:
-                raise BpfsError(error.errno or EPIPE, "the view's daemon does not answer") from None
-        errno, text = msgpack.unpackb(data)
-        if errno:
-            subject = f"{message.argument}: " if message.argument else ""
-            raise BpfsError(errno, subject + (os.strerror(errno) if errno > 0 else text))
-        return CacheReply(text)
+        number = next(self._numbers)
+        waiter = self._waiting[number] = _Waiter()
+        try:
+            packet = [number, message.verb, message.argument]
+            self._control.send(msgpack.packb(packet, unicode_errors="surrogateescape"))
+            await waiter.event.wait()
+        except OSError as error:
+            raise BpfsError(error.errno or EPIPE, "the view's daemon does not answer") from None
+        finally:
+            del self._waiting[number]
+        if waiter.errno:
+            raise BpfsError(waiter.errno, f"{message.argument or message.verb}: {os.strerror(waiter.errno)}")
+        return CacheReply(waiter.text)
+
+    async def _hear_answers(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._control)
+            number, errno, text = msgpack.unpackb(self._control.recv(65536), unicode_errors="surrogateescape")
+            self._answer(number, errno, text)
+
+    def _answer(self, number: int, errno: int, text: str) -> None:
+        waiter = self._waiting.get(number)
+        if waiter is not None:  # else whoever asked has gone
+            waiter.errno, waiter.text = errno, text
+            waiter.event.set()
+
+
+@dataclass(slots=True)
+class _Waiter:
+    event: trio.Event = field(default_factory=trio.Event)
+    errno: int = 0
+    text: str = ""
 
 
 def no_cache(_message: CacheCall) -> CacheReply:

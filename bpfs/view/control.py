@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable
 from errno import EINVAL, EISDIR, ELOOP
 
@@ -17,7 +18,7 @@ LINKS = 40  # as the kernel follows (MAXSYMLINKS)
 
 
 class Control:
-    """Serves one socket: a packet `[verb, argument]` is answered by `[errno, text]`.
+    """Serves one socket: a packet `[number, verb, argument]` is answered by `[number, errno, text]`, in any order.
 
     Args:
         sock: SEQPACKET, to bpslave.
@@ -28,6 +29,7 @@ class Control:
         self._sock = sock
         self._store = store
         self._remote = remote
+        self._turn = threading.Lock()
         self._verbs: dict[str, Callable[[str], str]] = {
             "status": self._status,
             "purge": self._purge,
@@ -37,13 +39,17 @@ class Control:
     def run(self) -> None:
         """Serve until bpslave closes its end, which ends the process, too."""
         while data := self._sock.recv(8192):
-            verb, argument = msgpack.unpackb(data, unicode_errors="surrogateescape")
-            try:
-                answer = [0, self._verbs[verb](argument)]
-            except OSError as error:
-                answer = [error.errno or EINVAL, error.strerror or str(error)]
-            self._sock.send(msgpack.packb(answer))
+            number, verb, argument = msgpack.unpackb(data, unicode_errors="surrogateescape")
+            # Fetching may take minutes, and nobody else is to wait for it.
+            threading.Thread(target=self._answer, args=(number, verb, argument), daemon=True).start()
         os._exit(0)
+
+    def _answer(self, number: int, verb: str, argument: str) -> None:
+        try:
+            answer = [number, 0, self._verbs[verb](argument)]
+        except OSError as error:
+            answer = [number, error.errno or EINVAL, error.strerror or str(error)]
+        self._sock.send(msgpack.packb(answer, unicode_errors="surrogateescape"))
 
     def _status(self, _argument: str) -> str:
         store, it = self._store, self._store.statistics
@@ -58,7 +64,8 @@ class Control:
         return ""
 
     def _prestage(self, path: str) -> str:
-        self._fetch(path, LINKS)
+        with self._turn:  # there is one stream
+            self._fetch(path, LINKS)
         return ""
 
     def _fetch(self, path: str, links: int) -> None:
