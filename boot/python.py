@@ -71,15 +71,26 @@ def entries(programs: Iterable[str], without: frozenset[str] = frozenset()) -> l
     return found + libraries([interpreter, *objects])
 
 
+HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "runner.bin")}
+"""What in C a node runs, by package; the rest is the master's."""
+
+
 def helpers() -> list[cpio.Entry]:
-    """The programs in C that bpslave starts."""
+    """The programs in C that bpslave starts.
+
+    Raises:
+        BootError: one has not been built.
+    """
     found = []
-    for package in ("bpfs", "engine"):
+    for package, names in HELPERS.items():
         spec = importlib.util.find_spec(package)
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            for path in sorted(Path(folder).glob("bin/*")):
-                if path.name not in ("bpsh", "ghost"):  # those run on the master only
-                    found.append(cpio.file(f"{SITE}/{package}/bin/{path.name}", path.read_bytes(), 0o755))
+        folders = spec.submodule_search_locations if spec is not None else None
+        for name in names:
+            path = Path((folders or ["?"])[0]) / "bin" / name
+            try:
+                found.append(cpio.file(f"{SITE}/{package}/bin/{name}", path.read_bytes(), 0o755))
+            except OSError:
+                raise BootError(f"{path} is missing: build it with make -C mountscripts helpers") from None
     return found
 
 

@@ -117,7 +117,12 @@ class Child:
 class Lab:
     """A network namespace with a bridge and taps, images, a master and its boot server."""
 
-    def __init__(self, folder: Path, machines: int = 2, config: str = "") -> None:
+    def __init__(self, folder: Path, machines: int = 2, config: str = "", taps: int | None = None) -> None:
+        """Args:
+        machines: how many are in the configuration.
+        config: more lines of it.
+        taps: for how many of them there is a leg; all by default.
+        """
         self.folder = folder
         self.mount = folder / "m"
         self.images = folder / "images"
@@ -126,6 +131,7 @@ class Lab:
         self.name = f"bpt{os.getpid()}{next(_COUNT)}"
         self.inside = ["nsenter", f"--net=/run/netns/{self.name}"]
         self._machines = machines
+        self._taps = machines if taps is None else taps
         self._lines = config
         self._clients: list[str] = []
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -142,7 +148,7 @@ class Lab:
         run(*self.inside, "ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0")
         run(*self.inside, "ip", "addr", "add", f"{ADDRESS}/24", "dev", "br0")
         run(*self.inside, "ip", "link", "set", "br0", "up")
-        for number in range(self._machines):
+        for number in range(self._taps):
             run(*self.inside, "ip", "tuntap", "add", self.tap(number), "mode", "tap")
             run(*self.inside, "ip", "link", "set", self.tap(number), "master", "br0", "up")
         self.key.write_text("0123456789abcdef" * 4 + "\n")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Network boot: images, the stages of one emulated machine, its memory, and 64 nodes that boot at once.
+
+The 64 are simulated: each has its hardware and network address on one interface, asks by RARP, and fetches what phase 1
+fetches, by the node's own code.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.benchmarks.bench_idle import cpu, memory
+from tests.benchmarks.frame import Row
+from tests.boot.lab import Lab, kernel_package, python, run
+
+CROWD = 64
+
+
+def rows() -> Iterator[Row]:
+    """The table."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        lab = Lab(Path(name) / "boot", machines=CROWD, taps=1)
+        try:
+            lab.open()
+            yield from images(lab)
+            lab.start()
+            yield from machine(lab)
+            yield from crowd(lab)
+        finally:
+            lab.close()
+
+
+def images(lab: Lab) -> Iterator[Row]:
+    """Sizes, and how long they take to make."""
+    for phase in ("1", "2"):
+        command = python("bpfs.cli.bpboot", "image", phase, "-c", lab.config, "--kernel", kernel_package())
+        start = time.perf_counter()
+        text = run(*command)
+        taken = time.perf_counter() - start
+        sizes = re.findall(r"([\d.]+) MB", text)
+        yield Row(f"image of phase {phase}: unpacked", float(sizes[0]), "MB")
+        yield Row(f"image of phase {phase}: compressed", float(sizes[1]), "MB")
+        yield Row(f"image of phase {phase}: made in", taken, "s")
+
+
+def machine(lab: Lab) -> Iterator[Row]:
+    """From power-on to `up`, by what its serial line says, and the memory that it takes."""
+    start = time.perf_counter()
+    marks = [
+        ("RARP of phase 1", "RARP on eth0"),
+        ("kernels switched", "switching kernels"),
+        ("RARP of phase 2", r"switching kernels[\s\S]*RARP on eth0"),
+        ("bpslave started", "starting bpslave"),
+    ]
+    with lab.machine(0) as vm:
+        for what, pattern in marks:
+            vm.wait_for(pattern)
+            yield Row(f"power-on to: {what}", time.perf_counter() - start, "s")
+        lab.wait_state(0, "up")
+        yield Row("power-on to: up", time.perf_counter() - start, "s")
+        while not (text := lab.read("nodes/0/memory")):
+            time.sleep(0.1)
+        figures = dict(line.split() for line in text.splitlines())
+        used = (int(figures["MemTotal"]) - int(figures["MemAvailable"])) / 1024
+        yield Row("memory of an idle node, kernel's tables apart", used, "MB", note="MemTotal - MemAvailable")
+
+
+def crowd(lab: Lab) -> Iterator[Row]:
+    """64 at once."""
+    lab.add_client(0)
+    (server,) = lab.processes("bpfs.cli.bpbootd")
+    before = cpu([server.pid])
+    done = lab.client(0, "crowd", str(CROWD), lab.key.read_text().strip(), timeout=600)
+    assert done.returncode == 0, done.stderr
+    asked, last, total = map(float, done.stdout.split())
+    yield Row(f"{CROWD} nodes at once: all have their address", asked, "s")
+    yield Row(f"{CROWD} nodes at once: the last has kernel and image", last, "s", note=f"{total / 1e6:.0f} MB together")
+    yield Row("… processor time of bpbootd", cpu([server.pid]) - before, "s")
+    yield Row("… its memory afterwards (RSS)", memory([server.pid])[1], "MB")
