@@ -187,6 +187,7 @@ def cluster(mount: Path, *options: str, nodes: int = 2) -> Iterator[VirtualClust
         logs = it.open_logs()
         ended = bpcluster("down", mount=mount)
     assert ended.returncode == 0, ended.stderr
-    assert left_behind(it, processes) == []
+    found = left_behind(it, processes)
     # What went wrong in the last test of a module, or on the way down, nobody else would notice.
-    assert crashes(logs) == []
+    found += crashes(logs)
+    assert not found, "\n".join(found)
