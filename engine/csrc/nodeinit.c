@@ -381,14 +381,21 @@ static void fail(long error)
 	end(1);
 }
 
-/* The jobs see nothing of the daemon's own root: the old one is stacked below the new one, and taken away. */
+/* The jobs see nothing of the daemon's own root: the old one is stacked below the new one, and taken away. A root that
+ * is the initramfs cannot be: the new one is moved on top of it, and whatever leads to the top leads there. */
 static long enter_root(void)
 {
 	long error = call(__NR_chdir, root);
-	if (!error)
-		error = call(__NR_pivot_root, ".", ".");
-	if (!error)
+	if (error)
+		return error;
+	error = call(__NR_pivot_root, ".", ".");
+	if (!error) {
 		error = call(__NR_umount2, ".", MNT_DETACH);
+	} else if (error == -EINVAL) {
+		error = call(__NR_mount, ".", "/", 0, MS_MOVE, 0);
+		if (!error)
+			error = call(__NR_chroot, ".");
+	}
 	return error ? error : call(__NR_chdir, "/");
 }
 
