@@ -125,13 +125,43 @@ static void raise_file_limit(size_t count)
 	setrlimit(RLIMIT_NOFILE, &raised);
 }
 
+static void close_ours(struct job *job)
+{
+	close_input(job);
+	for (int i = 0; i < 2; i++) {
+		if (job->stream[i].fd >= 0)
+			close(job->stream[i].fd);
+		job->stream[i].fd = -1;
+	}
+}
+
+/* Signals mean to a command what they meant to bpsh when it was called. */
+static void forget_signals(void)
+{
+	static const int caught[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCHLD, SIGTSTP, SIGWINCH};
+	struct sigaction action;
+	for (size_t i = 0; i < sizeof caught / sizeof *caught; i++)
+		if (sigaction(caught[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN)
+			signal(caught[i], SIG_DFL);
+}
+
 static void __attribute__((noreturn)) child(const struct options *options, struct job *job, int ends[3], pid_t parent)
 {
+	forget_signals();
+	/* The exec would close them, but the cluster looks at us before it: a pipe with both ends here would have it
+	 * search every process of the machine for a third one. */
+	for (struct job *one = jobs; one <= job; one++)
+		close_ours(one);
 	if (apart && terminal_enter(ends[1]) < 0)
 		_exit(EXIT_FAILED);
 	for (int fd = 0; fd < 3; fd++)
 		if (ends[fd] >= 0 && dup2(ends[fd], fd) < 0)
 			_exit(EXIT_FAILED);
+	for (int fd = 0; fd < 3; fd++)
+		if (ends[fd] > 2)
+			close(ends[fd]);
+	close(wake[0]);
+	close(wake[1]);
 	sigaction(SIGPIPE, &old_pipe_action, NULL);
 	sigprocmask(SIG_SETMASK, &old_mask, NULL);
 	setrlimit(RLIMIT_NOFILE, &old_files);
@@ -183,6 +213,9 @@ static int start_job(const struct options *options, struct job *job)
 {
 	int in[2] = {-1, -1}, out[2][2] = {{-1, -1}, {-1, -1}};
 	int failed = (apart ? open_terminal : open_streams)(options, in, out);
+	job->input = in[1];
+	job->stream[0].fd = out[0][0];
+	job->stream[1].fd = out[1][0];
 	pid_t parent = getpid();
 	pid_t pid = failed ? -1 : fork();
 	if (pid == 0)
@@ -192,17 +225,12 @@ static int start_job(const struct options *options, struct job *job)
 	for (int i = 0; i < 3; i++)
 		if (theirs[i] >= 0)
 			close(theirs[i]);
-	int *ours[] = {&in[1], &out[0][0], &out[1][0]};
+	if (pid < 0)
+		close_ours(job);
+	int ours[] = {job->input, job->stream[0].fd, job->stream[1].fd};
 	for (int i = 0; i < 3; i++)
-		if (*ours[i] >= 0 && pid < 0) {
-			close(*ours[i]);
-			*ours[i] = -1;
-		} else if (*ours[i] >= 0) {
-			fcntl(*ours[i], F_SETFL, O_NONBLOCK); /* our end only: the other one is another description */
-		}
-	job->input = in[1];
-	job->stream[0].fd = out[0][0];
-	job->stream[1].fd = out[1][0];
+		if (ours[i] >= 0)
+			fcntl(ours[i], F_SETFL, O_NONBLOCK); /* our end only: the other one is another description */
 	job->started = 1;
 	job->begin = now();
 	if (pid > 0) {
