@@ -24,6 +24,13 @@ struct job {
 
 extern struct job *jobs;
 extern size_t job_count;
+extern int apart; /* -T: the commands are in sessions of their own, where no signal of our terminal reaches them */
+
+/* Room for the descriptors of so many commands. */
+void raise_file_limit(size_t count);
+
+/* Starts a command; returns -1, with its status set, when that failed. */
+int start_job(const struct options *options, struct job *job);
 
 /* Standard input: one chunk is on its way to all of them, and the next is read when the slowest has this one. */
 struct input {
