@@ -21,9 +21,11 @@ standard library is needed; nothing is cached, so every attribute is as fresh as
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal as signals
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -39,6 +41,13 @@ __all__ = ["MASTER", "Cluster", "Event", "ExitStatus", "Move", "Node", "NodeStat
 
 DEFAULT_MOUNT = "/bpfs"
 _READ_SIZE = 1 << 16
+
+
+def bpsh_command(node: int) -> list[str]:
+    """What to put before a command and its arguments to run it on a node."""
+    own = Path(__file__).parent / "bin" / "bpsh"
+    bpsh = str(own) if own.exists() else shutil.which("bpsh") or "bpsh"
+    return [bpsh, "master" if node == MASTER else str(node), "--"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +313,11 @@ class Process:
         """Sends it a signal, wherever it runs."""
         _write(self.path / "signal", int(number), f"process {self.pid}: cannot send signal {int(number)}")
 
+    def checkpoint(self, path: str | os.PathLike[str], *, stop: bool = False) -> None:
+        """Writes an image of it into a file of the master's; see bpckpt(1). `stop`: and ends it."""
+        order = shlex.quote(os.path.abspath(path)) + (" stop" if stop else "")
+        _write(self.path / "checkpoint", order, f"process {self.pid}: no checkpoint")
+
     def wait(self) -> ExitStatus:
         """Waits until it ended, and returns how. No need to be its parent.
 
@@ -397,6 +411,42 @@ class Cluster:
         nodes = [Candidate(status.number, status.state, status.address) for status in self.status()]
         return expand(spec, nodes, current=self.current.number)
 
+    def move(self, node: int) -> None:
+        """Moves this very process; it returns there. Raises as `Node.migrate` does."""
+        self.nodes[node].migrate(os.getpid())
+
+    def rfork(self, node: int) -> int:
+        """Forks, with the child on a node: 0 there, the child's pid here.
+
+        Raises:
+            BpfsError: as `Node.migrate` does; there is no child then.
+        """
+        home, target, parent = self.current.number, self.nodes[node], os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            while node != home and self.current.number == home:
+                if os.getppid() != parent:  # whoever was to move us has died
+                    os._exit(127)
+                time.sleep(0.0003)
+            return 0
+        try:
+            if node != home:
+                target.migrate(pid)
+        except BaseException:
+            os.kill(pid, signals.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        return pid
+
+    def restart(self, path: str | os.PathLike[str], node: int = MASTER, *, anypid: bool = False) -> Process:
+        """Brings a process back from its checkpoint; see bpckpt(1)."""
+        name = os.path.abspath(path)
+        order = f"{shlex.quote(name)} {node}" + (" anypid" if anypid else "")
+        _write(self.mount / "procs" / "restart", order, f"no restart of {name}")
+        lines = _read(self.mount / "procs" / "restart").splitlines()
+        mine = [line for line in lines if f" {name} pid=" in line]
+        return Process(self, int(mine[-1].rpartition(" pid=")[2].split()[0]))
+
     def events(self) -> Iterator[Event]:
         """What happens in the cluster from now on, without end."""
         return chain.from_iterable(_batches(self.mount / "events"))
@@ -433,12 +483,10 @@ class Cluster:
     def _run(
         self, argv: list[str], numbers: list[int], stdin: bytes, fanout: int, timeout: float | None
     ) -> Iterator[Result]:
-        own = Path(__file__).parent / "bin" / "bpsh"
-        bpsh = str(own) if own.exists() else shutil.which("bpsh") or "bpsh"
         environment = {**os.environ, "BPFS": str(self.mount)}
 
         def run_on(number: int) -> Result:
-            command = [bpsh, "master" if number == MASTER else str(number), "--", *argv]
+            command = [*bpsh_command(number), *argv]
             done = subprocess.run(
                 command, input=stdin, capture_output=True, env=environment, timeout=timeout, check=False
             )
