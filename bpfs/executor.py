@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A `concurrent.futures.Executor` whose workers are Python processes on nodes.
 
+::
+
+    from bpfs.client import Cluster
     from bpfs.executor import NodeExecutor
 
-    with NodeExecutor(nodes="allup") as executor:
-        squares = list(executor.map(pow, range(100), [2] * 100))
+    with NodeExecutor(Cluster(), "allup") as pool:
+        print(list(pool.map(math.factorial, range(20))))
 
 Functions, arguments and results travel by pickle, as with `ProcessPoolExecutor`: functions are found by their module,
-so the program's main module needs its `if __name__ == "__main__"`. What a function prints is on stderr. Each worker is
-started with bpsh(1) when there is work for it, and serves until `shutdown`.
+so the program's main module needs its `if __name__ == "__main__"`. What a function prints is on stderr. The workers are
+started with bpsh(1) at once, and serve until `shutdown`; the others go on when one is lost.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ _T = TypeVar("_T")
 
 _START = "import sys; sys.path[:0] = [{top!r}]; from bpfs.executor import serve; serve()"
 _HELLO = b"bpfs worker\n"
+_NOBODY = "all workers have ended"
 
 
 class NodeLost(BrokenExecutor):
@@ -46,7 +50,7 @@ class NodeLost(BrokenExecutor):
 
 
 class RemoteTraceback(Exception):
-    """Why a call failed on its node, in the words of its traceback; the cause of the exception that was raised there."""
+    """Why a call failed on its node, in the words of its traceback; the cause of the exception itself."""
 
 
 class _Call(NamedTuple):
@@ -108,25 +112,23 @@ class NodeExecutor(Executor):
     """Runs calls on nodes, each worker one at a time; who is free takes the next.
 
     Args:
-        nodes: a nodespec; a node that is named twice has twice as many workers.
-        cluster: which cluster; without it the one of $BPFS, or of /bpfs.
-        per_node: workers on each of them.
+        cluster: whose nodes.
+        nodes: a nodespec; a node that is named twice has two workers.
 
     Raises:
-        BpfsError: no cluster is there.
         NodespecError: the sentence says which term is wrong.
-        ValueError: that makes no worker at all.
+        ValueError: it names no node.
     """
 
-    def __init__(self, nodes: str = "allup", *, cluster: Cluster | None = None, per_node: int = 1) -> None:
-        self._cluster = cluster or Cluster()
-        places = self._cluster.expand(nodes) * per_node
+    def __init__(self, cluster: Cluster, nodes: str = "allup") -> None:
+        places = cluster.expand(nodes)
         if not places:
-            raise ValueError(f"no node is {nodes!r}, or no worker wanted")
+            raise ValueError(f"{nodes!r} names no node")
+        self._cluster = cluster
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._lock = Lock()
         self._closed = False
-        self._serving = len(places)
+        self._living = len(places)
         self._threads = [Thread(target=self._serve, args=(node,), name=f"node {node}", daemon=True) for node in places]
         for thread in self._threads:
             thread.start()
@@ -136,93 +138,66 @@ class NodeExecutor(Executor):
 
         Raises:
             RuntimeError: after `shutdown`.
-            BrokenExecutor: no node is left.
+            BrokenExecutor: all workers have ended.
         """
         future: Future[_T] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if not self._serving:
-                raise BrokenExecutor("no node is left to run on")
+            if not self._living:
+                raise BrokenExecutor(_NOBODY)
             self._calls.put(_Call(future, fn, args, kwargs))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Takes no more calls; returns when all are done, unless told not to wait."""
         with self._lock:
-            if cancel_futures:
-                for call in self._left():
-                    call.future.cancel()
+            for call in self._take_all() if cancel_futures else ():
+                call.future.cancel()
             if not self._closed:
                 self._closed = True
-                self._calls.put(None)  # whoever takes it puts it back for the next
+                for _ in self._threads:
+                    self._calls.put(None)
         if wait:
             for thread in self._threads:
                 thread.join()
 
-    def _left(self) -> list[_Call]:
-        # The mark of the end stays where it is.
-        calls, ended = [], False
+    def _take_all(self) -> list[_Call]:
+        # The marks of the end stay in the queue.
+        found: list[_Call | None] = []
         try:
             while True:
-                call = self._calls.get_nowait()
-                if call is None:
-                    ended = True
-                else:
-                    calls.append(call)
+                found.append(self._calls.get_nowait())
         except Empty:
-            if ended:
+            for _ in range(found.count(None)):
                 self._calls.put(None)
-            return calls
+            return [call for call in found if call is not None]
 
     def _serve(self, node: int) -> None:
-        worker = None
         try:
-            while (call := self._calls.get()) is not None:
-                if not call.future.set_running_or_notify_cancel():
-                    continue
-                try:
-                    data = pickle.dumps((call.function, call.args, call.kwargs))
-                except Exception as error:
-                    call.future.set_exception(error)
-                    continue
-                if worker is None or not worker.usable:
-                    if worker is not None:
-                        worker.close()
-                    worker = _Worker(self._cluster, node)
-                    if not worker.usable:
-                        self._hand_on(call)
-                        return
-                _make(call, data, worker, node)
-            self._calls.put(None)
-        finally:
-            if worker is not None:
+            worker = _Worker(self._cluster, node)
+            try:
+                while worker.usable and (call := self._calls.get()) is not None:
+                    if call.future.set_running_or_notify_cancel():
+                        _make(call, worker, node)
+            finally:
                 worker.close()
+        finally:
             self._leave()
-
-    def _hand_on(self, call: _Call) -> None:
-        # This node cannot be used. A future that is running stays so, so the call goes on under a future of its own.
-        again: Future[Any] = Future()
-        again.add_done_callback(lambda done: _copy(done, call.future))
-        self._calls.put(call._replace(future=again))
-        with self._lock:
-            if self._closed:
-                for _ in range(1):
-                    self._calls.put(None)
 
     def _leave(self) -> None:
         with self._lock:
-            self._serving -= 1
-            left = [] if self._serving else self._left()
+            self._living -= 1
+            left = [] if self._living else self._take_all()
         for call in left:
             if call.future.set_running_or_notify_cancel():
-                call.future.set_exception(BrokenExecutor("no node is left to run on"))
+                call.future.set_exception(BrokenExecutor(_NOBODY))
 
 
-def _make(call: _Call, data: bytes, worker: _Worker, node: int) -> None:
+def _make(call: _Call, worker: _Worker, node: int) -> None:
     try:
-        answer = worker.call(data)
-    except Exception as error:  # what came back cannot be unpickled here
+        answer = worker.call(pickle.dumps((call.function, call.args, call.kwargs)))
+    except Exception as error:  # pickle runs the objects' own code, which may raise anything
         call.future.set_exception(error)
         return
     if answer is None:
@@ -231,14 +206,6 @@ def _make(call: _Call, data: bytes, worker: _Worker, node: int) -> None:
         call.future.set_result(answer[1])
     else:
         call.future.set_exception(answer[1])
-
-
-def _copy(done: Future[Any], to: Future[Any]) -> None:
-    error = done.exception() if not done.cancelled() else BrokenExecutor("shut down before a node was found for it")
-    if error is not None:
-        to.set_exception(error)
-    else:
-        to.set_result(done.result())
 
 
 # -- on the node ------------------------------------------------------------------------------------------------------
