@@ -66,6 +66,8 @@ class Births:
 
     def _put(self, node: Node, record: Record) -> None:
         key = (int(node.number), record.pid)
+        if record.state == "T" and self._ghosts.is_continuing(record.pid):
+            record = replace(record, state="S")
         waiting = self._waiting.setdefault(key, (node, []))[1]
         waiting.append(record)
         # In a storm of forks we are late, and who has come and gone meanwhile is nobody's business any more.

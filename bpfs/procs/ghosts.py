@@ -18,6 +18,7 @@ from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.ghost import Ghost, NoGhost
 from bpfs.procs.kernelfiles import ANSWER_S, read_local
+from bpfs.procs.parents import Parents
 from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
 from bpfs.procs.table import ProcTable
@@ -41,6 +42,7 @@ class Away:
     Attributes:
         quiet: held while a migration moves the process: signals wait that long.
         children: what its ghost has as children here, until the process has waited for them.
+        continuing: SIGCONTs on their way to the node: stops that are reported meanwhile were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
     """
 
@@ -50,6 +52,7 @@ class Away:
     quiet: trio.Lock = field(default_factory=trio.Lock)
     asked_stop: bool = False
     retired: bool = False
+    continuing: int = 0
     children: set[int] = field(default_factory=set)
 
     @property
@@ -67,6 +70,7 @@ class Ghosts:
         self._streams = streams
         self.nursery = nursery
         self._away: dict[int, Away] = {}
+        self._parents = Parents(self)
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
@@ -94,6 +98,8 @@ class Ghosts:
         away = Away(proc, ghost, stdio)
         self._away[proc.pid] = away
         self._adopted.set()
+        if not proc.native:
+            self._parents.watch(proc)
         self.nursery.start_soon(carefully, proc.pid, ghost.run(), name=f"ghost {proc.pid}")
         self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
         return away
@@ -131,6 +137,11 @@ class Ghosts:
             await carefully(proc.pid, early.pop(0)())
         del self._early[proc.pid]
 
+    def is_continuing(self, pid: int) -> bool:
+        """Whether a SIGCONT is on its way to a process: it overtakes no stop that is reported now."""
+        away = self._away.get(pid)
+        return away is not None and away.continuing > 0
+
     def is_expected(self, pid: int, node: int) -> bool:
         """Whether a process may run on `node` though we have not been told yet."""
         return pid in self._early and self._early[pid][0] == node
@@ -163,7 +174,11 @@ class Ghosts:
             case control.Signal(signo=signo):
                 if signo == signal.SIGCONT:
                     away.asked_stop = False
-                await self._send(away, signo, event.code, event.pid, event.uid, event.value)
+                    away.continuing += 1
+                try:
+                    await self._send(away, signo, event.code, event.pid, event.uid, event.value)
+                finally:
+                    away.continuing -= signo == signal.SIGCONT
             case control.Child():
                 await self._child_changed(away, event)
             case control.Gone():
@@ -283,6 +298,8 @@ class Ghosts:
 
     def report(self, node: Node, report: messages.JobReport) -> None:
         """Handler of JobReport; a plain function, for reports must be taken in their order."""
+        if report.code == os.CLD_STOPPED and report.kind != SIGNAL_REPORT and self.is_continuing(report.pid):
+            return
         self._reports.send_nowait((node, report))
 
     async def _take_reports(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -27,6 +28,11 @@ for _ in range(int(sys.argv[1])):
     pid = os.fork()
     if pid == 0:
         os.close(0)  # else its ghost reads what is meant for the parent
+        def tell(number, frame):
+            with open(f"{sys.argv[2]}/{os.getpid()}.new", "w") as file:
+                print(os.getppid(), os.getpgrp(), os.getsid(0), file=file)
+            os.rename(file.name, file.name[:-4])
+        signal.signal(signal.SIGUSR2, tell)
         while True: signal.pause()
     children.append(pid)
 got = []
@@ -65,8 +71,13 @@ class Family:
 
     def __init__(self, it, count: int = 1) -> None:
         self.it = it
+        self.folder = it.mount.with_suffix(".ids")
+        self.folder.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", PARENT, str(count), self.folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.children = [int(word) for word in self.process.stdout.readline().split()]
 
@@ -83,6 +94,14 @@ class Family:
         """What the parent answers."""
         print(line, file=self.process.stdin, flush=True)
         return self.process.stdout.readline().strip()
+
+    def ids(self, child: int) -> list[int]:
+        """What a child says of its parent, process group and session."""
+        answer = self.folder / str(child)
+        answer.unlink(missing_ok=True)
+        os.kill(child, signal.SIGUSR2)
+        wait_until(answer.exists, f"{child} should say its ids")
+        return [int(word) for word in answer.read_text().split()]
 
     def move(self, pid: int, node: int) -> None:
         """Moves one of them, which must work."""
@@ -107,6 +126,7 @@ def check(family: Family) -> None:
     """Everything that parents and children do to each other, at their places."""
     parent, (child, *others) = family.process.pid, family.children
     assert family.ask(f"poll {child}") == "0 0"
+    assert family.ids(child) == [parent, os.getpgrp(), os.getsid(0)]
     family.ask("sigchld")
     os.kill(child, 19)
     assert family.ask(f"changes {child}") == f"{child} {os.CLD_STOPPED} 19 0"
@@ -122,7 +142,6 @@ def check(family: Family) -> None:
         os.kill(other, 15)
         assert family.ask(f"wait {other}") == f"{other} -15"
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family.children), "no zombie should be left")
-    assert parent == family.process.pid
 
 
 PLACES = list(itertools.product((MASTER, *NODES), repeat=2))
@@ -137,6 +156,19 @@ def test_a_parent_and_its_child(it, parent, child, first):
         for pid, node in moves if first == "parent" else reversed(moves):
             family.move(pid, node)
         check(family)
+
+
+@pytest.mark.parametrize(("parent", "child"), PLACES if "BPFS_ROUNDS" in os.environ else [*SOME, (MASTER, 0)])
+def test_a_child_that_outlives_its_parent(it, parent, child):
+    with Family(it) as family:
+        family.move(family.process.pid, parent)
+        family.move(family.children[0], child)
+        print("exit 3", file=family.process.stdin, flush=True)
+        assert family.process.wait(60) == 3
+        wait_until(lambda: family.ids(family.children[0])[0] == 1, "it should be init's")
+        assert family.ids(family.children[0])[1:] == [os.getpgrp(), os.getsid(0)]
+        os.kill(family.children[0], 9)
+        wait_until(lambda: not Path(f"/proc/{family.children[0]}").exists(), "it should end")
 
 
 @pytest.mark.parametrize("route", [(1, 2), (1, MASTER), (0, 1, MASTER), (1, MASTER, 1)], ids=str)
