@@ -28,7 +28,7 @@ void raise_file_limit(size_t count)
 	setrlimit(RLIMIT_NOFILE, &raised);
 }
 
-void close_ours(struct job *job)
+static void close_ours(struct job *job)
 {
 	close_input(job);
 	for (int i = 0; i < 2; i++) {
