@@ -148,7 +148,7 @@ class Frozen:
             while not done.wait(_SEIZE_PATIENCE_S):
                 for thread in list(self.threads):
                     with contextlib.suppress(ChildProcessError):
-                        os.waitid(os.P_PID, thread.tid, os.WEXITED | os.WNOHANG | ptrace.WALL)
+                        ptrace.reap(thread.tid)
 
         helper = threading.Thread(target=reap, daemon=True)
         helper.start()

@@ -250,6 +250,20 @@ def wait_nohang(tid: int) -> int | None:
     return status if pid else None
 
 
+_ENDS: Final = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
+
+
+def reap(tid: int) -> None:
+    """Take notice of the end of a tracee, if it has ended. Raises ChildProcessError when it is none of ours (any more).
+
+    A wait for ends takes a tracee's stop as well, asked or not (kernel/exit.c, wait_task_stopped): so look first.
+    """
+    flags = os.WEXITED | os.WNOHANG | WALL
+    seen = os.waitid(os.P_PID, tid, flags | os.WNOWAIT)
+    if seen is not None and seen.si_code in _ENDS:
+        os.waitid(os.P_PID, tid, flags)
+
+
 def is_event(status: int, event: int) -> bool:
     """Whether a wait status is the stop of a ptrace event."""
     return os.WIFSTOPPED(status) and status >> 16 == event
