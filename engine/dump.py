@@ -50,6 +50,7 @@ class Inspection:
             int(status["Gid"].split()[0]),
             "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
             "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
+            "highest_tid": max(procfs.inner_pid(self.frozen.status_of(thread)) for thread in self.frozen.threads),
             "pid": procfs.inner_pid(status), "children": children_of(self.frozen), "rights": int(status["CapPrm"], 16),
         }  # fmt: skip
 

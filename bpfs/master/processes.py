@@ -26,7 +26,7 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
     mount = cluster.config.mount
     programs = Programs(RunDir(mount).programs)
-    around = Surroundings(ghosts, cluster.streams, programs, mount, cluster.config.lease)
+    around = Surroundings(ghosts, cluster.streams, programs, cluster.blocks, mount, cluster.config.lease)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)
     births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)

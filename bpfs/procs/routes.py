@@ -12,7 +12,7 @@ import os
 import socket
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
+from bpfs.nodes.blocks import Blocks
+from bpfs.pidspace import BLOCK_BASE
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
@@ -42,8 +44,11 @@ class Surroundings:
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
-    def __init__(self, ghosts: Ghosts, streams: StreamBook, programs: Programs, mount: str, lease: float) -> None:
+    def __init__(
+        self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, mount: str, lease: float
+    ) -> None:
         self.ghosts = ghosts
+        self.blocks = blocks
         self.streams = streams
         self.programs = programs
         self.environment = [f"BPFS_GHOST={mount}".encode(), f"BPFS_LEASE={max(1, round(lease))}".encode()]
@@ -292,6 +297,7 @@ class Return(Migration):
         self._away = around.ghosts.of(proc)
         self._held = False
         self._ghost_fds: dict[int, int] = {}
+        self._has_tids_of_nodes = False
 
     def quiet(self) -> trio.Lock:
         return self._away.quiet
@@ -299,9 +305,15 @@ class Return(Migration):
     async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
         return await stop()
 
+    async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
+        # Threads that it has made on a node keep their ids, which the kernel does not give away here.
+        async with self._around.blocks.raised() if self._has_tids_of_nodes else nullcontext():
+            await super()._transfer(src, dst, landing)
+
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._enter(Phase.ATTACH)
         away = self._away
+        self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
         await self._around.ghosts.still_has(away, summary["process"]["children"])
         self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(summary["externals"]))
         self._held = True
