@@ -82,7 +82,7 @@ class OnExec:
         self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope, ahead: Ahead
     ) -> None:
         try:
-            await engine.call("wait_exec")
+            await engine.call("wait_exec", **ahead.migration.looking)
         except BpfsError as error:
             _log.info("process %d ended before it ran another program: %s", proc.pid, error)
             return
