@@ -23,7 +23,7 @@ from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
 from engine.restart import prime
-from engine.restore_files import open_all
+from engine.restore_files import begins_in_root, open_all
 from engine.restore_state import credential_rows, process_rows, signal_rows
 from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
@@ -248,6 +248,12 @@ class Builder:
             if r.sealed:
                 calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
         self._place_descriptors(calls)
+        if begins_in_root(image, target.pid):
+            folder = os.fsdecode(image.files[image.cwd].path)
+            text = f"bpfs: {os.uname().nodename} has no folder {folder}: the program begins in /\n".encode(
+                errors="replace"
+            )
+            calls.add("write", 2, calls.data(text), len(text), must=False)
         process_rows(calls, image)
         signal_rows(calls, image, everything=target.in_place)
         self._limit_rows(calls)

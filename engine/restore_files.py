@@ -30,7 +30,7 @@ def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
                 opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))  # replaced when descriptors are there
                 continue
             path = b"/proc/%d/root%s" % (root_of, file.path)
-            if index == image.cwd and image.fresh and not os.path.isdir(path):
+            if index == image.cwd and begins_in_root(image, root_of):
                 # A program that begins here, and its folder is not here: it begins in the root, as BProc's bpsh has it.
                 path, file = b"/proc/%d/root/" % root_of, _ROOT
             opened.append(_open(file, path, index == image.cwd, who))
@@ -39,6 +39,11 @@ def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
             os.close(fd)
         raise
     return opened
+
+
+def begins_in_root(image: Image, root_of: int) -> bool:
+    """Whether a program begins here, and the folder it was to begin in is not here."""
+    return image.fresh and not os.path.isdir(b"/proc/%d/root%s" % (root_of, image.files[image.cwd].path))
 
 
 def _open(file: MappedFile, path: bytes, directory: bool, who: Credentials) -> int:

@@ -191,6 +191,31 @@ def test_client_runs_commands_on_nodes(it: VirtualCluster) -> None:
     assert {number: result.stdout for number, result in results.items()} == {n: f"n{n}\n".encode() for n in range(3)}
 
 
+def test_bpsh_begins_in_the_root_where_its_folder_is_not(it: VirtualCluster, tmp_path: Path) -> None:
+    # Mounted here only: nodes have had mounts of their own since they began.
+    subprocess.run(["mount", "-t", "tmpfs", "commands", str(tmp_path)], check=True)
+    try:
+        (tmp_path / "here").mkdir()
+        run = subprocess.run(
+            [BPSH, "1", "pwd"], cwd=tmp_path / "here", capture_output=True, text=True, timeout=100, check=False,
+            env={**os.environ, "BPFS": str(it.mount)}, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert (run.returncode, run.stdout) == (0, "/\n")
+    assert run.stderr == f"bpfs: n1 has no folder {tmp_path}/here: the program begins in /\n"
+
+
+def test_what_travels_with_bpsh(it: VirtualCluster, tmp_path: Path) -> None:
+    script = 'umask 037; ulimit -n 555; ulimit -s 4096; export A=b; exec nice -n 5 "$@"'
+    shown = 'pwd; umask; ulimit -n; ulimit -s; nice; echo "$A"'
+    run = subprocess.run(
+        ["sh", "-c", script, "sh", BPSH, "2", "sh", "-c", shown], cwd=tmp_path, capture_output=True, text=True,
+        timeout=100, check=False, env={**os.environ, "BPFS": str(it.mount)}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert (run.stdout.split(), run.stderr) == ([str(tmp_path), "0037", "555", "4096", "5", "b"], "")
+
+
 def test_bpsh_says_why_a_node_cannot_be_had(it: VirtualCluster) -> None:
     shown(it, "bpctl", "-S", "3", "-s", "down")
     try:
