@@ -152,7 +152,7 @@ def compress(archive: bytes) -> bytes:
         BootError: zstd is not installed, or failed.
     """
     try:
-        run = subprocess.run(["zstd", "-15", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
+        run = subprocess.run(["zstd", "-12", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
     except FileNotFoundError:
         raise BootError("zstd is not installed (package zstd)") from None
     except subprocess.CalledProcessError as error:

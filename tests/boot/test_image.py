@@ -1,0 +1,73 @@
+"""What is in an image: small, the same each time, and enough for its programs, which run from it here in a chroot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from boot import cpio, image, python
+from boot.errors import BootError
+from boot.image import Recipe
+from boot.kernel import Kernel, unpack
+from tests.boot.lab import kernel_package
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def kernel(session_folder: Path) -> Kernel:
+    return unpack(kernel_package(), session_folder / "kernel")
+
+
+@pytest.fixture(scope="module")
+def operational(kernel: Kernel) -> list[cpio.Entry]:
+    return image.entries(Recipe(2, kernel))
+
+
+def test_the_operational_image_is_small_and_has_no_way_in(operational: list[cpio.Entry]) -> None:
+    archive = cpio.archive(operational)
+    assert len(archive) < 50e6 and len(image.compress(archive)) < 8e6
+    names = {entry.path.rpartition("/")[2] for entry in operational}
+    assert not names & {"sh", "bash", "dash", "busybox", "login", "getty", "sshd", "shadow", "key", "bootkey"}
+    (passwd,) = (entry.data for entry in operational if entry.path == "etc/passwd")
+    assert passwd == b"root:*:0:0:root:/root:/bin/sh\n"
+
+
+def test_the_same_input_gives_the_same_bytes(kernel: Kernel, operational: list[cpio.Entry]) -> None:
+    archive = cpio.archive(operational)
+    assert cpio.archive(image.entries(Recipe(2, kernel))) == archive
+    assert image.compress(archive[: 4 << 20]) == image.compress(archive[: 4 << 20])
+
+
+def test_drivers_come_with_what_they_need(kernel: Kernel) -> None:
+    names = [module.name for module in kernel.closure(["virtio_net"])]
+    assert names.index("failover") < names.index("net_failover") < names.index("virtio_net")
+    assert "virtio:d00000001v*" in kernel.module("virtio_net").aliases
+    assert {"virtio_net", "ixgbevf"} <= set(kernel.network_drivers())
+    with pytest.raises(BootError, match="has no module no_such_card"):
+        kernel.closure(["no_such_card"])
+
+
+def test_the_nodes_program_runs_from_the_image(operational: list[cpio.Entry], tmp_path: Path) -> None:
+    for entry in operational:
+        path = tmp_path / entry.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if entry.mode >> 12 == 0o10:
+            path.write_bytes(entry.data)
+            path.chmod(entry.mode & 0o7777)
+        elif entry.mode >> 12 == 0o12:
+            path.symlink_to(entry.data.decode())
+    environment = {
+        "PYTHONHOME": f"/{python.HOME}", "LD_LIBRARY_PATH": f"/{python.LIBRARIES}",
+        "PYTHONPATH": f"/{python.HOME}:/{python.HOME}/lib-dynload:/{python.SITE}",
+    }  # fmt: skip
+    (tmp_path / "proc").mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'mount --bind /proc {tmp_path}/proc && exec chroot {tmp_path} "$@"', "sh",
+         f"/{python.PROGRAM}", "-S", "-s", "-B", "-m", "bpfs.cli.bpslave", "--version"],
+        env={**environment, "PATH": os.environ["PATH"] + ":/usr/sbin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("bpslave "), done.stderr
