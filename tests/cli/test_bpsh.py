@@ -432,6 +432,24 @@ def test_the_terminal_of_the_node_has_our_keys_and_size(plain_tree: Path) -> Non
             os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("option", ["-T", "-L"])
+def test_stopped_and_continued_with_all_its_commands(plain_tree: Path, option: str) -> None:
+    def states(pids: list[int]) -> str:
+        return "".join(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] for pid in pids)
+
+    with started(plain_tree, option, "0-1", "sh", "-c", "echo up; exec sleep 1000") as bpsh:
+        assert bpsh.stdout is not None
+        assert [bpsh.stdout.readline(), bpsh.stdout.readline()] == ["up\n"] * 2
+        everybody = [bpsh.pid, *commands_of(bpsh.pid)]
+        # ^Z goes to the group; with -T the commands have terminals, and groups, of their own.
+        for pid in everybody if option == "-L" else everybody[:1]:
+            os.kill(pid, signal.SIGTSTP)
+        wait_for(lambda: states(everybody) == "TTT")
+        for pid in everybody if option == "-L" else everybody[:1]:
+            os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: "T" not in states(everybody))
+
+
 def test_when_it_is_killed_the_commands_are_hung_up(plain_tree: Path) -> None:
     with started(plain_tree, "0-1", "sh", "-c", "echo $$; exec sleep 1000") as bpsh:
         assert bpsh.stdout is not None
