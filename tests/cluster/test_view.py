@@ -107,7 +107,8 @@ def test_files_of_the_master_as_standard_input_and_output(it, tmp_path):
             stdin=source, stdout=out, stderr=out, timeout=60, cwd=tmp_path, env={**os.environ, "BPFS": str(it.mount)},
         )  # fmt: skip
     assert done.returncode == 0
-    assert (tmp_path / "out").read_text() == "0 1 /\nn0\n"
+    complaint, *output = (tmp_path / "out").read_text().splitlines()
+    assert output == ["0 1 /", "n0"] and str(tmp_path) in complaint  # the folder is not there
 
 
 def test_owners_modes_and_set_uid_programs(it, exported):

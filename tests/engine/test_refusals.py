@@ -98,7 +98,7 @@ def test_everything_is_named_of_a_traced_process_too(mover: Mover, victim: Calla
 
 
 def test_a_32_bit_program(mover: Mover, tmp_path: Path) -> None:
-    code = "void _start(void) { for (;;) __asm__ volatile(\"int $0x80\" :: \"a\"(29)); }"  # pause
+    code = 'void _start(void) { for (;;) __asm__ volatile("int $0x80" :: "a"(29)); }'  # pause
     program = tmp_path / "small"
     build = ["gcc", "-m32", "-static", "-nostdlib", "-fno-pic", "-no-pie", "-x", "c", "-o", str(program), "-"]
     if subprocess.run(build, input=code, text=True, stderr=subprocess.DEVNULL, check=False).returncode:
