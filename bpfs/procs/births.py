@@ -50,6 +50,7 @@ class Births:
         self._blocks = blocks
         self._complained: set[int] = set()  # nodes of which a child could not be shown
         self._waiting: dict[tuple[int, int], tuple[Node, list[Record]]] = {}  # by node and pid, oldest first
+        self._taking: tuple[int, int] | None = None  # it may be in the middle of its birth
         self._wake = trio.Event()
         self._raised = AsyncExitStack()
         self._is_raised = False
@@ -71,7 +72,8 @@ class Births:
         waiting = self._waiting.setdefault(key, (node, []))[1]
         waiting.append(record)
         # In a storm of forks we are late, and who has come and gone meanwhile is nobody's business any more.
-        if record.kind is Kind.REAPED and waiting[0].kind is Kind.IS and self._table.known(record.pid) is None:
+        unborn = self._table.known(record.pid) is None and key != self._taking
+        if record.kind is Kind.REAPED and waiting[0].kind is Kind.IS and unborn:
             del self._waiting[key]
 
     async def _take_all(self) -> None:
@@ -83,9 +85,11 @@ class Births:
                 self._raised = stack
                 until = trio.current_time() + TURN
                 while self._waiting and trio.current_time() < until:
-                    node, records = self._waiting.pop(next(iter(self._waiting)))
+                    self._taking = next(iter(self._waiting))
+                    node, records = self._waiting.pop(self._taking)
                     for record in records:
                         await carefully(record.pid, self._take(node, record))
+                    self._taking = None
             self._is_raised = False
             await trio.lowlevel.checkpoint()
 

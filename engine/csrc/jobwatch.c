@@ -327,6 +327,15 @@ static void end(struct job *job, int code)
 		due(job, now_ms());
 }
 
+/* Its end was missed, and its number is another's now. */
+static void lose(struct job *job)
+{
+	end(job, -1);
+	if (job->reported || job->placeholder)
+		tell_end(job, RECORD_REAPED);
+	forget(job);
+}
+
 static void look(struct job *job, int64_t now, bool changed)
 {
 	struct stat_line s;
@@ -388,7 +397,7 @@ static void scan(struct client *client, int64_t now)
 			continue;
 		job = find(global);
 		if (job && (job->client != client || job->pid != pid)) {
-			forget(job); /* its number is another's now */
+			lose(job);
 			job = NULL;
 		}
 		if (!job) {
@@ -508,8 +517,12 @@ static void forked(int parent, int child)
 {
 	struct job *from = find(parent), *job = find(child);
 
-	if (job)
-		forget(job); /* we were not told of its end */
+	if (job) {
+		int now = inner(job->client, child);
+		if (now == 0 || now == job->pid)
+			return; /* a look at the namespace was faster than this event */
+		lose(job);
+	}
 	if (!from)
 		return;
 	int pid = inner(from->client, child);
