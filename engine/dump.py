@@ -56,7 +56,11 @@ class Inspection:
 
 
 def inspect(
-    frozen: Frozen, there: dict[str, Any] | None = None, close: bool = False, family: bool = False
+    frozen: Frozen,
+    there: dict[str, Any] | None = None,
+    close: bool = False,
+    family: bool = False,
+    at_home: bool = False,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -64,6 +68,7 @@ def inspect(
         there: of `engine.facts.unlike`, where the destination is not like this machine.
         close: what cannot move of its sockets and the like does not arrive, instead of being in the way.
         family: children may stay behind where the daemon can look after them.
+        at_home: it leaves the master.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -73,7 +78,9 @@ def inspect(
     refusals = obstacles(frozen, stat, family)
     survey = Survey(frozen)
     files_stay = bool(there and there.get("bare"))
-    descriptors = inspect_descriptors(frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay)
+    descriptors = inspect_descriptors(
+        frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay, at_home=at_home
+    )
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
     refusals += survey.refusals + descriptors.refusals + differences
     return Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)

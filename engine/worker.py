@@ -64,7 +64,8 @@ class Source:
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
         """Say what will have to be relayed, of a process that runs: a forecast."""
-        return {"externals": look(int(request["pid"]), bool((request.get("unlike") or {}).get("bare")))}
+        bare = bool((request.get("unlike") or {}).get("bare"))
+        return {"externals": look(int(request["pid"]), bare, bool(request.get("at_home")))}
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
@@ -122,6 +123,7 @@ class Source:
         `close`: sockets that cannot move are closed on the way.
         `unlike`: of engine/facts.py, where the destination is another kind of machine.
         `family`: the daemon looks after the children that stay.
+        `at_home`: it leaves the master.
         """
         frozen = self._held()
         (question, answer), self._seen = self._seen, ({}, {})
@@ -131,8 +133,9 @@ class Source:
             frozen.settle()
             self._settled = True
         self._inspection = dump.inspect(
-            frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family"))
-        )
+            frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
+            bool(request.get("at_home")),
+        )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
         return {

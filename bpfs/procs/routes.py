@@ -174,6 +174,7 @@ class Leave(ToNode):
 
     def __init__(self, proc: Process, source: Place, destination: NodePlace, around: Surroundings) -> None:
         super().__init__(proc, source, destination, around)
+        self.looking["at_home"] = True
         self._stdio = Stdio()
         self._program = -1  # of the ghost to be
         self._control: tuple[socket.socket, socket.socket] | None = None  # of the ghost to be: our end and its own

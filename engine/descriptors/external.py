@@ -26,6 +26,7 @@ from typing import Any
 from engine.descriptors import sockets
 from engine.descriptors.model import Entry, Kind, Probe, Refusal, Source, Target, is_mode
 from engine.descriptors.pipes import is_inside
+from engine.descriptors.relatives import writes_together
 
 _TCGETS = 0x5401
 _TIOCGWINSZ = 0x5413
@@ -56,6 +57,8 @@ def _is_shared_deleted(source: Source, probe: Probe) -> bool:
 
 def _is_standard_file(source: Source, probe: Probe) -> bool:
     # One that is read and written has one offset for both, which no relay can keep.
+    if source.at_home and writes_together(source, probe):
+        return True
     return source.files_stay and is_mode(probe, stat.S_IFREG) and probe.stdio and probe.access != os.O_RDWR
 
 

@@ -36,7 +36,13 @@ class Descriptors:
 
 
 def inspect(
-    pid: int, *, tid: int = 0, content_limit: int = CONTENT_LIMIT, close: bool = False, files_stay: bool = False
+    pid: int,
+    *,
+    tid: int = 0,
+    content_limit: int = CONTENT_LIMIT,
+    close: bool = False,
+    files_stay: bool = False,
+    at_home: bool = False,
 ) -> Descriptors:
     """Read the descriptors of a process that is stopped (so that they hold still). It is not changed.
 
@@ -47,12 +53,13 @@ def inspect(
         close: sockets and other objects that cannot move are left out, not refused. Files are refused all the same:
             their content would be lost.
         files_stay: standard descriptors that are files are relayed: the destination does not have users' files.
+        at_home: it leaves the master: what it writes to a file together with relatives is relayed, too.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
     """
     found = Descriptors()
-    with Source(pid, content_limit, files_stay) as source:
+    with Source(pid, content_limit, files_stay, at_home) as source:
         source.probes = _merge(pid, _probe_all(b"/proc/%d/task/%d" % (pid, tid or pid)))
         for probe in source.probes:
             try:
@@ -67,14 +74,14 @@ def inspect(
     return found
 
 
-def look(pid: int, files_stay: bool = False) -> list[dict[str, Any]]:
+def look(pid: int, files_stay: bool = False, at_home: bool = False) -> list[dict[str, Any]]:
     """The externals of a process that runs: what `inspect` will most likely find of them once it stands still.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
     """
     found = []
-    with Source(pid, files_stay=files_stay) as source:
+    with Source(pid, files_stay=files_stay, at_home=at_home) as source:
         probes = []
         for fd in _numbers(b"/proc/%d" % pid):
             with suppress(OSError):  # closed meanwhile

@@ -99,6 +99,7 @@ class Source:
     pid: int
     limit: int = CONTENT_LIMIT
     files_stay: bool = False
+    at_home: bool = False  # it is about to leave the machine where its relatives are
     probes: list[Probe] = field(default_factory=list)
     content_seen: set[tuple[int, int]] = field(default_factory=set)
     _pidfd: int = -1

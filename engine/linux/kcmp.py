@@ -10,9 +10,11 @@ _KCMP_FILE: Final = 0
 _syscall = LIBC.syscall
 
 
-def same_file(pid: int, first: int, second: int) -> bool:
-    """Whether two descriptor numbers of a process are one open file description. Raises OSError."""
-    result = _syscall(NR["kcmp"], pid, pid, _KCMP_FILE, first, second)
+def same_file(pid: int, first: int, second: int, other: int = 0) -> bool:
+    """Whether two descriptor numbers of a process, or of it and an `other`, are one open file description. Raises
+    OSError.
+    """
+    result = _syscall(NR["kcmp"], pid, other or pid, _KCMP_FILE, first, second)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), f"descriptors {first} and {second} of process {pid}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bpfs import kernel
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place
-from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
+from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -188,20 +190,36 @@ def test_a_script_that_cannot_move_goes_on(it: VirtualCluster, shell: str) -> No
     assert " EOPNOTSUPP " in move_line and "a listening TCP socket" in move_line
 
 
-def test_who_cannot_be_stopped_times_out(it: VirtualCluster, tmp_path: Path) -> None:
-    # The parent of a vfork waits uninterruptibly for its child.
-    victims = TOP / "tests" / "victims"
-    subprocess.run(["make", "-s", "-C", str(victims)], check=True)
-    stop = tmp_path / "stop"
-    process = subprocess.Popen([victims / "bin" / "vfork", stop])
+@pytest.fixture
+def silent_mount(tmp_path: Path) -> Iterator[Path]:
+    """A FUSE mount that answers the first question and none after it: who asks there waits uninterruptibly."""
+    mount, device = tmp_path / "silent", os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    mount.mkdir()
+    kernel.mount("silent", str(mount), "fuse", 0, f"fd={device},rootmode=40755,user_id=0,group_id=0")
     try:
-        wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "D", "it should wait")
-        done = echo(it, process.pid, "nodes/0/migrate")
-        assert done.returncode != 0 and "timed out" in done.stderr
-        last = it.read("nodes/0/migrate").splitlines()[-1]
-        assert last.startswith(f"{process.pid} ETIMEDOUT ") and "uninterruptible" in last
-        stop.touch()
-        assert process.wait(60) == 0
+        head = os.read(device, 1 << 17)
+        unique = head[8:16]
+        # struct fuse_out_header and fuse_init_out: version 7.31, writes of a page (linux/fuse.h)
+        init = struct.pack("<IIIIHHIIHH", 7, 31, 0, 0, 16, 12, 4096, 1, 1, 0) + bytes(32)
+        os.write(device, struct.pack("<Ii", 16 + len(init), 0) + unique + init)
+        yield mount
     finally:
-        stop.touch()
-        process.wait(60)
+        os.close(device)  # whoever waits gets ENOTCONN
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_who_cannot_be_stopped_times_out(it: VirtualCluster, silent_mount: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import os; print(flush=True); os.stat('{silent_mount}/x')"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+    wait_until(lambda: Path(f"/proc/{process.pid}/wchan").read_text() == "request_wait_answer", "it should wait")
+    done = echo(it, process.pid, "nodes/0/migrate")
+    assert done.returncode != 0 and "timed out" in done.stderr
+    last = it.read("nodes/0/migrate").splitlines()[-1]
+    assert last.startswith(f"{process.pid} ETIMEDOUT ") and "uninterruptible" in last
+    process.kill()
+    process.communicate(timeout=60)
+
+

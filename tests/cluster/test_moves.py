@@ -287,6 +287,25 @@ def test_a_lost_node_ends_its_processes_as_killed(it):
     it.wait_state(2, "up")
 
 
+@pytest.mark.parametrize("how", [">", ">>"])
+@pytest.mark.parametrize("moved", ["onexec", ""])
+def test_jobs_that_write_to_one_file_at_the_same_time_lose_nothing(it, tmp_path, how, moved):
+    (tmp_path / "count").write_text("for i in $(seq 30); do echo $1 $i; done\n")
+    (tmp_path / "job").write_text(
+        f'echo "$$ {moved}" > {it.mount}/nodes/$1/migrate || exit; exec bash {tmp_path}/count $1\n'
+    )
+    script = (
+        f"(for node in 0 1 2; do bash {tmp_path}/job $node & done; bash {tmp_path}/count 9; wait) {how} {tmp_path}/out"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = (tmp_path / "out").read_text().splitlines()
+    for who in ("0", "1", "2", "9"):
+        mine = [line for line in lines if line.startswith(f"{who} ")]
+        assert mine == [f"{who} {i}" for i in range(1, 31)], lines
+    assert len(lines) == 120
+
+
 @pytest.mark.parametrize("how", ["a > out", ">> out"])
 def test_a_shared_output_file_goes_on_where_the_job_stopped(it, tmp_path, how):
     # The shell at home and its job on the node share one open file, and so one offset.
