@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ def run_pytest(folder: Path, text: str, **environment: str) -> subprocess.Comple
     tests.mkdir()
     for name in ("conftest.py", "leftovers.py"):
         source = (TOP / "tests" / name).read_text()
-        source = source.replace("GRACE_SECONDS = 20.0", "GRACE_SECONDS = 1.0")
+        source = re.sub(r"^GRACE_SECONDS = .*", "GRACE_SECONDS = 1.0", source, flags=re.MULTILINE)
         (tests / name).write_text(source.replace("from tests import", "from sample import"))
     (tests / "test_sample.py").write_text(text)
     settings = '[tool.pytest.ini_options]\npythonpath = ["."]\naddopts = "--import-mode=importlib"\n'

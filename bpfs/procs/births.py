@@ -28,6 +28,7 @@ from bpfs.procs.ghosts import Away, Ghosts, carefully, tell
 from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
 from bpfs.procs.stdio import Stdio
 from bpfs.procs.table import read_identity
+from bpfs.tree.base import Caller
 from bpfs.wire import messages
 from engine.jobwatch import Kind, Record, parse
 
@@ -35,6 +36,7 @@ AGAIN = 0.002  # seconds until a pid that an ended ghost still has is tried agai
 AGAIN_TIMES = 25
 
 TURN = 0.02  # seconds at most that pid_max stays raised
+LATE = 0.05  # seconds that what a node tells may be old
 EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
 
 _log = log.get("procs")
@@ -50,6 +52,7 @@ class Births:
         self._blocks = blocks
         self._complained: set[int] = set()  # nodes of which a child could not be shown
         self._waiting: dict[tuple[int, int], tuple[Node, list[Record]]] = {}  # by node and pid, oldest first
+        self._since: dict[tuple[int, int], float] = {}  # when the first of these was told, by trio's clock
         self._taking: tuple[int, int] | None = None  # it may be in the middle of its birth
         self._wake = trio.Event()
         self._raised = AsyncExitStack()
@@ -71,10 +74,11 @@ class Births:
             record = replace(record, state="S")
         waiting = self._waiting.setdefault(key, (node, []))[1]
         waiting.append(record)
+        self._since.setdefault(key, trio.current_time())
         # In a storm of forks we are late, and who has come and gone meanwhile is nobody's business any more.
         unborn = self._table.known(record.pid) is None and key != self._taking
         if record.kind is Kind.REAPED and waiting[0].kind is Kind.IS and unborn:
-            del self._waiting[key]
+            del self._waiting[key], self._since[key]
 
     async def _take_all(self) -> None:
         while True:
@@ -87,8 +91,9 @@ class Births:
                 while self._waiting and trio.current_time() < until:
                     self._taking = next(iter(self._waiting))
                     node, records = self._waiting.pop(self._taking)
+                    since = self._since.pop(self._taking)
                     for record in records:
-                        await carefully(record.pid, self._take(node, record))
+                        await carefully(record.pid, self._take(node, record, since))
                     self._taking = None
             self._is_raised = False
             await trio.lowlevel.checkpoint()
@@ -99,14 +104,14 @@ class Births:
             await self._raised.enter_async_context(self._blocks.raised())
             self._is_raised = True
 
-    async def _take(self, node: Node, record: Record) -> None:
+    async def _take(self, node: Node, record: Record, since: float) -> None:
         if record.kind is Kind.REAPED:
             await self._reaped(node, record.pid)
             return
         proc = self._table.known(record.pid)
         if proc is None:
             if record.kind is Kind.IS and record.pid in self._blocks.of(node.number):
-                await self._born(node, record)
+                await self._born(node, record, since)
             return
         if not self._ghosts.defer(record.pid, node, partial(self._known, node, proc, record)):
             await self._known(node, proc, record)
@@ -130,7 +135,7 @@ class Births:
 
     # -- births ------------------------------------------------------------------------------------------------
 
-    async def _born(self, node: Node, record: Record) -> None:
+    async def _born(self, node: Node, record: Record, since: float) -> None:
         with trio.move_on_after(EXPECTED):
             while self._ghosts.is_expected(record.ppid, int(node.number)):
                 await trio.sleep(AGAIN)
@@ -151,7 +156,16 @@ class Births:
                              record.pid, node.number, error)  # fmt: skip
         self._table.changed(proc, f"forked by {record.ppid}")
         if record.state == "T":
-            await self._ghosts.stopped(self._ghosts.of(proc), signal.SIGSTOP)
+            await self._born_stopped(self._ghosts.of(proc), parent, since)
+
+    async def _born_stopped(self, away: Away, parent: Away | None, since: float) -> None:
+        # A stopped ghost makes no other, so this one may come so late that its group has been continued meanwhile: by a
+        # signal that did not find it.
+        same_group = parent is not None and parent.proc.identity.pgid == away.proc.identity.pgid
+        if parent is not None and same_group and parent.continued > since - LATE:
+            await self._ghosts.signal(away.proc, signal.SIGCONT, Caller(0, 0, 0))
+        else:
+            await self._ghosts.stopped(away, signal.SIGSTOP)
 
     async def _make_ghost(self, proc: Process, parent: Away | None, record: Record) -> None:
         maker = parent if parent is not None and parent.real else self._ghosts.in_session(record.sid)

@@ -42,6 +42,7 @@ class Away:
     Attributes:
         quiet: held while a migration moves the process: signals wait that long.
         children: what its ghost has as children here, until the process has waited for them.
+        continued: when its ghost got the last SIGCONT, by trio's clock.
         continuing: SIGCONTs on their way to the node: stops that are reported meanwhile were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
     """
@@ -53,6 +54,7 @@ class Away:
     asked_stop: bool = False
     retired: bool = False
     continuing: int = 0
+    continued: float = -math.inf
     children: set[int] = field(default_factory=set)
 
     @property
@@ -175,8 +177,11 @@ class Ghosts:
                 if signo == signal.SIGCONT:
                     away.asked_stop = False
                     away.continuing += 1
+                    away.continued = trio.current_time()
                 try:
                     await self._send(away, signo, event.code, event.pid, event.uid, event.value)
+                    if signo == signal.SIGCONT:
+                        await self._continue_absent(away)
                 finally:
                     away.continuing -= signo == signal.SIGCONT
             case control.Child():
@@ -272,6 +277,14 @@ class Ghosts:
             os.kill(proc.pid, message.sig)
         except ProcessLookupError:  # it has just come home, and was killed and reaped right there
             raise BpfsError(errno.ESRCH, f"process {proc.pid} has ended") from None
+
+    async def _continue_absent(self, away: Away) -> None:
+        # Those of its group that have no ghost, which the same signal would have reached.
+        proc = away.proc
+        for other in list(self._away.values()):
+            theirs = other.proc
+            if not other.real and theirs.place == proc.place and theirs.identity.pgid == proc.identity.pgid:
+                await tell(self._send(other, signal.SIGCONT))
 
     async def _pass_stop(self, away: Away) -> None:
         async with away.quiet:

@@ -77,13 +77,14 @@ def test_timers_go_on(zygote: Zygote, later: JobSpace, victim: Callable[..., Vic
 
 def test_clocks_of_the_same_machine_are_left_alone(space: JobSpace) -> None:
     assert not space.has_clocks
-    welcome = Welcome(0, 1.0, 1.0, 1, 2, "/bpfs", bytes(16), boot_id(), 1, 2)
+    welcome = Welcome(0, 1.0, 1.0, 1, 2, "/bpfs", bytes(16), boot_id(), 1, 2, "wait", 30.0)
     assert ahead(welcome, Clocks.now()) is None
 
 
 def test_how_far_a_master_is_ahead() -> None:
     ours = Clocks.now()
-    welcome = Welcome(0, 1.0, 1.0, 1, 2, "/bpfs", bytes(16), bytes(16), ours.monotonic + 5_000, ours.boottime - 7_000)
+    moved_on = (ours.monotonic + 5_000, ours.boottime - 7_000)
+    welcome = Welcome(0, 1.0, 1.0, 1, 2, "/bpfs", bytes(16), bytes(16), *moved_on, "wait", 30.0)
     found = ahead(welcome, ours)
     assert found is not None
     late = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - ours.monotonic
