@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Rights to nodes, and their states: bproc_admin(3).
+ * Rights to nodes, and their states: libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

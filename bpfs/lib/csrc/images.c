@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Images of processes, and what nodes keep of the master's files: bproc_images(3).
+ * Images of processes, and what nodes keep of the master's files: libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * What a moved process finds at its descriptors: struct bproc_io_t, see bproc_move(3).
+ * What a moved process finds at its descriptors: struct bproc_io_t, see libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

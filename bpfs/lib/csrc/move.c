@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Moving: bproc_move(3). Every move is a write to nodes/N/migrate.
+ * Moving: libbproc(3). Every move is a write to nodes/N/migrate.
  */
 #define _GNU_SOURCE
 #include "lib.h"

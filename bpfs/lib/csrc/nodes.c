@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * What is known of nodes: bproc_nodes(3).
+ * What is known of nodes: libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Where processes are: bproc_procs(3).
+ * Where processes are: libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

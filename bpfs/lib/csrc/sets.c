@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Sets of nodes: bproc_nodesets(3).
+ * Sets of nodes: libbproc(3).
  */
 #define _GNU_SOURCE
 #include "lib.h"

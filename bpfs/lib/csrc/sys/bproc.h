@@ -87,7 +87,7 @@ struct bproc_io_t {
 	} d;
 };
 
-/* Nodes: bproc_nodes(3). */
+/* Nodes: libbproc(3). */
 int bproc_numnodes(void);
 int bproc_currnode(void);
 int bproc_nodestatus(int node, char *status, int len);
@@ -101,7 +101,7 @@ int bproc_setnodeattr(int node, char *name, void *value, int size);
 int bproc_version(struct bproc_version_t *version);
 const char *bproc_strerror(int error);
 
-/* Sets of nodes: bproc_nodesets(3). */
+/* Sets of nodes: libbproc(3). */
 int bproc_nodeset_init(struct bproc_node_set_t *set, int size);
 int bproc_nodeset_grow(struct bproc_node_set_t *set, int size);
 void bproc_nodeset_free(struct bproc_node_set_t *set);
@@ -110,7 +110,7 @@ int bproc_nodeset_append(struct bproc_node_set_t *set, struct bproc_node_set_t *
 int bproc_nodefilter(struct bproc_node_set_t *out, struct bproc_node_set_t *in, const char *nodespec);
 int bproc_nodespec(struct bproc_node_set_t *set, const char *nodespec);
 
-/* Rights and administration: bproc_admin(3). */
+/* Rights and administration: libbproc(3). */
 int bproc_chmod(int node, int mode);
 int bproc_chown(int node, int user);
 int bproc_chgrp(int node, int group);
@@ -125,11 +125,11 @@ int bproc_nodepwroff_async(int node);
 int bproc_nodechroot(int node, char *path);
 int bproc_nodereconnect(int node, struct sockaddr *remote, int remote_size, struct sockaddr *local, int local_size);
 
-/* Processes: bproc_procs(3). */
+/* Processes: libbproc(3). */
 int bproc_proclist(int node, struct bproc_proc_info_t **list);
 int bproc_pidnode(int pid);
 
-/* Moving: bproc_move(3). */
+/* Moving: libbproc(3). */
 int bproc_move(int node);
 int bproc_move_io(int node, struct bproc_io_t *io, int iolen);
 int _bproc_move(int node, int flags);
@@ -152,7 +152,7 @@ int bproc_rexec(int node, const char *cmd, char *const argv[], char *const envp[
 int bproc_rexec_io(int node, struct bproc_io_t *io, int iolen, const char *cmd, char *const argv[], char *const envp[]);
 int bproc_execve(const char *cmd, char *const argv[], char *const envp[]);
 
-/* Images and libraries: bproc_images(3). */
+/* Images and libraries: libbproc(3). */
 int bproc_dump(int fd, int flags);
 int bproc_undump(int fd);
 int bproc_execdump(int fd, int flags, const char *cmd, char *const argv[], char *const envp[]);
