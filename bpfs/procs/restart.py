@@ -146,14 +146,14 @@ class _Revival:
         place = self._procs.place(order.node)
         async with self._master.engine() as source, place.engine() as dst:
             image = await self._load(source)
-            away, numbers = await self._bear(source, image)
+            away = await self._bear(source, image)
             proc = away.proc
             self._around.ghosts.nursery.start_soon(carefully, proc.pid, self._note_end(proc, line))
             proc.state, proc.progress = ProcState.MIGRATING, f"restart on node {order.node}"
             try:
                 if order.node != MASTER:
                     admits(self._procs.nodes.get(order.node), caller, proc)
-                await self._build(place, source, dst, away, image, numbers)
+                await self._build(place, source, dst, away, image)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._abandon(dst, away)
@@ -179,7 +179,7 @@ class _Revival:
             return 1
         return self._caller.pid
 
-    async def _bear(self, source: Engine, image: dict[str, Any]) -> tuple[Away, list[int]]:
+    async def _bear(self, source: Engine, image: dict[str, Any]) -> Away:
         numbers = sorted(fd for external in image["externals"] for fd in external["fds"])
         readers = {fd for external in image["externals"] if external["access"] == 0 for fd in external["fds"]}
         ours, theirs = Ghost.pair()
@@ -189,8 +189,7 @@ class _Revival:
         stdio = Stdio.of(image["externals"])
         stdio.comm = image["comm"]
         self._procs.table.add(proc)
-        away = self._around.ghosts.adopt(proc, Ghost(pid, ours), stdio)
-        return away, numbers
+        return self._around.ghosts.adopt(proc, Ghost(pid, ours), stdio)
 
     async def _bear_as(
         self, source: Engine, image: dict[str, Any], control: int, numbers: list[int], readers: set[int]
@@ -215,7 +214,7 @@ class _Revival:
         raise AssertionError("unreachable")
 
     async def _build(
-        self, place: Place, source: Engine, dst: Engine, away: Away, image: dict[str, Any], numbers: list[int]
+        self, place: Place, source: Engine, dst: Engine, away: Away, image: dict[str, Any]
     ) -> None:
         await away.ghost.wait_ready()
         await tell(away.ghost.name(away.stdio.comm))

@@ -164,10 +164,9 @@ class Soak:
     def _account(self, job: Job) -> None:
         expected = getattr(job, "expected", None)
         status = job.process.wait()
-        if status != expected:
-            time.sleep(0)  # let the thread that lost the node say so
-            if status != -signal.SIGKILL or not any(node in job.places for _, node in self.lost):
-                raise Wrong(f"{job}: expected {expected}")
+        was_lost = status == -signal.SIGKILL and any(node in job.places for _, node in self.lost)
+        if status != expected and not was_lost:
+            raise Wrong(f"{job}: expected {expected}")
         job.close()
 
     # -- what can be done to a job ---------------------------------------------------------------------------
