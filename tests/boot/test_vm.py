@@ -31,7 +31,7 @@ TRAVELLER = """
 import hashlib, os, sys
 digest, count, places = b"", 0, []
 while len(places) < 4:
-    here = os.uname().nodename, os.uname().release
+    here = os.uname()[1:3]
     if places[-1:] != [here]:
         places.append(here)
         print(*here, flush=True)

@@ -44,7 +44,8 @@ def test_rsync_to_a_node_and_back(it: VirtualCluster, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "f").read_bytes() == data
 
 
-def test_parallel_spreads_jobs(it: VirtualCluster, tmp_path: Path) -> None:
+def test_parallel_spreads_jobs(it: VirtualCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHELL", raising=False)  # as in a service; its worker needs one, which sshd would give it
     line = ["parallel", "--will-cite", "--ssh", "bpsh", "-S", "1/0,1/1,1/2", "-k", "uname -n; echo '{} done'"]
     shown = call(it, tmp_path, *line, ":::", "a", "b c", "d").splitlines()
     assert shown[1::2] == ["a done", "b c done", "d done"]

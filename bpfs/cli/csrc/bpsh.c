@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <pwd.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -255,6 +256,15 @@ static int is_shell_text(const char *word)
 	return strpbrk(word, " \t\n|&;<>()$`\\\"'*?[#~{=") != NULL;
 }
 
+/* sshd(8) gives every command the user's SHELL, and GNU parallel's worker, for one, cannot do without. */
+static void give_shell(void)
+{
+	if (getenv("SHELL"))
+		return;
+	const struct passwd *user = getpwuid(getuid());
+	setenv("SHELL", user && *user->pw_shell ? user->pw_shell : "/bin/sh", 1);
+}
+
 static double positive(const char *option, const char *text, int whole)
 {
 	char *end;
@@ -356,14 +366,17 @@ int main(int argc, char **argv)
 		wrong_usage("no command given", NULL);
 
 	options.program = find_program(options.argv[0]);
-	if (!options.program && options.argv[1] && !strcmp(options.argv[0], "exec"))
+	if (!options.program && options.argv[1] && !strcmp(options.argv[0], "exec")) {
 		/* GNU parallel and others expect a shell, and save it a process: there is none here to be saved. */
 		options.program = find_program(*++options.argv);
+		give_shell();
+	}
 	if (!options.program && !literal && !options.argv[1] && is_shell_text(options.argv[0])) {
 		static char *shell[] = {"sh", "-c", NULL, NULL};
 		shell[2] = options.argv[0];
 		options.argv = shell;
 		options.program = "/bin/sh";
+		give_shell();
 	}
 	if (!options.program) {
 		complain("%s: command not found", options.argv[0]);
