@@ -6,6 +6,7 @@ listened to only while somebody waits.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -20,6 +21,7 @@ NETLINK_CONNECTOR = 11  # linux/netlink.h
 CN_IDX_PROC = CN_VAL_PROC = 1  # linux/connector.h
 PROC_CN_MCAST_LISTEN = 1  # linux/cn_proc.h
 PROC_EVENT_EXIT = 0x80000000
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h: PROC_PID_INIT_INO
 RECEIVE_BUFFER = 8 << 20  # bytes: what 10,000 exits of a moment need
 
 _NLMSG = struct.Struct("=IHHII")  # struct nlmsghdr
@@ -29,6 +31,9 @@ _EXIT = struct.Struct("=iiII")  # process_pid, process_tgid, exit_code, exit_sig
 
 
 def _listen() -> socket.socket:
+    if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+        # cn_proc_mcast_ctl() drops the order without a word.
+        raise OSError(errno.EOPNOTSUPP, "outside of the initial pid namespace the kernel does not tell")
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, NETLINK_CONNECTOR)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     sock.bind((0, CN_IDX_PROC))
@@ -57,7 +62,7 @@ def listening() -> Iterator[Callable[[int], Awaitable[ExitStatus]]]:
     """Hears all ends from now on; the function it gives waits for that of one process.
 
     Raises:
-        OSError: the kernel has no connector, or this is not the initial network namespace.
+        OSError: the kernel has no connector, or this is not the initial pid and network namespace.
     """
     sock = _listen()
 
