@@ -165,6 +165,8 @@ static uint64_t to_us(struct __kernel_old_timeval time)
 	return (uint64_t)time.tv_sec * 1000000 + (uint64_t)time.tv_usec;
 }
 
+/* Told first and taken after: a placeholder whose last child has ended is swept, and may die at any point of this. What it
+ * has not taken then goes to init, which tells it; being told twice does no harm. */
 static void report_children(void)
 {
 	for (;;) {
@@ -172,7 +174,7 @@ static void report_children(void)
 		struct rusage usage;
 		info.si_pid = 0;
 		long error = call(__NR_waitid, P_ALL, 0, &info,
-		                  WEXITED | WSTOPPED | WCONTINUED | WNOHANG | __WALL, &usage);
+		                  WEXITED | WSTOPPED | WCONTINUED | WNOHANG | WNOWAIT | __WALL, &usage);
 		if (error < 0 || !info.si_pid)
 			return;
 		struct report report = {
@@ -187,6 +189,9 @@ static void report_children(void)
 			.maxrss_kb = usage.ru_maxrss,
 		};
 		send_report(&report);
+		/* Only what was told: it may have gone on, or ended, meanwhile. */
+		int told = info.si_code == CLD_STOPPED ? WSTOPPED : info.si_code == CLD_CONTINUED ? WCONTINUED : WEXITED;
+		call(__NR_waitid, P_PID, report.pid, &info, told | WNOHANG | __WALL, 0);
 	}
 }
 

@@ -263,6 +263,25 @@ def test_placeholders_go_when_nobody_needs_them(space: JobSpace, tmp_path: Path)
     assert {report.pid for report in reports.seen} == {5000, 5001}
 
 
+def test_an_end_is_told_even_if_the_placeholder_that_waited_is_killed(space: JobSpace, tmp_path: Path) -> None:
+    victim(space, tmp_path, 5000, 4000, 4500, 3000)
+    # A group leader's placeholder fills the socket, so that the parent's has to wait before it can tell.
+    leader = space.open_process(4500)
+    for _ in range(2000):
+        pidfd.queue(leader, 40, 0, 0)
+    os.close(leader)
+    until("the socket to be full", lambda: is_sending(space, 4500))
+    space.signal(5000, signal.SIGKILL)
+    until("the parent to tell", lambda: is_sending(space, 4000))
+    space.drop_placeholder(4000)
+    assert Reports(space).wait("the end", lambda report: report.pid == 5000).code == os.CLD_KILLED
+
+
+def is_sending(space: JobSpace, pid: int) -> bool:
+    """Whether it waits in sendto(2)."""
+    return Path(f"/proc/{space.hostpid(pid)}/syscall").read_text().startswith("44 ")
+
+
 def test_a_parent_that_ended_elsewhere(space: JobSpace, tmp_path: Path) -> None:
     victim(space, tmp_path, 5000, 4000, 5000, 3000)
     space.drop_placeholder(4000)

@@ -81,7 +81,7 @@ int main(void)
 	printf("stop: %d %d\n", info.si_code == CLD_STOPPED, info.si_status);
 	kill(child, SIGCONT);
 	memset(&info, 0, sizeof(info));
-	waitid(P_PID, child, &info, WCONTINUED | WEXITED);
+	waitid(P_PID, child, &info, WCONTINUED | WEXITED | WNOWAIT); /* it may have ended by now */
 	printf("continue: %d\n", info.si_code == CLD_CONTINUED || info.si_code == CLD_EXITED);
 	report("stopped", child);
 	if ((child = fork()) == 0) {
