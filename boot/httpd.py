@@ -5,13 +5,14 @@ else that a path could reach: paths are looked up in a table, and never in a fil
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from boot import image, manifest
+from boot import image, manifest, signature
 from boot.directory import Directory
 from boot.errors import BootError
 from boot.manifest import Blob
@@ -28,6 +29,11 @@ SLICE = 1 << 20
 """Bytes after which progress is told, and slow readers are looked at."""
 SLICE_TIMEOUT = 30.0
 """Seconds that a reader may take for a slice."""
+
+SIGNATURES_MOST = 4096
+"""Texts whose signatures are remembered: one a node, and the manifest."""
+
+_log = logging.getLogger("boot")
 
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 _REASONS = {200: "OK", 206: "Partial Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
@@ -73,12 +79,13 @@ def parse(head: bytes) -> Request:
 class HttpServer:
     """Serves one folder's manifest and what it lists."""
 
-    def __init__(self, folder: Path, key: bytes, directory: Callable[[], Directory], reporter: Reporter) -> None:
+    def __init__(self, folder: Path, key: Path, directory: Callable[[], Directory], reporter: Reporter) -> None:
         """Args:
-        key: the boot key, which proves what is said.
+        key: the boot key, which signs what is said.
         """
         self._folder = folder
         self._key = key
+        self._signatures: dict[bytes, bytes] = {}
         self._directory = directory
         self._reporter = reporter
         self._connections: dict[str, int] = {}
@@ -121,7 +128,9 @@ class HttpServer:
         try:
             request = parse(head)
             if request.path in ("/manifest", "/node"):
-                text = self._manifest() if request.path == "/manifest" else self._text(address)
+                values = self._manifest() if request.path == "/manifest" else self._text(address)
+                # In a thread: openssl takes some milliseconds, and others are served meanwhile.
+                text = await asyncio.to_thread(manifest.signed, values, self._sign)
                 await self._say(writer, 200, text, request.method == "HEAD")
                 return
             what, blob = self._blob(request.path)
@@ -143,8 +152,21 @@ class HttpServer:
             raise Refused(404) from None
         return {name: value for name, _, value in (line.partition(" ") for line in text.splitlines())}
 
-    def _manifest(self) -> bytes:
-        return manifest.signed(self._listed() | {"append": self._directory().command_line}, self._key)
+    def _manifest(self) -> dict[str, str]:
+        return self._listed() | {"append": self._directory().command_line}
+
+    def _sign(self, text: bytes) -> bytes:
+        """A signature; one that was made before is taken again, so that a flood of requests costs no power."""
+        known = self._signatures.get(text)
+        if known is None:
+            if len(self._signatures) >= SIGNATURES_MOST:
+                self._signatures.clear()
+            try:
+                known = self._signatures[text] = signature.sign(text, self._key)
+            except BootError as error:
+                _log.error("nothing can be signed: %s", error)
+                raise Refused(503) from None
+        return known
 
     def _blob(self, path: str) -> tuple[str, Blob]:
         listed = self._listed()
@@ -157,13 +179,13 @@ class HttpServer:
                 return what, blob
         raise Refused(404)
 
-    def _text(self, address: str) -> bytes:
+    def _text(self, address: str) -> dict[str, str]:
         """What the node at this address has to know; it has the cluster key, so the machine must be the known one."""
         directory = self._directory()
         number = directory.by_address(address)
         if number is None or not set(directory.macs_of(number)) & _neighbours(address):
             raise Refused(403)
-        return manifest.signed(directory.texts(number), self._key)
+        return directory.texts(number)
 
     async def _send(self, writer: asyncio.StreamWriter, request: Request, what: str, blob: Blob, address: str) -> None:
         end = blob.size if request.end is None else min(request.end, blob.size)

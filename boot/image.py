@@ -73,7 +73,7 @@ class Recipe:
         phase: 1 or 2.
         kernel: whose modules.
         drivers: names of network drivers, or ("all",).
-        boot_key, port: phase 1: how to believe the server, and where it listens.
+        boot_key, port: phase 1: the public half of the server's boot key, and where it listens.
     """
 
     phase: int
@@ -98,7 +98,7 @@ def entries(recipe: Recipe) -> list[Entry]:
     found.append(cpio.file(f"{python.HOME}/ssl.pyc", python.compiled_text(_NO_TLS, "/ssl.py")))
     found += _modules(recipe)
     if recipe.phase == 1:
-        found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n", 0o400))
+        found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n"))
         found.append(cpio.file("etc/beowulf/bootport", b"%d\n" % recipe.port))
     else:
         found += python.helpers()
@@ -173,7 +173,7 @@ def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:
         kernel = recipe.kernel.image.read_bytes()
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         if recipe.phase == 1:
-            replace(folder / "phase1.img", packed, 0o600)  # it has the boot key
+            replace(folder / "phase1.img", packed)
             replace(folder / "phase1.vmlinuz", kernel)
             return ["phase1.img", "phase1.vmlinuz"]
         blobs = {"kernel": store(folder, "kernel", kernel), "image": store(folder, "image", packed)}

@@ -1,49 +1,42 @@
 """The texts that a node gets from the boot server, with their proof.
 
-A text is lines of `keyword value`; the last one, `proof`, is the HMAC-SHA256 of all before with the boot key. That
-key is derived from the cluster key, and is in the phase 1 image: so a node believes nobody but its own cluster's
-master, while the image reveals nothing that would let anybody into the cluster.
+A text is lines of `keyword value`; the last one, `proof`, is the signature of all before with the master's boot key,
+whose public half is in the phase 1 image. The manifest has the digests of kernel and image. So a node believes nobody
+but its own cluster's master, and what it boots from has no secret.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from boot import signature
 from boot.errors import BootError
 
 MOST = 65536
 """Bytes of the longest text that is believed."""
 
 
-def boot_key(cluster_key: bytes) -> bytes:
-    """The key that proves what the boot server says."""
-    return hmac.new(cluster_key, b"bpfs boot server", hashlib.sha256).hexdigest().encode()
-
-
-def signed(values: Mapping[str, str], key: bytes) -> bytes:
-    """A text of these values with its proof."""
+def signed(values: Mapping[str, str], sign: Callable[[bytes], bytes]) -> bytes:
+    """A text of these values with its proof. Raises what `sign` does."""
     text = "".join(f"{name} {value}\n" for name, value in values.items()).encode()
-    return text + b"proof " + _proof(text, key) + b"\n"
+    return text + b"proof " + sign(text) + b"\n"
 
 
-def check(data: bytes, key: bytes, what: str) -> dict[str, str]:
+def check(data: bytes, public: bytes, what: str) -> dict[str, str]:
     """The values of a text.
+
+    Args:
+        public: the public half of the boot key.
 
     Raises:
         BootError: the proof is wrong, or it is no such text.
     """
     text, found, proof = data.rpartition(b"proof ")
-    if len(data) > MOST or not found or not hmac.compare_digest(proof, _proof(text, key) + b"\n"):
-        raise BootError(f"the {what} is not signed with this cluster's key")
+    if len(data) > MOST or not found or not proof.endswith(b"\n") or not signature.verify(text, proof[:-1], public):
+        raise BootError(f"the {what} is not signed with this cluster's boot key")
     lines = [line.partition(" ") for line in text.decode(errors="replace").splitlines()]
     return {name: value for name, _, value in lines}
-
-
-def _proof(text: bytes, key: bytes) -> bytes:
-    return hmac.new(key, text, hashlib.sha256).hexdigest().encode()
 
 
 @dataclass(frozen=True, slots=True)

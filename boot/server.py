@@ -24,7 +24,7 @@ class ServerOptions:
         interface, address: where it serves, and nowhere else.
         port: of HTTP.
         folder: manifest, kernel and image.
-        boot_key: proves what it says.
+        boot_key: the file of the private key that signs what it says.
         directory: gives the nodes; called again at SIGHUP.
         reports: descriptor for the lines of `boot.reports`; where it is a socket, its end is the server's, too.
     """
@@ -33,7 +33,7 @@ class ServerOptions:
     address: str
     port: int
     folder: Path
-    boot_key: bytes
+    boot_key: Path
     directory: Callable[[], Directory]
     reports: int
 

@@ -65,7 +65,7 @@ class Desk:
         if self.path is not None:
             try:
                 fresh = configuration.read(self.path)
-                for name in ("interface", "address", "port", "mount", "key", "bootport", "bootimages"):
+                for name in ("interface", "address", "port", "mount", "key", "bootkey", "bootport", "bootimages"):
                     setattr(fresh, name, getattr(self.config, name))
                 self.config = fresh
             except ConfigError as error:

@@ -62,6 +62,7 @@ class Config:
     onlost: str = "reboot"  # one of ONLOST
     onlost_after: float = DEFAULT_ONLOST  # seconds
     key: Path = DEFAULT_KEY
+    bootkey: Path | None = None  # signs what nodes boot; None: beside the cluster key
     mount: str = "/bpfs"
     bootserver: bool = False  # bpmaster starts bpbootd
     bootport: int = DEFAULT_BOOTPORT
@@ -85,6 +86,11 @@ class Config:
     def silence(self) -> float:
         """Seconds of silence after which the master takes a node for dead, its lease surely over."""
         return self.pingtimeout if self.pingtimeout is not None else self.lease + self.margin
+
+    @property
+    def boot_key(self) -> Path:
+        """The private key that signs what nodes boot."""
+        return self.bootkey or self.key.with_name("bootkey")
 
     @property
     def heartbeat(self) -> float:
@@ -223,6 +229,10 @@ def _key(config: Config, args: list[str]) -> None:
     config.key = Path(args[0])
 
 
+def _bootkey(config: Config, args: list[str]) -> None:
+    config.bootkey = Path(args[0])
+
+
 def _mount(config: Config, args: list[str]) -> None:
     if not args[0].startswith("/"):
         raise ValueError(f"the mount point must be an absolute path, not {args[0]!r}")
@@ -314,6 +324,7 @@ KEYWORDS = {
         "wait|reboot|halt [SECONDS]", 1, 2, _onlost, "what a real node does after so long without a master (reboot 30)"
     ),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
+    "bootkey": Keyword("FILE", 1, 1, _bootkey, "the key that signs what nodes boot (default bootkey, beside key)"),
     "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
     "prestage": Keyword("PATH...", 1, 999, _prestage, "files and directories that such nodes fetch when they come up"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),

@@ -11,11 +11,14 @@ import time
 
 from boot.errors import BootError
 from boot.manifest import MOST, Blob
+from boot.node.console import say
 
 TIMEOUT = 10.0
 """Seconds of silence after which a connection is given up."""
 PATIENCE = 8
 """Attempts in a row that bring nothing until a download is given up, and the node starts over."""
+TRIES = 3
+"""Times that a file is fetched whole and turns out to be damaged, until the node starts over."""
 CHUNK = 1 << 20
 HEAD_MOST = 16384
 
@@ -41,7 +44,22 @@ class Server:
         Raises:
             BootError: what arrived is not what the manifest promised, or it does not arrive.
         """
-        fd = os.memfd_create(what, os.MFD_CLOEXEC)
+        for _ in range(TRIES):
+            fd = os.memfd_create(what, os.MFD_CLOEXEC)
+            try:
+                self._all(fd, blob, what)
+                with mmap.mmap(fd, blob.size, prot=mmap.PROT_READ) as content:
+                    if hashlib.sha256(content).hexdigest() == blob.digest:
+                        return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+            say(f"the {what} was damaged on its way")
+        raise BootError(f"the {what} was damaged on its way, {TRIES} times")
+
+    def _all(self, fd: int, blob: Blob, what: str) -> None:
+        """Go on where it broke, until all of it is there."""
         have, attempts = 0, 0
         while have < blob.size:
             before, reason = have, "the connection ended early"
@@ -53,15 +71,8 @@ class Server:
             attempts = 0 if have > before else attempts + 1
             if have < blob.size:
                 if attempts >= PATIENCE:
-                    os.close(fd)
                     raise BootError(f"the {what} cannot be fetched: {reason}")
                 time.sleep(min(0.25 * 2**attempts, 4.0) * random.uniform(0.5, 1.5))
-        with mmap.mmap(fd, blob.size, prot=mmap.PROT_READ) as content:
-            digest = hashlib.sha256(content).hexdigest()
-        if digest != blob.digest:
-            os.close(fd)
-            raise BootError(f"the {what} was damaged on its way")
-        return fd
 
     def _more(self, fd: int, blob: Blob, have: int) -> None:
         with self._get(f"/{blob.name}", have) as sock:

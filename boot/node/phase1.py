@@ -37,7 +37,7 @@ def fetch(key: bytes, port: int) -> tuple[int, int, str]:
     """Find the server and fetch everything from it.
 
     Args:
-        key: the boot key.
+        key: the public half of the boot key.
         port: of its HTTP.
 
     Returns:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from errno import EINVAL
 from pathlib import Path
 
-from boot import cpio, image, kernel, manifest
+from boot import cpio, image, kernel, signature
 from boot.errors import BootError
 from boot.image import DEFAULT_DRIVERS, Recipe
 from boot.kernel import Kernel
@@ -20,7 +20,6 @@ from bpfs import config as configuration
 from bpfs.cli.common import make_parser, run
 from bpfs.config import DEFAULT_PATH, Config
 from bpfs.errors import BpfsError
-from bpfs.wire.handshake import read_key
 
 PROG = "bpboot"
 
@@ -42,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     make = verbs.add_parser("image", help="make an image", description="Makes the image of phase 1 or 2.")
     make.add_argument("phase", metavar="PHASE", type=int, choices=(1, 2), help="1 or 2")
     make.add_argument("-c", "--config", metavar="FILE", type=Path, help=f"configuration ({DEFAULT_PATH} if there)")
-    make.add_argument("-k", "--key", metavar="FILE", type=Path, help="the cluster key (default: the configuration's)")
+    make.add_argument("-k", "--key", metavar="FILE", type=Path, help="the boot key (default: the configuration's)")
     make.add_argument(
         "--kernel", metavar="WHERE", type=Path, default=Path("/"),
         help="a Debian kernel package, or the folder with boot/ and lib/modules/ (default: /, the newest installed)",
@@ -67,13 +66,14 @@ def _main(argv: Sequence[str] | None) -> int:
 def _image(args: argparse.Namespace) -> int:
     path = args.config or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
     config = configuration.read(path) if path is not None else Config()
-    key = read_key(args.key or config.key)
+    key = args.key or config.boot_key
+    signature.ensure_key(key)
     folder = args.output or config.bootimages
     drivers = tuple(args.drivers.replace(",", " ").split()) or DEFAULT_DRIVERS
     began = time.monotonic()
     with _kernel(args.kernel) as found:
         progress = Progress(f"phase {args.phase}, kernel {found.release}")
-        recipe = Recipe(args.phase, found, drivers, manifest.boot_key(key), config.bootport)
+        recipe = Recipe(args.phase, found, drivers, signature.public_key(key), config.bootport)
         progress.step("Python and drivers")
         archive = cpio.archive(image.entries(recipe))
         progress.step("compressing")

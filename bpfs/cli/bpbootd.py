@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from boot import manifest
+from boot import signature
+from boot.errors import BootError
 from boot.reports import Reporter
 from boot.server import ServerOptions, serve
 from bpfs import config as configuration
@@ -72,14 +73,16 @@ def _main(argv: Sequence[str] | None) -> int:
             raise ConfigError("needs root: it answers RARP and listens on a privileged port")
         config = _config(args)
         key = read_key(config.key)
+        signature.ensure_key(config.boot_key)
+        signature.public_key(config.boot_key)  # whether it can be used
         reports = args.reports if args.reports is not None else os.open(os.devnull, os.O_WRONLY)
         os.set_blocking(reports, False)
         desk = Desk(config, args.config.absolute(), key, Reporter(reports))
         options = ServerOptions(
-            config.interface, str(desk.network.ip), config.bootport, config.bootimages, manifest.boot_key(key),
+            config.interface, str(desk.network.ip), config.bootport, config.bootimages, config.boot_key,
             desk.read_again, reports,
         )  # fmt: skip
-    except ConfigError as error:
+    except (ConfigError, BootError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_USAGE
     if args.foreground:

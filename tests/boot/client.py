@@ -25,9 +25,9 @@ ADDRESS = "10.54.0.1"
 PORT = 933
 
 
-def boot(key: str) -> None:
+def boot(public: str) -> None:
     """All of phase 1; prints digests, and the size of the image with what was put behind it."""
-    kernel, image, _ = phase1.fetch(manifest.boot_key(key.encode()), PORT)
+    kernel, image, _ = phase1.fetch(public.encode(), PORT)
     for fd in (kernel, image):
         data = os.pread(fd, 1 << 30, 0)
         print(hashlib.sha256(data).hexdigest(), len(data))
@@ -73,7 +73,7 @@ def http(address: str, *requests: str) -> None:
             print(answer.split(b"\r\n")[0].decode(errors="replace") or "nothing")
 
 
-def crowd(count: str, key: str) -> None:
+def crowd(count: str, public: str) -> None:
     """Many nodes on one interface: prints when all had their address, when the last had all, and bytes."""
     network.set_up("eth0")
     start = time.monotonic()
@@ -84,7 +84,7 @@ def crowd(count: str, key: str) -> None:
         subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", "eth0"], check=True)
     began, total = time.monotonic(), 0
     with ThreadPoolExecutor(len(addresses)) as pool:
-        for size in pool.map(partial(_fetch_all, manifest.boot_key(key.encode())), addresses):
+        for size in pool.map(partial(_fetch_all, public.encode()), addresses):
             total += size
     print(asked, time.monotonic() - began, total)
 

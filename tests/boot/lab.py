@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from boot import image
+from boot import image, signature
 from tests.cluster.virtual import TOP, wait_until
 
 PACKAGES = TOP / ".venv" / "boot"
@@ -199,6 +199,10 @@ class Lab:
         """The master, which starts its boot server."""
         self.master = self.spawn("bpfs.cli.bpmaster", "-f", "-c", self.config, "--log", self.folder / "master.log")
         wait_until(lambda: "nodes can boot" in self.log(), "the boot server is not there")
+
+    def public(self) -> str:
+        """The public half of the boot key, as phase 1 has it."""
+        return signature.public_key(self.folder / "bootkey").decode()
 
     def log(self) -> str:
         """What the master has logged."""

@@ -7,13 +7,14 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boot import cpio, httpd, manifest, rarp
+from boot import cpio, httpd, manifest, rarp, signature
 from boot.directory import UNKNOWN_MOST, Assign, Directory
 from boot.elf import Elf, NotElf
 from boot.errors import BootError
@@ -68,15 +69,41 @@ def test_ranges(head: bytes, start: int, end: int | None) -> None:
     assert (request.start, request.end) == (start, end)
 
 
-def test_a_text_is_believed_with_its_proof_only() -> None:
-    key = manifest.boot_key(b"k" * 32)
-    text = manifest.signed({"node": "3", "append": "quiet panic=10"}, key)
-    assert manifest.check(text, key, "text")["append"] == "quiet panic=10"
-    for wrong in (text.replace(b"3", b"4", 1), text[:-2], b"", b"proof ", text + b"x y\n"):
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = tmp_path_factory.mktemp("keys") / "bootkey"
+    signature.ensure_key(path)
+    return path, signature.public_key(path)
+
+
+def test_a_text_is_believed_with_its_proof_only(keys: tuple[Path, bytes], tmp_path: Path) -> None:
+    private, public = keys
+    text = manifest.signed({"node": "3", "append": "quiet panic=10"}, partial(signature.sign, path=private))
+    assert manifest.check(text, public, "text")["append"] == "quiet panic=10"
+    zeros = text.rpartition(b"proof ")[0] + b"proof " + bytes(len(public)).replace(b"\0", b"0") + b"\n"
+    for wrong in (text.replace(b"3", b"4", 1), text[:-2], b"", b"proof ", text + b"x y\n", zeros):
         with pytest.raises(BootError):
-            manifest.check(wrong, key, "text")
-    with pytest.raises(BootError):
-        manifest.check(text, manifest.boot_key(b"l" * 32), "text")
+            manifest.check(wrong, public, "text")
+    for other in (public[:-1] + b"1", public[:64], b"", b"x"):
+        with pytest.raises(BootError):
+            manifest.check(text, other, "text")
+
+
+@given(st.binary(max_size=400), st.binary(max_size=400))
+def test_no_signature_is_too_odd(data: bytes, proof: bytes) -> None:
+    for odd in (proof, proof.hex().encode(), b"-" + proof.hex().encode()):
+        assert not signature.verify(data, odd, b"f" * 768)
+
+
+def test_the_boot_key_is_made_once_and_is_its_owners(keys: tuple[Path, bytes], tmp_path: Path) -> None:
+    private, public = keys
+    signature.ensure_key(private)
+    assert signature.public_key(private) == public and stat.S_IMODE(private.stat().st_mode) == 0o600
+    open_to_all = tmp_path / "open"
+    open_to_all.write_bytes(private.read_bytes())
+    open_to_all.chmod(0o644)
+    with pytest.raises(BootError, match="can be read by others"):
+        signature.public_key(open_to_all)
 
 
 @pytest.mark.parametrize("text", ["", "name 5", f"a/b 5 {'0' * 64}", f"name x {'0' * 64}", f"name 5 {'0' * 63}"])
