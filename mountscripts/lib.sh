@@ -161,7 +161,7 @@ build_helpers() {
 install_boot() {
     local meta name folder=$VENV/boot
     LOG=$(mktemp)
-    install_packages qemu-system-x86 zstd cpio
+    install_packages qemu-system-x86 zstd cpio openssl
     rm -f "$LOG"
     mkdir -p "$folder"
     # The small one for most tests, the general one for other cards than virtio.

@@ -58,6 +58,7 @@ class Listener:
         self._cluster = cluster
         self._sock = sock
         self._strangers = 0
+        self._refusals: dict[int, str] = {}  # the last one of each number
 
     async def run(self) -> None:
         """Accept for ever."""
@@ -120,7 +121,7 @@ class Listener:
         try:
             node = cluster.admission.admit(join)
         except NotAdmitted as refusal:
-            return await self._refuse(link, join, refusal)
+            return await self._refuse(link, join, refusal, host)
         link.name = f"node {node.number}"
         cluster.nodes.set_address(node, host)
         session = Session(node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up)
@@ -144,9 +145,17 @@ class Listener:
             onlost_after=config.onlost_after,
         )
 
-    async def _refuse(self, link: Link, join: Join, refusal: NotAdmitted) -> None:
+    def _enter_refusal(self, number: int, text: str) -> None:
+        # A refused slave comes again every few seconds: its line is entered once, until another is refused.
+        if self._refusals.get(number) != text:
+            self._refusals[number] = text
+            self._cluster.logs.add(number, text)
+
+    async def _refuse(self, link: Link, join: Join, refusal: NotAdmitted, host: str) -> None:
         level = _log.debug if refusal.parked else _log.warning
         level("%s (%s) was refused: %s", link.name, join.hostname, refusal.reason)
+        if refusal.number >= 0 and not refusal.parked:
+            self._enter_refusal(refusal.number, f"{host} ({join.hostname}) was refused: {refusal.reason}")
         await link.notify(Refused(refusal.reason, refusal.parked))
         if not refusal.parked:
             link.shutdown_sending()

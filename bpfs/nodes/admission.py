@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ class Admission:
         Raises:
             NotAdmitted: with the reason for the slave.
         """
+        if join.arch != os.uname().machine:
+            raise NotAdmitted(f"its machine is {join.arch[:40]!r}, the master's is {os.uname().machine}")
         try:
             number = self._number(join)
             node = self.table.find(number) or self.table.add(number)

@@ -48,7 +48,15 @@ def make_join(number: int | None, identity: bytes, bare: bool = False) -> Join:
     """What this slave says of itself."""
     system = os.uname()
     return Join(
-        b"", number, _own_macs(), system.nodename, system.release, identity, machine.is_real_node(), facts(bare)
+        b"",
+        number,
+        _own_macs(),
+        system.nodename,
+        system.release,
+        identity,
+        machine.is_real_node(),
+        facts(bare),
+        system.machine,
     )
 
 

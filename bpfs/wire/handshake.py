@@ -20,7 +20,7 @@ from dataclasses import replace
 from errno import EACCES
 from pathlib import Path
 
-from bpfs.errors import BpfsError, ConfigError, ProtocolError
+from bpfs.errors import BpfsError, ConfigError, LinkClosed, ProtocolError
 from bpfs.wire.link import Link
 from bpfs.wire.messages import VERSION, Challenge, Hello, Join, Message, Refused, Welcome
 
@@ -87,7 +87,11 @@ async def admit(link: Link, key: bytes, hello: Hello) -> Join:
         raise ProtocolError("sent a bad nonce")
     nonce = os.urandom(NONCE)
     await link.notify(Challenge(VERSION, nonce, _proof(key, "master", hello.nonce, nonce)))
-    join = await link.receive()
+    try:
+        join = await link.receive()
+    except LinkClosed:
+        # A slave goes without a word when our proof is not the one that its key gives.
+        raise ProtocolError("went away when it had seen the master's proof: it has another cluster key") from None
     if not isinstance(join, Join) or not hmac.compare_digest(join.proof, _proof(key, "slave", hello.nonce, nonce)):
         raise ProtocolError("does not know the cluster key")
     return join

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 3
+VERSION = 4
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -78,6 +78,7 @@ class Join(Message):
     machine: bytes  # 16 random bytes, drawn by the slave's supervisor, the same over all its new starts
     real: bool  # the node image's init says that this machine may be rebooted
     facts: bytes  # of engine/facts.py: its kernel's vDSO and its CPU
+    arch: str  # as uname -m
 
 
 @_message(4)

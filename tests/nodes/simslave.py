@@ -83,6 +83,7 @@ class SimulatedSlave:
     macs: tuple[str, ...] = ()
     key: bytes = KEY
     machine: bytes = field(default_factory=lambda: os.urandom(16))
+    arch: str = field(default_factory=lambda: os.uname().machine)
     obeys: bool = True  # answers a fence
     beats: bool = True  # sends heartbeats
     ready: bool = True  # says that it is ready
@@ -97,7 +98,7 @@ class SimulatedSlave:
             RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
         """
         link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
-        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False, b"")
+        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False, b"", self.arch)
         try:
             self.welcome = await handshake.enter(link, self.key, join)
             if self.ready:

@@ -29,13 +29,13 @@ STRANGERS = {
     "a length beyond the handshake's": b"\0\0\xff\xff" + bytes(100),
     "no array": b"\0\0\0\x01\x01",
     "half a frame, then the end": frame(Hello(VERSION, bytes(32)))[:20],
-    "a join without a hello": frame(Join(b"", 0, (), "x", "y", bytes(16), False, b"")),
+    "a join without a hello": frame(Join(b"", 0, (), "x", "y", bytes(16), False, b"", "x86_64")),
     "a heartbeat": frame(Heartbeat(1)),
     "ready at once": frame(Ready(1, True)),
     "a request": codec.encode(Kind.REQUEST, 1, Hello(VERSION, bytes(32))),
     "a bad nonce": frame(Hello(VERSION, b"1")),
     "another version": frame(Hello(VERSION + 7, bytes(32))),
-    "a forged proof": frame(Hello(VERSION, bytes(32))) + frame(Join(bytes(32), 0, (), "x", "y", bytes(16), False, b"")),
+    "a forged proof": frame(Hello(VERSION, bytes(32))) + frame(Join(bytes(32), 0, (), "x", "y", bytes(16), False, b"", "x86_64")),
     "a stream that nobody expects": frame(StreamOpen(bytes(32))) + b"data",
 }
 

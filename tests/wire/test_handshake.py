@@ -16,7 +16,7 @@ from bpfs.wire.messages import VERSION, Challenge, Heartbeat, Hello, Join, Refus
 from tests.wire.pairs import tcp_pair
 
 KEY = b"k" * 32
-JOIN = Join(b"", 3, (), "n3", "6.1", bytes(16), False, b"")
+JOIN = Join(b"", 3, (), "n3", "6.1", bytes(16), False, b"", "x86_64")
 WELCOME = Welcome(3, 30.0, 10.0, 1000, 1999, "/bpfs", bytes(16), bytes(16), 1, 2, "wait", 30.0)
 
 
@@ -63,7 +63,7 @@ async def test_a_slave_with_a_wrong_key_is_not_admitted_and_knows_it():
 
 
 async def _refuses(link: Link, match: str):
-    with pytest.raises((ProtocolError, LinkClosed), match=f"{match}|closed the connection"):
+    with pytest.raises((ProtocolError, LinkClosed), match=f"{match}|another cluster key|closed the connection"):
         await master(link, KEY)
 
 
