@@ -35,7 +35,8 @@ STRANGERS = {
     "a request": codec.encode(Kind.REQUEST, 1, Hello(VERSION, bytes(32))),
     "a bad nonce": frame(Hello(VERSION, b"1")),
     "another version": frame(Hello(VERSION + 7, bytes(32))),
-    "a forged proof": frame(Hello(VERSION, bytes(32))) + frame(Join(bytes(32), 0, (), "x", "y", bytes(16), False, b"", "x86_64")),
+    "a forged proof": frame(Hello(VERSION, bytes(32)))
+    + frame(Join(bytes(32), 0, (), "x", "y", bytes(16), False, b"", "x86_64")),
     "a stream that nobody expects": frame(StreamOpen(bytes(32))) + b"data",
 }
 

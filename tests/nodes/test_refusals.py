@@ -25,12 +25,24 @@ CASES = {
                             "refused: node 0 is connected already, from 127.0.0.1"),
     "a full master": ([], f"import sys; {RUN}", None, KEY, "refused: all 1 node numbers are taken",
                       "refused: all 1 node numbers are taken"),
-    "another version": ([], OTHER_VERSION, None, KEY, "refused: the master speaks version", "speaks version 99 of the protocol"),
+    "another version": ([], OTHER_VERSION, None, KEY, "refused: the master speaks version",
+                        "speaks version 99 of the protocol"),
     "another key": ([], f"import sys; {RUN}", None, b"quite another key, long enough",
                     "does not know the cluster key", "it has another cluster key"),
     "another architecture": (["setarch", "i686"], f"import sys; {RUN}", None, KEY,
                              "refused: its machine is 'i686', the master's is x86_64", "its machine is 'i686'"),
 }  # fmt: skip
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """A slave that is about to be refused, again and again."""
+    return subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL)
+
+
+def end(slave: subprocess.Popen[bytes]) -> None:
+    """Ends it."""
+    slave.terminate()
+    slave.wait()
 
 
 async def test_who_does_not_get_in_is_told_why_and_so_is_the_master(
@@ -48,9 +60,7 @@ async def test_who_does_not_get_in_is_told_why_and_so_is_the_master(
                 command = [*under, sys.executable, "-c", program, f"127.0.0.1:{it.port}", "--key", str(folder / "key")]
                 command += ["--number", number] if number else []
                 command += ["--no-mount", "--foreground", "--log", str(folder / "log")]
-                process = subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL)
-                stack.callback(process.wait)
-                stack.callback(process.terminate)
+                stack.callback(end, start(command))
 
             def missing() -> list[str]:
                 told = "\n".join(record.getMessage() for record in caplog.records)
