@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgpack
 
-from engine import dump, note
+from engine import dump, faults, note
 from engine import image as img
 from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
@@ -216,6 +216,7 @@ class Source:
             self._frozen = None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(frozen.pid, signal.SIGKILL)
+            faults.hold("vanish")
             for thread in reversed(frozen.threads):  # the leader's end is reported last
                 with contextlib.suppress(OSError):
                     while os.WIFSTOPPED(ptrace.wait(thread.tid)):

@@ -1,30 +1,21 @@
-"""Places where a test can hold a migration still, to break something at exactly that phase.
-
-`BPFS_HOLD=DIR` in the environment of bpmaster: a migration that reaches phase P waits as long as the file DIR/P exists,
-and tells that it waits by DIR/P.reached. Without the variable nothing is looked at.
-"""
+"""Places where a test can hold a migration still, to break something at exactly that phase: engine/faults.py."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import trio
 
-_DIRECTORY = os.environ.get("BPFS_HOLD")
+from engine import faults
 
 
 def is_held(phase: str) -> bool:
     """Whether a test wants this phase to last."""
-    return _DIRECTORY is not None and (Path(_DIRECTORY) / phase).exists()
+    return faults.gate(phase) is not None
 
 
 async def hold(phase: str) -> None:
     """Waits while a test wants this phase to last."""
-    if _DIRECTORY is None:
-        return
-    gate = Path(_DIRECTORY) / phase
-    if gate.exists():
-        gate.with_suffix(".reached").touch()
-        while gate.exists():
+    path = faults.gate(phase)
+    if path is not None:
+        path.with_suffix(".reached").touch()
+        while path.exists():
             await trio.sleep(0.005)

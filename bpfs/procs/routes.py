@@ -370,7 +370,7 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
     proc.leaving = True
     try:
         if not proc.source_lost:
-            await src.call("vanish", go=go)
+            await _kill_copy(proc, place, src, go)
     except BpfsError as error:
         if error.code != errno.EHOSTDOWN:
             raise
@@ -378,6 +378,34 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
         await place.node.wait_fenced()
     finally:
         proc.leaving = False
+
+
+async def _kill_copy(proc: Process, place: NodePlace, src: Engine, go: bool) -> None:
+    try:
+        await src.call("vanish", go=go)
+    except BpfsError as error:
+        # EIO: the worker has died, maybe between the kill and its word. What has become of the copy decides.
+        if error.code != errno.EIO or await _runs(proc, place):
+            raise
+        _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
+
+
+async def _runs(proc: Process, place: NodePlace) -> bool:
+    """Whether the copy on a node goes on after its tracer's death: what is being killed can be stopped no more.
+
+    Raises:
+        BpfsError: EHOSTDOWN.
+    """
+    proc.hostpid = 0  # the node is asked for it: another process may have got the number
+    async with place.engine() as engine:
+        try:
+            await engine.call("freeze", pid=await place.hostpid(proc))
+        except BpfsError as error:
+            if error.code == errno.EHOSTDOWN:
+                raise
+            return error.code != errno.ESRCH
+        await engine.call("release")
+    return True
 
 
 def children_here(pid: int) -> list[int]:

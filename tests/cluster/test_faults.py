@@ -129,6 +129,14 @@ def test_engine_workers_die(it, gates, counter, route, phase, side):
     expect_one_copy(it, counter, move.destination if done == 0 else move.source)
 
 
+@pytest.mark.parametrize("route", ["hop", "return"])
+def test_the_source_worker_dies_after_the_kill(it, gates, counter, route):
+    move = Interrupted(it, gates, counter, route, "vanish")
+    kill_workers(daemon(it, move.source))
+    assert move.go_on() == 0
+    expect_one_copy(it, counter, move.destination)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("route", ["leave", "hop"])
 def test_the_destination_dies(it, gates, counter, route, phase):
