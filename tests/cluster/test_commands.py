@@ -172,6 +172,55 @@ def test_bpsh_reaches_standard_input(it: VirtualCluster) -> None:
         assert (run.stdout, run.stderr, run.returncode) == (expected * copies, "", 0)
 
 
+def shell(it: VirtualCluster, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "BPFS": str(it.mount)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+READERS = {
+    "true": "one two three four",  # reads nothing at all
+    "head -c 4": "two three four",
+    "python3 -c 'import os; os.read(0, 8)'": "three four",
+    "sh -c 'exec 0<&-'": "one two three four",  # it closes what it was given
+    "sh -c 'head -c 4 >/dev/null; kill $$'": "two three four",
+    "cat": "",
+}
+
+
+@pytest.mark.parametrize("size", [0, 300_000], ids=["short", "long"])
+@pytest.mark.parametrize("way", ["opened there", "relayed"])
+@pytest.mark.parametrize("program", READERS)
+def test_what_bpsh_leaves_of_a_file_is_for_the_next_reader(
+    it: VirtualCluster, tmp_path: Path, program: str, way: str, size: int
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"one two three four" + b"." * size)
+    remove = f"rm {file}; " if way == "relayed" else ""
+    done = shell(it, f"exec < {file}; {remove} {{ {BPSH} 1 {program} > /dev/null; }} 2> /dev/null; exec cat")
+    rest = READERS[program] + ("." * size if program != "cat" else "")
+    assert (done.stdout, done.stderr) == (rest, "")
+
+
+def test_a_child_of_the_command_goes_on_reading(it: VirtualCluster, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one two three four")
+    command = "sh -c 'exec 3<&0; (sleep 0.3; exec head -c 7 <&3) &'"
+    done = shell(it, f"exec < {tmp_path}/file; rm {tmp_path}/file; {BPSH} 1 {command} | cat; exec cat")
+    assert (done.stdout, done.stderr) == ("one two", "")
+
+
+def test_bpsh_in_a_loop_that_reads_a_list(it: VirtualCluster, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("0\n1\n0\n")
+    script = f"while read node; do {BPSH} $node uname -n; done < {tmp_path}/list"
+    done = shell(it, script)
+    assert (done.stdout, done.stderr) == ("n0\nn1\nn0\n", "")
+
+
 def test_bpsh_gives_a_terminal_on_each_node(it: VirtualCluster) -> None:
     run = subprocess.run(
         [BPSH, "-s", "-T", "0-2", "sh", "-c", "tty; uname -n; cat"],

@@ -3,7 +3,8 @@
  *
  * Driven by bpslave over a SEQPACKET socket (argv[1] is its number) and dies with it. What it holds of each channel:
  *   one-way   the other end of a pipe, and an O_PATH descriptor of it, by which unread input can be taken back
- *             without a read end of ours that would hide from us that the job closed its own;
+ *             without a read end of ours that would hide from us that the job closed its own; when all has been
+ *             written such a read end, for what is left at the job's end;
  *   two-way   the other end of a socket pair, and a duplicate of the job's end for the same purpose;
  *   terminal  the pseudo-terminal's master and an open slave (relay_tty.c).
  */
@@ -114,6 +115,8 @@ void side_sink_end(struct chan *c)
 		return;
 	if (chan_bidirectional(c))
 		shutdown(c->sink.fd, SHUT_WR);
+	else if (is_pipe(c)) /* with the last end of it the kernel would forget what the job is not going to read */
+		c->peer = reopen(c->pipe_path, O_RDONLY | O_NONBLOCK);
 	port_close(&c->sink);
 }
 

@@ -179,7 +179,7 @@ struct chan {
 	uint32_t eaten;       /* written, not yet granted anew */
 	uint64_t moved;       /* bytes that passed here since the stream began: files are rewound by it */
 	int pipe_path;        /* iorelay: O_PATH of the input pipe, to take unread bytes back */
-	int peer;             /* iorelay: dup of the job's end of a socket pair or terminal, -1 */
+	int peer;             /* iorelay: dup of the job's end of a socket pair, own read end of a pipe with all written, -1 */
 };
 
 struct stream {

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 static void put_back(struct chan *c, int fd)
@@ -80,6 +81,25 @@ void side_serviced(struct stream *s)
 	}
 }
 
+/* The job had been given all of its input, and has ended: what it did not read is for who reads next at home, unless a
+ * child of it still has the pipe. */
+static void give_rest(struct chan *c)
+{
+	int unread = 0;
+
+	ioctl(c->peer, FIONREAD, &unread);
+	close(c->peer);
+	c->peer = -1;
+	int fd = reopen(c->pipe_path, O_WRONLY | O_NONBLOCK);
+	if (unread && fd >= 0 && hangs(fd)) { /* it has no reader */
+		uint64_t consumed = c->moved - unread;
+
+		frame_put(c->stream, F_CLOSED, c->id, &consumed, sizeof(consumed));
+	}
+	if (fd >= 0)
+		close(fd);
+}
+
 static void drain(struct stream *s, uint32_t token, bool over)
 {
 	s->drain_asked = true;
@@ -89,6 +109,8 @@ static void drain(struct stream *s, uint32_t token, bool over)
 		struct chan *c = &s->chans[i];
 
 		/* From now on the end of file shall come through, once the last child has closed it. */
+		if (c->peer >= 0 && is_pipe(c))
+			give_rest(c);
 		if (c->peer >= 0)
 			close(c->peer);
 		c->peer = -1;
@@ -110,6 +132,9 @@ void relay_resume(struct stream *s)
 
 			if (fd >= 0)
 				port_open(&c->sink, fd, chan_sink_event, c);
+			if (c->peer >= 0)
+				close(c->peer);
+			c->peer = -1;
 		}
 		c->out_end = false;
 		if (c->sink.fd >= 0)
