@@ -5,7 +5,8 @@ set -euo pipefail
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$TOP"
 VENV=$TOP/.venv
-export PIP_DISABLE_PIP_VERSION_CHECK=1 DEBIAN_FRONTEND=noninteractive
+# Ubuntu's needrestart, run by apt-get, is to restart nobody's services for our packages.
+export PIP_DISABLE_PIP_VERSION_CHECK=1 DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l
 
 say() { printf '%s\n' "== $*"; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
@@ -67,11 +68,14 @@ install_packages() {
     command -v apt-get >/dev/null ||
         die "these are missing and this is not Debian or Ubuntu, please install them by hand: ${missing[*]}"
     say "installing packages: ${missing[*]}"
+    # A machine that was just switched on may be at its own upgrades: wait for them.
+    local install=(apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=120 "${missing[@]}")
     # The lists may be absent or stale: only then is the (slow) update needed.
-    apt-get install -y -q --no-install-recommends "${missing[@]}" </dev/null >"$LOG" 2>&1 && return 0
+    "${install[@]}" </dev/null >"$LOG" 2>&1 && return 0
+    # Without a network it fetches nothing, and yet ends well: what comes after it tells.
     apt-get update -q </dev/null >>"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; die "apt-get update failed (no network?)"; }
-    apt-get install -y -q --no-install-recommends "${missing[@]}" </dev/null >>"$LOG" 2>&1 ||
-        { tail -n 20 "$LOG" >&2; die "apt-get could not install: ${missing[*]}"; }
+    "${install[@]}" </dev/null >>"$LOG" 2>&1 ||
+        { tail -n 20 "$LOG" >&2; die "apt-get could not install (no network?): ${missing[*]}"; }
 }
 
 # What is compiled, and what the demonstration and the tests call.
@@ -84,7 +88,7 @@ install_system() {
     if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
         python=$VENV/bin/python
     else
-        python=$(find_python) || { install_packages python3; python=$(find_python) || die "needs Python 3.11 or newer: install one, or name it with PYTHON=/path/to/python3"; }
+        python=$(find_python) || { install_packages python3; python=$(find_python) || die "needs Python 3.11 or newer, this is $(python3 --version 2>&1): install one, or name it with PYTHON=/path/to/python3"; }
     fi
     # pyfuse3 is compiled against the headers of the very Python it will run in; Debian splits both off.
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -147,7 +151,7 @@ install_venv() {
         "$VENV/bin/python" -m pip install -q --no-build-isolation -e "$target"; } </dev/null >"$log" 2>&1 &&
         ! "$VENV/bin/python" -m pip install -q -e "$target" </dev/null >>"$log" 2>&1; then
         tail -n 30 "$log" >&2
-        die "pip could not install the dependencies (all of it: $log)"
+        die "pip could not install the dependencies (no network? all of it: $log)"
     fi
     printf '%s\n' "$want" >"$VENV/.installed${extras:+-${extras//,/-}}"
 }
