@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ PROGRAMS = {1: ("boot.node.__main__",), 2: ("boot.node.__main__", "bpfs.cli.bpsl
 
 HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "sp5100_tco")
 """Modules beside the network drivers: buses, randomness, watchdogs."""
+DISKS = ("virtio_blk", "virtio_scsi", "sd_mod", "ahci", "ata_piix", "nvme", "megaraid_sas", "mpt3sas")
+"""Of phase 2: what local disks hang on. The file systems on them come with bpmodprobe(8)."""
 SOFTWARE = ("fuse", "unix_diag", "binfmt_misc", "overlay")
 """Modules that the node's programs want, whatever the hardware."""
 
@@ -128,8 +131,8 @@ def _modules(recipe: Recipe) -> Iterable[Entry]:
         network = kernel.having(DEFAULT_DRIVERS)
     else:
         network = list(recipe.drivers)
-    software = kernel.having(SOFTWARE) if recipe.phase == 2 else []
-    modules = kernel.closure([*network, *kernel.having(HARDWARE), *software])
+    software, disks = (kernel.having(SOFTWARE), kernel.having(DISKS)) if recipe.phase == 2 else ([], [])
+    modules = kernel.closure([*network, *kernel.having(HARDWARE), *disks, *software])
     for module in modules:
         yield cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
     yield cpio.file("lib/modules/needs", _lines(_need(kernel, module) for module in modules))
@@ -158,6 +161,25 @@ def compress(archive: bytes) -> bytes:
     except subprocess.CalledProcessError as error:
         raise BootError(f"zstd failed: {error.stderr.decode(errors='replace').strip()}") from None
     return run.stdout
+
+
+def modules_folder(folder: Path, release: str) -> Path:
+    """Where the modules of a phase 2 kernel are kept, for those that a node wants later."""
+    return folder / "modules" / release
+
+
+def keep_modules(folder: Path, kernel: Kernel) -> None:
+    """Keep the modules of a kernel that is not installed here, and drop those of others. Raises BootError."""
+    target = modules_folder(folder, kernel.release)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for other in target.parent.iterdir():
+            if other != kernel.modules:
+                shutil.rmtree(other)
+        if target != kernel.modules:
+            shutil.copytree(kernel.modules, target, symlinks=True)
+    except OSError as error:
+        raise BootError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
 def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bpfs.errors import ConfigError
+from bpfs.fstab import Policy, parse_policy
 
 DEFAULT_PATH = Path("/etc/beowulf/config")
 DEFAULT_KEY = Path("/etc/beowulf/key")
@@ -32,6 +33,7 @@ DEFAULT_BOOTPORT = 933
 DEFAULT_BOOTIMAGES = Path("/var/lib/beowulf/boot")
 DEFAULT_NODEUP = Path("/etc/beowulf/node_up.d")
 DEFAULT_NODEDOWN = Path("/etc/beowulf/node_down.d")
+DEFAULT_FSTAB = Path("/etc/beowulf/fstab")
 DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
 """A node whose kernel panics starts again after 10 s."""
@@ -65,6 +67,7 @@ class Config:
     bootkey: Path | None = None  # signs what nodes boot; None: beside the cluster key
     mount: str = "/bpfs"
     bootserver: bool = False  # bpmaster starts bpbootd
+    pxe: bool = False  # bpbootd answers network ROMs by DHCP, on `interface`
     bootport: int = DEFAULT_BOOTPORT
     bootimages: Path = DEFAULT_BOOTIMAGES
     nodeassign: str = "manual"  # one of NODEASSIGN
@@ -72,6 +75,9 @@ class Config:
     state: Path | None = None  # what administrators set on nodes; None: below DEFAULT_STATE, named after the mount
     nodeup: Path = DEFAULT_NODEUP
     nodedown: Path = DEFAULT_NODEDOWN
+    fstab: Path = DEFAULT_FSTAB  # local disks and network file systems of nodes
+    mkfs: Policy = Policy.NEVER
+    fsck: Policy = Policy.IF_NEEDED
     nodeparallel: int = DEFAULT_NODEPARALLEL  # nodes whose steps run at once
     exports: list[str] = field(default_factory=list)  # what nodes without files of their own see; empty: the default
     prestage: list[str] = field(default_factory=list)  # what such nodes fetch when they come up
@@ -243,6 +249,13 @@ def _bootserver(config: Config, args: list[str]) -> None:
     config.bootserver = _one_of(args[0], ("yes", "no"), "bootserver") == "yes"
 
 
+def _pxe(config: Config, args: list[str]) -> None:
+    # Named once more, so that nobody has a second DHCP server by a slip.
+    if args[0] not in ("no", config.interface):
+        raise ValueError(f"{args[0]!r} is not the cluster's `interface`, {config.interface!r}, which is named before")
+    config.pxe = args[0] != "no"
+
+
 def _bootport(config: Config, args: list[str]) -> None:
     config.bootport = _number(args[0], 1, 65535, "bootport")
 
@@ -265,6 +278,18 @@ def _nodeup(config: Config, args: list[str]) -> None:
 
 def _nodedown(config: Config, args: list[str]) -> None:
     config.nodedown = Path(args[0])
+
+
+def _fstab(config: Config, args: list[str]) -> None:
+    config.fstab = Path(args[0])
+
+
+def _mkfs(config: Config, args: list[str]) -> None:
+    config.mkfs = parse_policy(args[0])
+
+
+def _fsck(config: Config, args: list[str]) -> None:
+    config.fsck = parse_policy(args[0])
 
 
 def _nodeparallel(config: Config, args: list[str]) -> None:
@@ -330,6 +355,7 @@ KEYWORDS = {
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
+    "pxe": Keyword("INTERFACE|no", 1, 1, _pxe, "where bpbootd answers PXE, UEFI and iPXE by DHCP, too (default no)"),
     "bootport": Keyword("PORT", 1, 1, _bootport, f"TCP port of bpbootd (default {DEFAULT_BOOTPORT})"),
     "bootimages": Keyword("FOLDER", 1, 1, _bootimages, f"where images are (default {DEFAULT_BOOTIMAGES})"),
     "nodeassign": Keyword("append|manual|locked", 1, 1, _nodeassign, "what becomes of unknown machines (manual)"),
@@ -339,6 +365,9 @@ KEYWORDS = {
     "state": Keyword("FILE", 1, 1, _state, f"settings of nodes that outlast bpmaster (default below {DEFAULT_STATE})"),
     "nodeup": Keyword("FOLDER", 1, 1, _nodeup, f"steps before a node is up (default {DEFAULT_NODEUP})"),
     "nodedown": Keyword("FOLDER", 1, 1, _nodedown, f"steps before it is taken down (default {DEFAULT_NODEDOWN})"),
+    "fstab": Keyword("FILE", 1, 1, _fstab, f"file systems of nodes, see bpmount(8) (default {DEFAULT_FSTAB})"),
+    "mkfs": Keyword("never|if_needed|always", 1, 1, _mkfs, "when local file systems are made (never)"),
+    "fsck": Keyword("never|if_needed|always", 1, 1, _fsck, "when local file systems are checked (if_needed)"),
     "nodeparallel": Keyword("COUNT", 1, 1, _nodeparallel, f"nodes in their steps at once ({DEFAULT_NODEPARALLEL})"),
 }
 """Every keyword of /etc/beowulf/config."""

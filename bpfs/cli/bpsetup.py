@@ -39,6 +39,9 @@ nodes {nodes}
 bootserver yes
 nodeassign append
 
+# Machines that can boot from their network card only: answered by DHCP here (bpboot image 1 --pxe).
+#pxe {interface}
+
 # How long a node goes on without this master (seconds), and what it does when it has not found it again.
 #lease 30
 #onlost reboot 30
@@ -46,11 +49,23 @@ nodeassign append
 # For the kernel of nodes; console=ttyS0 for a serial line.
 #kernelcommandline panic=10 quiet
 
+# Local disks and network file systems of nodes are in {folder}/fstab; when to make and check the former:
+#mkfs never
+#fsck if_needed
+
 # Programs that are run here before a node is up, with its number in $NODE.
 #nodeup /etc/beowulf/node_up.d
 #nodeparallel 16
 
 # A line a node: number and hardware addresses.
+"""
+
+
+FSTAB = """\
+# The file systems of nodes, as in fstab(5); see bpmount(8). For node N alone: fstab.N.
+#/dev/sda1       /scratch  ext4   noatime,x-bpfs.mkfs=if_needed
+#/dev/sda2       none      swap
+#$MASTER:/home   /home     nfs4
 """
 
 
@@ -81,7 +96,7 @@ def _main(argv: Sequence[str] | None) -> int:
     network = interface_network(interface)
     nodes = _count(args.nodes or _ask("how many nodes", "16"))
     first = _first(args.first or _ask("address of node 0", str(network.ip + 10)), nodes, network)
-    text = TEMPLATE.format(interface=interface, first=first, last=first + nodes - 1, nodes=nodes)
+    text = TEMPLATE.format(interface=interface, first=first, last=first + nodes - 1, nodes=nodes, folder=args.folder)
     key = args.folder / "key"
     if key != configuration.DEFAULT_KEY:
         text = f"key {key}\n" + text
@@ -89,6 +104,8 @@ def _main(argv: Sequence[str] | None) -> int:
     for folder in (args.folder, args.folder / "node_up.d", args.folder / "node_down.d"):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     replace(path, text.encode())
+    if not (args.folder / "fstab").exists():
+        replace(args.folder / "fstab", FSTAB.encode())
     if not key.exists():
         replace(key, make_key() + b"\n", 0o600)
     print(f"wrote {path}; next: bpboot image 1, bpboot image 2, and start bpmaster (see beowulf(7))")

@@ -11,9 +11,11 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from errno import EIO
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import trio
 from bpfs import log
 from bpfs.config import Config
 from bpfs.errors import BpfsError, LinkClosed
+from bpfs.fstab import find
 from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import Node, NodeTable
 from bpfs.wire.messages import SetClock
@@ -48,6 +51,19 @@ def steps(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file() and os.access(path, os.X_OK)]
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step: what it is called in log and reason, and what is run."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _programs(folder: Path) -> list[Step]:
+    return [Step(path.name, [str(path)]) for path in steps(folder)]
+
+
 class Stage:
     """Brings nodes from a ready slave to `up`, many at a time."""
 
@@ -64,12 +80,16 @@ class Stage:
             BpfsError: a step failed; its last line is the sentence.
         """
         await self._set_clock(node)
-        await self._run(node, self._config().nodeup)
+        folder = self._config().nodeup
+        await self._run(node, folder.name, [*self._mounting(node), *_programs(folder)])
 
     async def down(self, node: Node) -> None:
         """Everything before a node is taken down; a failure is in its log, and holds nothing up."""
+        folder = self._config().nodedown
         with suppress(BpfsError):
-            await self._run(node, self._config().nodedown)
+            await self._run(node, folder.name, _programs(folder))
+        with suppress(BpfsError):
+            await self._run(node, folder.name, self._mounting(node, "--unmount"))
 
     async def _set_clock(self, node: Node) -> None:
         # No process is there yet, so the clock may also go backwards. A virtual node's clock is this machine's.
@@ -81,37 +101,50 @@ class Stage:
             except BpfsError as error:
                 raise BpfsError(EIO, f"its clock cannot be set: {error}") from None
 
-    async def _run(self, node: Node, folder: Path) -> None:
-        found = steps(folder)
+    def _mounting(self, node: Node, *more: str) -> list[Step]:
+        """The step that is always there: the node's file systems, where there is a file that names any."""
+        config = self._config()
+        if find(config.fstab, node.number) is None:
+            return []
+        options = ["--mount", config.mount, "--fstab", config.fstab, "--mkfs", config.mkfs.value]
+        options += ["--fsck", config.fsck.value, "--master", self._master, *more, str(node.number)]
+        # By this very Python, wherever our modules are.
+        ours = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        return [Step("fstab", [sys.executable, "-m", "bpfs.cli.bpmount", *map(str, options)], ours)]
+
+    @property
+    def _master(self) -> str:
+        return self._config().address or self._nodes.get(-1).address
+
+    async def _run(self, node: Node, where: str, found: list[Step]) -> None:
         if not found:
             return
         self._limit.total_tokens = self._config().nodeparallel
-        self._nodes.set_reason(node, f"waits for its turn in {folder.name}")
+        self._nodes.set_reason(node, f"waits for its turn in {where}")
         async with self._limit:
-            for path in found:
-                self._nodes.set_reason(node, f"{folder.name}: {path.name}")
-                await self._step(node, path)
+            for step in found:
+                self._nodes.set_reason(node, f"{where}: {step.name}")
+                await self._step(node, step)
 
-    async def _step(self, node: Node, path: Path) -> None:
-        config = self._config()
+    async def _step(self, node: Node, step: Step) -> None:
         environment = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "NODE": str(node.number),
-            "BPFS": config.mount, "ADDRESS": node.address, "MASTER": config.address or self._nodes.get(-1).address,
+            "BPFS": self._config().mount, "ADDRESS": node.address, "MASTER": self._master,
         }  # fmt: skip
         try:
             process = await trio.lowlevel.open_process(
-                [str(path)], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                step.command, env=environment | step.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, cwd="/", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise BpfsError(EIO, f"{path.name} cannot be run: {error.strerror}") from None
+            raise BpfsError(EIO, f"{step.name} cannot be run: {error.strerror}") from None
         last = ""
         try:
             with trio.fail_after(STEP_TIMEOUT):
-                last = await self._collect(node, path, process)
+                last = await self._collect(node, step, process)
                 code = await process.wait()
         except trio.TooSlowError:
-            raise BpfsError(EIO, f"{path.name} took longer than {STEP_TIMEOUT:g} s") from None
+            raise BpfsError(EIO, f"{step.name} took longer than {STEP_TIMEOUT:g} s") from None
         finally:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
@@ -120,9 +153,9 @@ class Stage:
                     await process.wait()
         if code != 0:
             said = last or (f"exit code {code}" if code > 0 else f"signal {-code}")
-            raise BpfsError(EIO, f"{path.name}: {said}")
+            raise BpfsError(EIO, f"{step.name}: {said}")
 
-    async def _collect(self, node: Node, path: Path, process: trio.Process) -> str:
+    async def _collect(self, node: Node, step: Step, process: trio.Process) -> str:
         """Its output into the log; gives the last line."""
         assert process.stdout is not None
         last, rest = "", b""
@@ -131,11 +164,11 @@ class Stage:
             if len(rest) > LINE_MOST:
                 whole, rest = [*whole, rest], b""
             for line in whole:
-                last = self._enter(node, path, line) or last
-        return self._enter(node, path, rest) or last
+                last = self._enter(node, step, line) or last
+        return self._enter(node, step, rest) or last
 
-    def _enter(self, node: Node, path: Path, line: bytes) -> str:
+    def _enter(self, node: Node, step: Step, line: bytes) -> str:
         text = line.decode(errors="replace").strip()
         if text:
-            self._logs.add(node.number, f"{path.name}: {text}")
+            self._logs.add(node.number, f"{step.name}: {text}")
         return text

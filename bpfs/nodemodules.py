@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Kernel modules for nodes: read here, with what they need, and loaded there, where nothing of them is on a disk."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from errno import EIO, ENOENT
+from pathlib import Path
+
+from boot.errors import BootError
+from boot.image import modules_folder
+from boot.kernel import Kernel, plain
+from bpfs.client import Node
+from bpfs.errors import BpfsError
+
+INSTALLED = (Path("/lib/modules"), Path("/usr/lib/modules"))
+
+_INSERT = 'file=$(mktemp) && cat > "$file" && insmod "$file"; code=$?; rm -f "$file"; exit $code'
+_TIMEOUT = 120.0  # seconds for one module: mounting of a cold view included
+
+
+def folder(release: str, images: Path) -> Path:
+    """Where this master has the modules of a kernel: installed, or kept by `bpboot image 2`.
+
+    Raises:
+        BpfsError: ENOENT.
+    """
+    for place in (*(base / release for base in INSTALLED), modules_folder(images, release)):
+        if (place / "kernel").is_dir():
+            return place
+    raise BpfsError(ENOENT, f"the modules of kernel {release} are not here: bpboot image 2 keeps those of its kernel")
+
+
+def file_systems(node: Node) -> set[str]:
+    """The types that a node's kernel can mount now."""
+    return {line.split()[-1] for line in _run(node, "cat /proc/filesystems").splitlines() if line.strip()}
+
+
+def load(node: Node, names: Iterable[str], images: Path) -> list[str]:
+    """Load modules and what they need, unless they are there; gives the names of those that were loaded.
+
+    Raises:
+        BpfsError: ENOENT: there is no such module; EIO: the node's kernel refuses one.
+    """
+    kernel = Kernel(Path("/"), folder(node.kernel, images))
+    try:
+        wanted = kernel.closure(names)
+    except BootError as error:
+        raise BpfsError(ENOENT, str(error)) from None
+    there = {plain(line.split()[0]) for line in _run(node, "cat /proc/modules").splitlines() if line}
+    done = []
+    for module in wanted:
+        if module.name not in there:
+            _run(node, _INSERT, module.data, f"{module.name} cannot be loaded")
+            done.append(module.name)
+    return done
+
+
+def _run(node: Node, script: str, data: bytes = b"", doing: str = "") -> str:
+    try:
+        (done,) = node.cluster.run(["/bin/sh", "-c", script], str(node.number), stdin=data, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise BpfsError(EIO, f"node {node.number}: no answer within {_TIMEOUT:g} s") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise BpfsError(EIO, f"node {node.number}: {doing or script}: {''.join(said) or done.returncode}")
+    return done.stdout.decode(errors="replace")
