@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from boot.reports import Report, Reporter
+
 UNKNOWN_MOST = 256
 """Unknown machines that are remembered; the one that was silent longest is forgotten first."""
 
@@ -57,6 +59,21 @@ class Directory:
         if number is None and self.assign is Assign.MANUAL:
             self._remember(mac)
         return number
+
+    def found(self, mac: str, reporter: Reporter) -> tuple[int, str] | None:
+        """Number and address of a machine that asks, told to the reporter; None where it is not answered."""
+        number = self.number(mac)
+        if number is None:
+            if mac in self.unknown:
+                entry = self.unknown[mac]
+                reporter.tell(Report.UNKNOWN, mac, entry.count, f"{entry.last:.0f}")
+            return None
+        address = self.address(number)
+        if address is None:
+            reporter.tell(Report.LOG, number, f"{mac} asks, but iprange has no address for node {number}")
+            return None
+        reporter.tell(Report.ASKED, number, mac, address)
+        return number, address
 
     def _remember(self, mac: str) -> None:
         entry = self.unknown.setdefault(mac, Unknown())

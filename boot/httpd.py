@@ -16,6 +16,7 @@ from boot import image, manifest, signature
 from boot.directory import Directory
 from boot.errors import BootError
 from boot.manifest import Blob
+from boot.pxe import LOADERS, SCRIPT
 from boot.reports import Report, Reporter
 
 CONNECTIONS_MOST = 512
@@ -39,6 +40,9 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 _REASONS = {200: "OK", 206: "Partial Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
             405: "Method Not Allowed", 416: "Range Not Satisfiable", 503: "Service Unavailable"}  # fmt: skip
 _NAMES = ("kernel", "image")
+
+STATIC = (*LOADERS, SCRIPT, "phase1.vmlinuz", "phase1.img")
+"""What network ROMs fetch. There is no secret in it, and it is there only where `bpboot` has put it."""
 
 
 class Refused(Exception):
@@ -169,6 +173,12 @@ class HttpServer:
         return known
 
     def _blob(self, path: str) -> tuple[str, Blob]:
+        name = path.removeprefix("/")
+        if name in STATIC:
+            try:
+                return name, Blob(name, (self._folder / name).stat().st_size, "")
+            except OSError:
+                raise Refused(404) from None
         listed = self._listed()
         for what in _NAMES:
             try:

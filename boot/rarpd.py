@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from boot import rarp
 from boot.directory import Directory
-from boot.reports import Report, Reporter
+from boot.reports import Reporter
 
 _PER_TURN = 64
 """Frames that are looked at before the rest of the server has its turn again."""
@@ -61,15 +61,8 @@ class RarpServer:
         if packet is None or packet.operation is not rarp.Operation.REQUEST:
             return None
         mac, directory = rarp.mac_text(packet.target), self._directory()
-        number = directory.number(mac)
-        if number is None:
-            if mac in directory.unknown:
-                entry = directory.unknown[mac]
-                self._reporter.tell(Report.UNKNOWN, mac, entry.count, f"{entry.last:.0f}")
+        found = directory.found(mac, self._reporter)
+        if found is None:
             return None
-        address = directory.address(number)
-        if address is None:
-            self._reporter.tell(Report.LOG, number, f"{mac} asks, but iprange has no address for node {number}")
-            return None
-        self._reporter.tell(Report.ASKED, number, mac, address)
+        address = found[1]
         return rarp.reply(self._mac, self._address, packet.target, ipaddress.IPv4Address(address).packed)

@@ -1,8 +1,9 @@
-"""The boot server: RARP and HTTP on one named interface, in one event loop of the standard library."""
+"""The boot server: RARP, HTTP, and for ROMs DHCP and TFTP, on one named interface, in one event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from boot.directory import Directory
 from boot.httpd import HttpServer
+from boot.pxe import DhcpServer, TftpServer
 from boot.rarpd import RarpServer
 from boot.reports import Report, Reporter
 
@@ -26,6 +28,7 @@ class ServerOptions:
         folder: manifest, kernel and image.
         boot_key: the file of the private key that signs what it says.
         directory: gives the nodes; called again at SIGHUP.
+        pxe: the interface's network, where ROMs of network cards are answered, too; None: they are not.
         reports: descriptor for the lines of `boot.reports`; where it is a socket, its end is the server's, too.
     """
 
@@ -36,6 +39,7 @@ class ServerOptions:
     boot_key: Path
     directory: Callable[[], Directory]
     reports: int
+    pxe: ipaddress.IPv4Interface | None = None
 
 
 async def serve(options: ServerOptions, ready: Callable[[], None] = lambda: None) -> None:
@@ -48,6 +52,13 @@ async def serve(options: ServerOptions, ready: Callable[[], None] = lambda: None
     current = options.directory()
     http = HttpServer(options.folder, options.boot_key, lambda: current, reporter)
     port = await http.start(options.address, options.port)
+    roms: list[DhcpServer | TftpServer] = []
+    if options.pxe is not None:
+        tftp = TftpServer(options.interface, options.address, options.folder, lambda: current)
+        await tftp.start()
+        dhcp = DhcpServer(options.interface, options.pxe, port, lambda: current, reporter)
+        dhcp.start()
+        roms += [dhcp, tftp]
     rarp = RarpServer(options.interface, options.address, lambda: current, reporter)
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
@@ -66,5 +77,7 @@ async def serve(options: ServerOptions, ready: Callable[[], None] = lambda: None
     try:
         await ended.wait()
     finally:
+        for server in roms:
+            server.close()
         rarp.close()
         http.close()

@@ -19,6 +19,9 @@ from bpfs.errors import ConfigError
 
 _log = log.get("boot")
 
+_FIXED = ("interface", "address", "port", "mount", "key", "bootkey", "pxe", "bootport", "bootimages")
+"""Of the configuration: what holds until the end of the server."""
+
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
 
@@ -65,7 +68,7 @@ class Desk:
         if self.path is not None:
             try:
                 fresh = configuration.read(self.path)
-                for name in ("interface", "address", "port", "mount", "key", "bootkey", "bootport", "bootimages"):
+                for name in _FIXED:
                     setattr(fresh, name, getattr(self.config, name))
                 self.config = fresh
             except ConfigError as error:

@@ -165,7 +165,7 @@ build_helpers() {
 install_boot() {
     local meta name folder=$VENV/boot
     LOG=$(mktemp)
-    install_packages qemu-system-x86 zstd cpio openssl
+    install_packages qemu-system-x86 ipxe-qemu kmod e2fsprogs zstd cpio openssl ipxe grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools
     rm -f "$LOG"
     mkdir -p "$folder"
     # The small one for most tests, the general one for other cards than virtio.

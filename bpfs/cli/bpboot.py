@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from errno import EINVAL
 from pathlib import Path
 
-from boot import cpio, image, kernel, signature
+from boot import cpio, image, kernel, media, signature
 from boot.errors import BootError
 from boot.image import DEFAULT_DRIVERS, Recipe
 from boot.kernel import Kernel
@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "--drivers", metavar="NAME,...", default="", help="network drivers, or `all` (default: the commonest twenty)"
     )
     make.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="where to (default: the configuration's)")
+    make.add_argument("--iso", metavar="FILE", type=Path, help="phase 1: also a disc or stick that boots it")
+    make.add_argument("--pxe", action="store_true", help="phase 1: also what network cards boot (keyword `pxe`)")
     make.set_defaults(body=_image)
     return parser
 
@@ -64,6 +66,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _image(args: argparse.Namespace) -> int:
+    if args.phase != 1 and (args.iso or args.pxe):
+        raise BootError("only phase 1 is booted by machines: --iso and --pxe go with `image 1`")
     path = args.config or (DEFAULT_PATH if DEFAULT_PATH.exists() else None)
     config = configuration.read(path) if path is not None else Config()
     key = args.key or config.boot_key
@@ -79,11 +83,18 @@ def _image(args: argparse.Namespace) -> int:
         progress.step("compressing")
         packed = image.compress(archive)
         progress.step("writing")
-        names = image.publish(folder, recipe, packed)
+        paths = [folder / name for name in image.publish(folder, recipe, packed)]
+        if args.phase == 2 and args.kernel != Path("/"):
+            image.keep_modules(folder, found)
+        if args.pxe:
+            paths += [folder / name for name in media.pxe(folder, config.bootport, config.kernelcommandline)]
+        if args.iso is not None:
+            media.iso(args.iso, found.image, packed, config.kernelcommandline)
+            paths.append(args.iso)
         progress.done()
     print(f"{len(archive) / 1e6:.1f} MB, compressed {len(packed) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
-    for name in names:
-        print(folder / name)
+    for written in paths:
+        print(written)
     return 0
 
 

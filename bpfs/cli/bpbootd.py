@@ -80,7 +80,7 @@ def _main(argv: Sequence[str] | None) -> int:
         desk = Desk(config, args.config.absolute(), key, Reporter(reports))
         options = ServerOptions(
             config.interface, str(desk.network.ip), config.bootport, config.bootimages, config.boot_key,
-            desk.read_again, reports,
+            desk.read_again, reports, desk.network if config.pxe else None,
         )  # fmt: skip
     except (ConfigError, BootError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from boot import manifest, rarp
+from boot import manifest, pxe, rarp
 from boot.errors import BootError
 from boot.node import network, phase1
 
@@ -57,6 +57,67 @@ def noise(count: str) -> None:
                         break
                     except OSError:  # the queue is full, or the link not up yet
                         time.sleep(0.001)
+
+
+def rom(kind: str, seconds: str) -> None:
+    """Asks by DHCP as a network card's ROM does, until it is acknowledged; prints address and file."""
+    vendor, architecture, user = {
+        "bios": (b"PXEClient:Arch:00000:UNDI:002001", 0, b""), "uefi": (b"PXEClient:Arch:00007:UNDI:003016", 7, b""),
+        "http": (b"HTTPClient:Arch:00016:UNDI:003001", 16, b""), "ipxe": (b"PXEClient", 0, b"iPXE"),
+        "system": (b"MSFT 5.0", 0, b""),
+    }[kind]  # fmt: skip
+    network.set_up("eth0")
+    with open("/sys/class/net/eth0/address") as file:
+        mac = rarp.mac_bytes(file.read().strip())
+    own = [(60, vendor), (93, architecture.to_bytes(2, "big"))] + ([(77, user)] if user else [])
+    with pxe.bound("eth0", "", 68) as sock:
+        sock.setblocking(True)
+        offer = _exchange(sock, mac, [(53, b"\1"), *own], float(seconds))
+        if offer is None:
+            return
+        address, server = offer[16:20], offer[20:24]
+        acknowledged = _exchange(sock, mac, [(53, b"\3"), (50, address), (54, server), *own], float(seconds))
+        assert acknowledged is not None and acknowledged[16:20] == address
+        print(ipaddress.IPv4Address(address), acknowledged[108:236].rstrip(b"\0").decode())
+
+
+def _exchange(sock: socket.socket, mac: bytes, options: list[tuple[int, bytes]], seconds: float) -> bytes | None:
+    head = struct.pack(">BBBBIHH16s16s192x", 1, 1, 6, 0, 42, 0, 0x8000, bytes(16), mac)
+    body = bytes([99, 130, 83, 99]) + b"".join(bytes([code, len(value)]) + value for code, value in options) + b"\xff"
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            sock.sendto(head + body, ("255.255.255.255", 67))
+            sock.settimeout(min(0.25, left))
+            return sock.recv(2048)
+        except OSError:  # no answer; or the link is not up yet
+            time.sleep(0.02)
+    return None
+
+
+def tftp(address: str, name: str, seconds: str) -> None:
+    """Fetches a file with blocks of 1400 bytes; prints its digest and size, or `nothing`."""
+    network.set_up("eth0")
+    network.configure("eth0", address, 24)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(float(seconds))
+        request = b"\0\1" + name.encode() + b"\0octet\0tsize\x000\0blksize\x001400\0"
+        sock.sendto(request, (ADDRESS, 69))
+        content, block = b"", 0
+        try:
+            data, server = sock.recvfrom(2048)
+            assert data.startswith(b"\0\6tsize\0") and b"blksize\x001400\0" in data
+            size = int(data.split(b"\0")[2])
+            while len(content) < size:
+                sock.sendto(struct.pack(">HH", 4, block & 0xFFFF), server)
+                data = sock.recv(2048)
+                if data[:4] == struct.pack(">HH", 3, (block + 1) & 0xFFFF):
+                    content, block = content + data[4:], block + 1
+            sock.sendto(struct.pack(">HH", 4, block & 0xFFFF), server)
+        except TimeoutError:
+            print("nothing")
+            return
+    print(hashlib.sha256(content).hexdigest(), len(content))
 
 
 def http(address: str, *requests: str) -> None:
@@ -132,6 +193,7 @@ def _fetch_all(key: bytes, address: str) -> int:
 
 if __name__ == "__main__":
     try:
-        {"boot": boot, "ask": ask, "noise": noise, "http": http, "crowd": crowd}[sys.argv[1]](*sys.argv[2:])
+        verbs = {"boot": boot, "ask": ask, "rom": rom, "tftp": tftp, "noise": noise, "http": http, "crowd": crowd}
+        verbs[sys.argv[1]](*sys.argv[2:])
     except (BootError, OSError) as error:
         sys.exit(str(error))

@@ -59,15 +59,19 @@ def python(module: str, *arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", module, *arguments]
 
 
+NETWORK: list[str | Path] = ["-boot", "n"]
+"""The medium of a machine whose firmware boots from its network card."""
+
+
 class Machine:
     """One virtual machine without a disk; its serial line is kept."""
 
-    def __init__(self, lab: Lab, number: int, kernel: Path, initrd: Path, card: str = "virtio-net-pci") -> None:
-        device = f"{card},netdev=n0,mac={mac(number)},romfile="
+    def __init__(self, lab: Lab, number: int, medium: list[str | Path], card: str = "virtio-net-pci") -> None:
+        # Without the card's ROM the firmware never tries the network.
+        device = f"{card},netdev=n0,mac={mac(number)}" + ("" if medium == NETWORK else ",romfile=")
         command = [
             *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
-            "-nographic", "-nodefaults", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd,
-            "-append", "console=ttyS0 panic=5 quiet", "-device", device,
+            "-nographic", "-nodefaults", "-serial", "stdio", *medium, "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
         ]  # fmt: skip
         self.text = ""
@@ -177,17 +181,21 @@ class Lab:
         """Writes the configuration file."""
         lines = [
             "interface br0", "iprange 10.54.0.10 10.54.0.99", f"key {self.key}", f"bootimages {self.images}",
-            f"mount {self.mount}", "lease 8", "kernelcommandline panic=5 quiet", "bootserver yes",
-            f"state {self.folder / 'state'}", "onlost reboot 2",
+            f"mount {self.mount}", "lease 8", "kernelcommandline console=ttyS0 panic=5 quiet", "bootserver yes",
+            f"state {self.folder / 'state'}", "onlost reboot 2", f"fstab {self.folder / 'fstab'}", "mkfs if_needed",
         ]  # fmt: skip
         if nodes:
             lines += [f"node {number} {mac(number)}" for number in range(self._machines)]
         self.config.write_text("\n".join([*lines, more, ""]))
 
-    def make_images(self, package: Path, *options: str) -> None:
-        """Both phases, from a kernel package."""
-        for phase in ("1", "2"):
-            run(*python("bpfs.cli.bpboot", "image", phase, "-c", self.config, "--kernel", package, *options))
+    def make_images(self, package: Path, *options: str, media: tuple[str | Path, ...] = ()) -> None:
+        """Both phases, from a kernel package.
+
+        Args:
+            media: more options for phase 1.
+        """
+        for phase, more in (("1", media), ("2", ())):
+            run(*python("bpfs.cli.bpboot", "image", phase, "-c", self.config, "--kernel", package, *options, *more))
 
     def make_small_images(self, size: int = 300_000) -> None:
         """Files that look like kernel and image to everybody but a machine."""
@@ -257,12 +265,20 @@ class Lab:
             assert time.monotonic() < deadline, f"node {number} is not {state} within {VM_DEADLINE:g} s but {now}"
             time.sleep(0.05)
 
+    def disk(self, number: int, size: int) -> list[str | Path]:
+        """Options of a machine that give it an empty disk, /dev/vda."""
+        path = self.folder / f"disk{number}"
+        with path.open("wb") as file:
+            file.truncate(size)
+        return ["-drive", f"file={path},if=virtio,format=raw"]
+
     @contextmanager
-    def machine(self, number: int, **options: str) -> Iterator[Machine]:
-        """A machine that boots phase 1 from its own kernel and image, as from a disk."""
+    def machine(self, number: int, medium: list[str | Path] | None = None, **options: str) -> Iterator[Machine]:
+        """A machine that boots phase 1: from its own kernel and image, as from a disk, or from another medium."""
         if shutil.which(QEMU) is None:
             pytest.skip(f"{QEMU} is not installed (package qemu-system-x86)")
-        vm = Machine(self, number, self.images / "phase1.vmlinuz", self.images / "phase1.img", **options)
+        files: list[str | Path] = ["-kernel", self.images / "phase1.vmlinuz", "-initrd", self.images / "phase1.img"]
+        vm = Machine(self, number, medium or [*files, "-append", "console=ttyS0 panic=5 quiet"], **options)
         try:
             yield vm
         finally:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from boot import cpio, httpd, manifest, rarp, signature
+from boot import cpio, dhcp, httpd, manifest, pxe, rarp, signature
 from boot.directory import UNKNOWN_MOST, Assign, Directory
 from boot.elf import Elf, NotElf
 from boot.errors import BootError
@@ -74,6 +74,41 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("keys") / "bootkey"
     signature.ensure_key(path)
     return path, signature.public_key(path)
+
+
+PXE = (
+    b"\1\1\6\0" + bytes(24) + MAC + bytes(10 + 192) + bytes([99, 130, 83, 99]) + b"\x35\1\1"
+    b"\x3c\x09PXEClient\x5d\2\0\0\xff"
+)  # fmt: skip
+
+
+@given(st.binary(max_size=400))
+def test_no_datagram_is_too_odd(data: bytes) -> None:
+    assert dhcp.parse(data) is None
+    pxe.parse_request(data)
+    pxe.parse_request(b"\0\1" + data + b"\0")
+
+
+@given(st.integers(0, len(PXE)), st.binary(max_size=40))
+def test_a_changed_request_is_another_sound_one_or_none(where: int, noise: bytes) -> None:
+    packet = dhcp.parse(PXE[:where] + noise + PXE[where + len(noise) :])
+    if packet is not None:
+        answer = dhcp.reply(packet, SERVER[:4], MAC[:4], bytes(4), "undionly.kpxe")
+        assert len(answer) >= 300 and answer[0] == 2 and dhcp.parse(answer) is None  # servers do not answer each other
+
+
+def test_who_is_answered_by_dhcp() -> None:
+    packet = dhcp.parse(PXE)
+    assert packet is not None and (packet.client, packet.mac) == (dhcp.Client.BIOS, MAC)
+    assert dhcp.parse(PXE.replace(b"PXEClient", b"MSFT 5.0.")) is None
+    assert dhcp.parse(PXE.replace(b"\x5d\2\0\0", b"\x5d\2\0\6")) is None  # a 32-bit UEFI: nothing here runs there
+
+
+def test_what_is_read_of_a_tftp_request() -> None:
+    assert pxe.parse_request(b"\0\1/a\0OCTET\0blksize\x009999\0tsize\x000\0") == ("a", {"blksize": 1428, "tsize": 0})
+    assert pxe.parse_request(b"\0\1a\0octet\0blksize\x007\0") == ("a", {})
+    for other in (b"\0\2a\0octet\0", b"\0\1a\0netascii\0", b"\0\1a\0octet", b"\0\1a\0"):
+        assert pxe.parse_request(other) is None
 
 
 def test_a_text_is_believed_with_its_proof_only(keys: tuple[Path, bytes], tmp_path: Path) -> None:

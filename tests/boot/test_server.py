@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ KNOWN, STRANGER = 0, 7
 
 @pytest.fixture(scope="module")
 def lab(session_folder: Path) -> Iterator[Lab]:
-    lab = Lab(session_folder / "bootd", machines=2)
+    lab = Lab(session_folder / "bootd", machines=2, config="pxe br0")
     try:
         lab.open()
         lab.make_small_images()
@@ -115,6 +116,35 @@ def test_a_flood_of_frames_ends_nothing(lab: Lab) -> None:
     assert len(lab.read("boot/unknown").splitlines()) <= 256
 
 
+ROMS = {
+    "bios": "10.54.0.10 undionly.kpxe", "uefi": "10.54.0.10 ipxe.efi", "http": "10.54.0.10 http://10.54.0.1:933/ipxe.efi",
+    "ipxe": "10.54.0.10 http://10.54.0.1:933/phase1.ipxe",
+}  # fmt: skip
+
+
+def test_network_cards_are_told_what_they_can_boot(lab: Lab) -> None:
+    for kind, answer in ROMS.items():
+        done = lab.client(KNOWN, "rom", kind, "20")
+        assert done.stdout == f"{answer}\n", done.stderr
+    assert "its bios gets undionly.kpxe" in lab.read("nodes/0/log")
+    # An installed system that asks for an address is none of ours, and a stranger's card is listed only.
+    assert lab.client(KNOWN, "rom", "system", "0.6").stdout == ""
+    assert lab.client(STRANGER, "rom", "bios", "0.6").stdout == ""
+    wait_until(lambda: mac(STRANGER) in lab.read("boot/unknown"), "the stranger is not listed")
+
+
+def test_boot_programs_are_handed_out_by_tftp_and_http_and_nothing_else(lab: Lab) -> None:
+    content = os.urandom(400_000)
+    (lab.images / "undionly.kpxe").write_bytes(content)
+    done = lab.client(KNOWN, "tftp", "10.54.0.10", "undionly.kpxe", "20")
+    assert done.stdout == f"{hashlib.sha256(content).hexdigest()} {len(content)}\n", done.stderr
+    for name in ("../key", "/etc/passwd", "manifest"):
+        assert lab.client(KNOWN, "tftp", "10.54.0.10", name, "0.3").stdout == "nothing\n"
+    assert lab.client(STRANGER, "tftp", "10.54.0.200", "undionly.kpxe", "0.3").stdout == "nothing\n"
+    done = lab.client(KNOWN, "http", "10.54.0.10", r"GET /undionly.kpxe HTTP/1.1\r\n\r\n")
+    assert done.stdout == "HTTP/1.1 200 OK\n"
+
+
 def test_a_killed_server_is_started_again(lab: Lab) -> None:
     before = lab.log().count("nodes can boot")
     (server,) = lab.processes("bpfs.cli.bpbootd")
@@ -124,7 +154,7 @@ def test_a_killed_server_is_started_again(lab: Lab) -> None:
 
 
 def test_an_unknown_machine_gets_the_next_number_where_that_is_wanted(lab: Lab) -> None:
-    lab.configure("nodeassign append")
+    lab.configure("nodeassign append\npxe br0")
     lab.reload()
     try:
         assert lab.client(STRANGER, "ask", "20").stdout == "10.54.0.12\n"
@@ -132,5 +162,5 @@ def test_an_unknown_machine_gets_the_next_number_where_that_is_wanted(lab: Lab) 
         assert read(lab.config).number_for((mac(STRANGER),)) == 2
         assert lab.read("nodes/2/state") == "boot\n" and mac(STRANGER) not in lab.read("boot/unknown")
     finally:
-        lab.configure()
+        lab.configure("pxe br0")
         lab.reload()

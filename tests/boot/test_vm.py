@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.boot.lab import VM_DEADLINE, Lab, kernel_package
+from tests.boot.lab import NETWORK, VM_DEADLINE, Lab, kernel_package
 from tests.cluster.virtual import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -21,7 +21,7 @@ def lab(session_folder: Path) -> Iterator[Lab]:
     lab = Lab(session_folder / "boot")
     try:
         lab.open()
-        lab.make_images(package)
+        lab.make_images(package, media=("--iso", lab.folder / "phase1.iso"))
         yield lab
     finally:
         lab.close()
@@ -71,7 +71,9 @@ def travel(lab: Lab) -> None:
 
 
 def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: Lab) -> None:
-    with lab.machine(0) as first, lab.machine(1) as second:
+    (lab.folder / "fstab.0").write_text("/dev/vda /scratch ext4 noatime\n")
+    disc = ["-cdrom", lab.folder / "phase1.iso", *lab.disk(0, 64 << 20)]
+    with lab.machine(0, disc) as first, lab.machine(1) as second:
         # They were there before their master was: they ask on.
         for machine in (first, second):
             machine.wait_for("RARP on eth0")
@@ -83,6 +85,10 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         # The kernel is the one that the image was made with, not this machine's.
         assert lab.read("nodes/0/kernel").strip() in (lab.images / "manifest").read_text()
         assert "asked, and is 10.54.0.10" in lab.read("nodes/0/log")
+
+        # Its disk had nothing on it; the file system's module is none of the image's.
+        assert "fstab: /scratch: /dev/vda" in lab.read("nodes/0/log")
+        assert lab.bpsh("0", "/usr/bin/stat", "-f", "-c", "%T", "/scratch").stdout == "ext2/ext3\n"
 
         # It has no program, library or script of its own, and runs the master's.
         done = lab.bpsh("0", "/bin/sh", "-c", "/usr/bin/uname -r; exit 3")
@@ -106,16 +112,17 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         assert lab.read("nodes/1/state") == "up\n"
 
 
-def test_a_general_kernel_and_a_slow_card(session_folder: Path) -> None:
+def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: Path) -> None:
     package = kernel_package("linux-image-amd64")
-    lab = Lab(session_folder / "boot2", machines=1)
+    lab = Lab(session_folder / "boot2", machines=1, config="pxe br0")
     try:
         lab.open()
-        lab.make_images(package, "--drivers", "e1000")
+        lab.make_images(package, "--drivers", "e1000", media=("--pxe",))
         lab.start()
         # The link of this card is up seconds after its driver: the first requests are lost.
-        with lab.machine(0, card="e1000") as machine:
+        with lab.machine(0, medium=NETWORK, card="e1000") as machine:
             lab.wait_state(0, "up")
+            assert "http://10.54.0.1:933/phase1.img... ok" in machine.text
             assert "drivers: e1000" in machine.text
     finally:
         lab.close()
