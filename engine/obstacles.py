@@ -59,10 +59,7 @@ def may_stay(pid: int) -> bool:
 
 def living_children(frozen: Frozen) -> list[int]:
     """Pids of its children, zombies included (their status would be lost)."""
-    found: list[int] = []
-    for thread in frozen.threads:
-        found += [int(pid) for pid in procfs.read(f"/proc/{frozen.pid}/task/{thread.tid}/children").split()]
-    return found
+    return procfs.children(frozen.pid)
 
 
 def children_of(frozen: Frozen) -> list[int]:

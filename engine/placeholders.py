@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from engine.linux import nsfs, pidfd, process_vm
+from engine.linux import nsfs, pidfd, process_vm, procfs
 
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
@@ -346,18 +346,13 @@ def outer_pid(init: int, namespace: int, pid: int) -> int | None:
 
 
 def _search(init: int, pid: int) -> int | None:
-    # Needs CONFIG_PROC_CHILDREN. Children that are born or handed on meanwhile may be missed, the one asked for rarely.
+    # Children that are born or handed on meanwhile may be missed, the one asked for rarely.
     left = [init]
     while left:
         candidate = left.pop()
         if nsfs.pids_by_status(candidate)[-1:] == [pid]:
             return candidate
-        try:
-            for task in os.listdir(f"/proc/{candidate}/task"):
-                with open(f"/proc/{candidate}/task/{task}/children", "rb") as file:
-                    left += [int(word) for word in file.read().split()]
-        except OSError:
-            continue
+        left += procfs.children(candidate)
     return None
 
 

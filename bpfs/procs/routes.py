@@ -33,6 +33,7 @@ from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_fil
 from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
+from engine.linux import procfs
 
 _log = log.get("procs")
 
@@ -75,7 +76,7 @@ class ToNode(Migration):
         self._externals: Externals | None = None  # what `_attached` was made for
         self._attached: Attached | None = None
         self._landing: Landing | None = None
-        self.children = [] if source.number != MASTER else children_here(proc.pid)  # have stand-ins over there
+        self.children = [] if source.number != MASTER else procfs.children(proc.pid)  # have stand-ins over there
 
     @abstractmethod
     def channels(self, externals: Externals) -> list[Channel]:
@@ -406,15 +407,6 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
             return error.code != errno.ESRCH
         await engine.call("release")
     return True
-
-
-def children_here(pid: int) -> list[int]:
-    """Children of a process of the master, as it runs: a forecast."""
-    found: list[int] = []
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
-    return found
 
 
 def _relative(pid: int) -> list[int] | None:

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 from bpfs import kernel, log
@@ -31,6 +30,7 @@ from bpfs.errors import BpfsError
 from bpfs.slave import machine
 from bpfs.slave.options import SlaveOptions
 from bpfs.wire.messages import Welcome
+from engine.linux import procfs
 
 _log = log.get("supervisor")
 
@@ -234,31 +234,10 @@ def _reap(wanted: int) -> int | None:
     return found
 
 
-def children() -> list[int]:
-    """The children of this process."""
-    path = Path(f"/proc/self/task/{os.getpid()}/children")
-    try:
-        return [int(word) for word in path.read_text().split()]
-    except OSError:
-        # A kernel without CONFIG_PROC_CHILDREN: look at everybody's parent.
-        return [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and _parent(entry) == os.getpid()
-        ]
-
-
-def _parent(entry: Path) -> int:
-    try:
-        return int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
 def kill_descendants() -> None:
     """Kill every descendant and wait until all are gone: orphans come to us, the reaper, and are next."""
     while True:
-        for pid in children():
+        for pid in procfs.children(os.getpid()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:

@@ -11,11 +11,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 
 from engine.descriptors.model import Probe, Source, is_mode
 from engine.linux.kcmp import same_file
-from engine.linux.procfs import parse_stat, read
+from engine.linux.procfs import children, parse_stat, read
 
 _MOST = 64  # relatives that are looked at; a shell's job has a handful
 
@@ -39,15 +38,9 @@ def _has(pid: int, probe: Probe, relative: int) -> bool:
 
 
 def _relatives(pid: int) -> Iterator[int]:
-    yield from _children(pid)
+    yield from children(pid)
     with suppress(OSError):
         parent = parse_stat(read(f"/proc/{pid}/stat")).ppid
         if parent > 1:  # init's children have nothing in common
             yield parent
-            yield from (sibling for sibling in _children(parent) if sibling != pid)
-
-
-def _children(pid: int) -> Iterator[int]:
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            yield from map(int, (task / "children").read_text().split())
+            yield from (sibling for sibling in children(parent) if sibling != pid)

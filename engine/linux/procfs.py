@@ -1,7 +1,9 @@
 """proc(5): what the engine reads of a stopped process, parsed."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 _CHUNK: Final = 1 << 16
@@ -197,6 +199,33 @@ def parse_timers(raw: bytes) -> list[PosixTimer]:
 def threads(pid: int) -> list[int]:
     """Thread ids of a process, in creation order."""
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the children of all threads of a process, zombies included; none when it has ended.
+
+    Of a process that runs it is a forecast: who is born or handed on meanwhile may be missed.
+    """
+    if not _has_children_files():
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(name) == pid]
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for tid in threads(pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # this thread has ended
+                found += [int(word) for word in read(f"/proc/{pid}/task/{tid}/children").split()]
+    return found
+
+
+@cache
+def _has_children_files() -> bool:
+    return os.path.exists("/proc/thread-self/children")  # CONFIG_PROC_CHILDREN
+
+
+def _parent(name: str) -> int:
+    try:
+        return parse_stat(read(f"/proc/{name}/stat")).ppid
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
 
 
 def inner_pid(status: dict[str, str]) -> int:
