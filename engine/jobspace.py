@@ -278,14 +278,18 @@ class JobSpace:
                 self.signal(pid, signal.SIGCONT)
 
     def drop_placeholder(self, pid: int) -> None:
-        """Kill one placeholder because the process that it stands for ended: its children become nodeinit's, natively.
+        """End one placeholder because the process that it stands for ended: its children become nodeinit's, natively.
 
         Raises:
             ProcessLookupError: no placeholder has this pid.
         """
         if pid not in self.placeholders():
             raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
-        self.signal(pid, signal.SIGKILL)
+        handle = self.open_process(pid)
+        try:
+            placeholders.dismiss(self.init, handle)
+        finally:
+            os.close(handle)
         self._dropped.add(pid)
 
     def close(self) -> None:

@@ -17,9 +17,10 @@ import enum
 import fcntl
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from engine.linux import nsfs, pidfd, process_vm, procfs
@@ -27,7 +28,7 @@ from engine.linux import nsfs, pidfd, process_vm, procfs
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
 _RETRY_S = 0.05
-_DEATH_S = 0.5  # a killed placeholder takes some 50 us
+_DEATH_S = 0.5  # a placeholder's end takes some 50 us
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
 _YIELDS = 50  # looks for a placeholder, some 30 us each, before sleeping between them
 
@@ -365,6 +366,16 @@ def command(init: int, target: int, order: Command, pid: int = 0, uid: int = 0) 
         os.close(handle)
 
 
+def dismiss(init: int, handle: int) -> None:
+    """Have a placeholder (its pidfd) die by SIGKILL, but of its own hand: what it tells it has told then, and once.
+
+    Raises:
+        OSError: ESRCH.
+    """
+    pidfd.send(handle, signal.SIGCONT)  # it may be stopped, for its parent to see
+    pidfd.queue(handle, COMMAND_SIGNAL, _cookie(init) << 32 | Command.END | signal.SIGKILL, 0)
+
+
 def _cookie(init: int) -> int:
     with open(f"/proc/{init}/environ", "rb", buffering=0) as file:
         words = file.read().split(b"\0")
@@ -416,7 +427,7 @@ def _is_made(ids: Ids | None, step: Step) -> bool:
 
 
 def sweep(init: int) -> list[int]:
-    """Kill the placeholders that are no process's parent, group leader or session leader any more.
+    """End the placeholders that are no process's parent, group leader or session leader any more.
 
     Returns:
         Their job pids. Empty also while a worker is giving birth: try again later.
@@ -430,13 +441,15 @@ def sweep(init: int) -> list[int]:
             fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return []
-        killed = {pid: handle for pid in _unneeded(init) if (handle := _kill(init, namespace, pid)) >= 0}
+        ended = {pid: handle for pid in _unneeded(init) if (handle := _end(init, namespace, pid)) >= 0}
         # Dead before the lock is given back: a birth must not build on one that is about to die.
         deadline = time.monotonic() + _DEATH_S
-        for handle in killed.values():
-            select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+        for handle in ended.values():
+            if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                with suppress(ProcessLookupError):
+                    pidfd.send(handle, signal.SIGKILL)  # it waits to tell us something
             os.close(handle)
-        return list(killed)
+        return list(ended)
     finally:
         os.close(namespace)
 
@@ -458,8 +471,8 @@ def _unneeded(init: int) -> list[int]:
     return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed and ids.ppid not in jobs]
 
 
-def _kill(init: int, namespace: int, pid: int) -> int:
-    """A pidfd of the placeholder, killed; -1 where there is none."""
+def _end(init: int, namespace: int, pid: int) -> int:
+    """A pidfd of the placeholder, told to end; -1 where there is none."""
     outer = outer_pid(init, namespace, pid)
     if outer is None:
         return -1
@@ -468,7 +481,7 @@ def _kill(init: int, namespace: int, pid: int) -> int:
     except ProcessLookupError:
         return -1
     try:
-        pidfd.send(handle, 9)
+        dismiss(init, handle)
     except ProcessLookupError:
         os.close(handle)
         return -1

@@ -87,7 +87,19 @@ static _Noreturn void end(int code)
 		call(__NR_exit_group, code);
 }
 
-/* Nobody reads the reports any more: the daemon is gone, and nothing may outlive it. */
+/* The daemon is gone, and nothing may outlive it. A daemon that dies closes its files first, and then has its children
+ * killed, oldest first: who carries what the jobs write must be dead before they are, or it would tell their ends of
+ * pipes as closed by themselves. So that signal is waited for; it does not come where only the reports are not wanted. */
+#define DEATH_SIGNAL_NS 300000000
+
+static _Noreturn void end_after_daemon(int code)
+{
+	struct __kernel_timespec pause = {.tv_nsec = DEATH_SIGNAL_NS};
+	call(__NR_nanosleep, &pause, 0);
+	end(code);
+}
+
+/* Nobody reads the reports any more: the daemon is gone. */
 static void send_report(const struct report *report)
 {
 	for (;;) {
@@ -95,7 +107,7 @@ static void send_report(const struct report *report)
 		if (sent == sizeof *report)
 			return;
 		if (sent == -EPIPE || sent == -ECONNRESET || sent == -ENOTCONN || sent == -EBADF)
-			end(1);
+			end_after_daemon(1);
 	}
 }
 
@@ -165,8 +177,8 @@ static uint64_t to_us(struct __kernel_old_timeval time)
 	return (uint64_t)time.tv_sec * 1000000 + (uint64_t)time.tv_usec;
 }
 
-/* Told first and taken after: a placeholder whose last child has ended is swept, and may die at any point of this. What it
- * has not taken then goes to init, which tells it; being told twice does no harm. */
+/* Told first and taken after: a placeholder may be killed at any point of this, by a job for example. What it has not taken
+ * then goes to init, which tells it. */
 static void report_children(void)
 {
 	for (;;) {
@@ -343,7 +355,7 @@ static void end_without_daemon(void)
 {
 	char byte;
 	if (call(__NR_recvfrom, report_fd, &byte, 1, MSG_PEEK_ | MSG_DONTWAIT_, 0, 0) == 0)
-		end(0);
+		end_after_daemon(0);
 }
 
 static _Noreturn void loop(void)

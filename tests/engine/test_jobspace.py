@@ -273,7 +273,7 @@ def test_an_end_is_told_even_if_the_placeholder_that_waited_is_killed(space: Job
     until("the socket to be full", lambda: is_sending(space, 4500))
     space.signal(5000, signal.SIGKILL)
     until("the parent to tell", lambda: is_sending(space, 4000))
-    space.drop_placeholder(4000)
+    space.signal(4000, signal.SIGKILL)
     assert Reports(space).wait("the end", lambda report: report.pid == 5000).code == os.CLD_KILLED
 
 
