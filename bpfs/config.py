@@ -33,6 +33,7 @@ DEFAULT_BOOTPORT = 933
 DEFAULT_BOOTIMAGES = Path("/var/lib/beowulf/boot")
 DEFAULT_NODEUP = Path("/etc/beowulf/node_up.d")
 DEFAULT_NODEDOWN = Path("/etc/beowulf/node_down.d")
+WOL = ("wol",)
 DEFAULT_FSTAB = Path("/etc/beowulf/fstab")
 DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
@@ -75,6 +76,7 @@ class Config:
     state: Path | None = None  # what administrators set on nodes; None: below DEFAULT_STATE, named after the mount
     nodeup: Path = DEFAULT_NODEUP
     nodedown: Path = DEFAULT_NODEDOWN
+    powercontrol: tuple[str, ...] = WOL  # the command that switches machines; WOL: Wake-on-LAN; empty: none
     fstab: Path = DEFAULT_FSTAB  # local disks and network file systems of nodes
     mkfs: Policy = Policy.NEVER
     fsck: Policy = Policy.IF_NEEDED
@@ -280,6 +282,12 @@ def _nodedown(config: Config, args: list[str]) -> None:
     config.nodedown = Path(args[0])
 
 
+def _powercontrol(config: Config, args: list[str]) -> None:
+    if args[0] not in ("wol", "no") and not args[0].startswith("/"):
+        raise ValueError(f"powercontrol must be wol, no, or the absolute path of a program, not {args[0]!r}")
+    config.powercontrol = () if args == ["no"] else tuple(args)
+
+
 def _fstab(config: Config, args: list[str]) -> None:
     config.fstab = Path(args[0])
 
@@ -365,6 +373,9 @@ KEYWORDS = {
     "state": Keyword("FILE", 1, 1, _state, f"settings of nodes that outlast bpmaster (default below {DEFAULT_STATE})"),
     "nodeup": Keyword("FOLDER", 1, 1, _nodeup, f"steps before a node is up (default {DEFAULT_NODEUP})"),
     "nodedown": Keyword("FOLDER", 1, 1, _nodedown, f"steps before it is taken down (default {DEFAULT_NODEDOWN})"),
+    "powercontrol": Keyword(
+        "wol|no|PROGRAM [WORD...]", 1, 99, _powercontrol, "how `up` starts a machine that is off: PROGRAM on NODE (wol)"
+    ),
     "fstab": Keyword("FILE", 1, 1, _fstab, f"file systems of nodes, see bpmount(8) (default {DEFAULT_FSTAB})"),
     "mkfs": Keyword("never|if_needed|always", 1, 1, _mkfs, "when local file systems are made (never)"),
     "fsck": Keyword("never|if_needed|always", 1, 1, _fsck, "when local file systems are checked (if_needed)"),

@@ -49,6 +49,9 @@ nodeassign append
 # For the kernel of nodes; console=ttyS0 for a serial line.
 #kernelcommandline panic=10 quiet
 
+# How `echo up` starts a machine that is off: wol, or a program that is given `on NUMBER`.
+#powercontrol wol
+
 # Local disks and network file systems of nodes are in {folder}/fstab; when to make and check the former:
 #mkfs never
 #fsck if_needed

@@ -16,6 +16,7 @@ from bpfs.nodes.admission import Admission
 from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.nodelog import NodeLog
+from bpfs.nodes.power import Power
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import NodeHandler
 from bpfs.nodes.stage import Stage
@@ -57,7 +58,8 @@ class Cluster:
         self.nodes = NodeTable(self.events, self.config.nodes)
         self.admission = Admission(self.nodes, lambda: self.config)
         self.stage = Stage(self.nodes, self.logs, lambda: self.config)
-        self.administrator = Administrator(self.nodes, self.admission, self.stage)
+        power = Power(self.nodes, self.admission, lambda: self.config, self.stage.run_step, self.nursery)
+        self.administrator = Administrator(self.nodes, self.admission, self.stage, power)
         master = self.nodes.add(MASTER)
         self.nodes.enter(master, NodeState.UP)
 

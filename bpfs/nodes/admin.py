@@ -9,6 +9,7 @@ import trio
 
 from bpfs.errors import BpfsError
 from bpfs.nodes.admission import BARRED, Admission
+from bpfs.nodes.power import Power
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import RESERVED
 from bpfs.nodes.stage import Stage
@@ -19,11 +20,16 @@ UP_TIMEOUT = 15.0
 moment."""
 
 
+_SWITCHED = {NodeState.REBOOT: "cycle", NodeState.PWROFF: "off"}
+"""What the power command is told where there is no slave to tell: a machine that hangs."""
+
+
 class Administrator:
     """Carries out what is written to the state files; a call returns when the thing is done."""
 
-    def __init__(self, table: NodeTable, admission: Admission, stage: Stage) -> None:
+    def __init__(self, table: NodeTable, admission: Admission, stage: Stage, power: Power) -> None:
         self._table = table
+        self._power = power
         self._stage = stage
         self._admission = admission
         self._wishes: dict[NodeState, Callable[[Node], Awaitable[None]]] = {
@@ -63,9 +69,10 @@ class Administrator:
         await node.wait_fenced()
 
     async def _up(self, node: Node) -> None:
-        if node.state is NodeState.DOWN and not node.barred:
-            raise BpfsError(EHOSTDOWN, f"node {node.number} is not connected: {node.reason}")
         node.reserved = False
+        if node.state is NodeState.DOWN and not node.barred:
+            await self._power.on(node)
+            return
         if node.state is NodeState.ERROR:
             session = node.live_session()
             self._table.set_state(node, NodeState.BOOT, Cause.ADMIN, "its start is finished once more")
@@ -78,7 +85,13 @@ class Administrator:
             node.barred = False
             self._table.set_reason(node, "waits for its slave")
             self._admission.unbar(node.number)
-        await self._wait_up(node)
+        try:
+            await self._wait_up(node)
+        except BpfsError:
+            # No slave waited at the gate: its machine is off.
+            if node.state is not NodeState.DOWN or not self._power.knows(node):
+                raise
+            await self._power.on(node)
 
     async def _wait_up(self, node: Node) -> None:
         with trio.move_on_after(UP_TIMEOUT):
@@ -107,6 +120,9 @@ class Administrator:
         await self._end(node, NodeState.PWROFF, "powered off by the administrator")
 
     async def _end(self, node: Node, state: NodeState, reason: str) -> None:
+        if node.session is None and state in _SWITCHED and self._power.has_command:
+            await self._power.command(node, _SWITCHED[state])
+            return
         check(node.number, node.state, state, Cause.ADMIN)
         session = node.live_session()
         if node.state.holds_jobs:

@@ -124,9 +124,14 @@ class Stage:
         async with self._limit:
             for step in found:
                 self._nodes.set_reason(node, f"{where}: {step.name}")
-                await self._step(node, step)
+                await self.run_step(node, step)
 
-    async def _step(self, node: Node, step: Step) -> None:
+    async def run_step(self, node: Node, step: Step, timeout: float = STEP_TIMEOUT) -> None:
+        """One step, with its output in the node's log.
+
+        Raises:
+            BpfsError: EIO: it failed; the sentence is its last line.
+        """
         environment = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "NODE": str(node.number),
             "BPFS": self._config().mount, "ADDRESS": node.address, "MASTER": self._master,
@@ -140,11 +145,11 @@ class Stage:
             raise BpfsError(EIO, f"{step.name} cannot be run: {error.strerror}") from None
         last = ""
         try:
-            with trio.fail_after(STEP_TIMEOUT):
+            with trio.fail_after(timeout):
                 last = await self._collect(node, step, process)
                 code = await process.wait()
         except trio.TooSlowError:
-            raise BpfsError(EIO, f"{step.name} took longer than {STEP_TIMEOUT:g} s") from None
+            raise BpfsError(EIO, f"{step.name} took longer than {timeout:g} s") from None
         finally:
             if process.returncode is None:
                 with suppress(ProcessLookupError):

@@ -95,6 +95,17 @@ def _exchange(sock: socket.socket, mac: bytes, options: list[tuple[int, bytes]],
     return None
 
 
+def wake(seconds: str) -> None:
+    """Waits for Wake-on-LAN; prints whom it is for."""
+    network.set_up("eth0")
+    with pxe.bound("eth0", "", 9) as sock:
+        sock.settimeout(float(seconds))
+        print("listening", flush=True)
+        data = sock.recv(2048)
+    assert data[:6] == b"\xff" * 6 and data[6:] == data[6:12] * 16
+    print(rarp.mac_text(data[6:12]))
+
+
 def tftp(address: str, name: str, seconds: str) -> None:
     """Fetches a file with blocks of 1400 bytes; prints its digest and size, or `nothing`."""
     network.set_up("eth0")
@@ -193,7 +204,7 @@ def _fetch_all(key: bytes, address: str) -> int:
 
 if __name__ == "__main__":
     try:
-        verbs = {"boot": boot, "ask": ask, "rom": rom, "tftp": tftp, "noise": noise, "http": http, "crowd": crowd}
-        verbs[sys.argv[1]](*sys.argv[2:])
+        verbs = {verb.__name__: verb for verb in (boot, ask, rom, tftp, wake, noise, http, crowd)}
+        verbs[sys.argv[1]](*sys.argv[2:])  # type: ignore[operator]
     except (BootError, OSError) as error:
         sys.exit(str(error))

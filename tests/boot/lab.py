@@ -170,6 +170,13 @@ class Lab:
         run(*self.inside, "ip", "link", "set", leg, "master", "br0", "up")
         return name
 
+    def start_client(self, number: int, *arguments: str) -> subprocess.Popen[str]:
+        """Starts tests.boot.client there, and returns when it has printed its first line."""
+        command = ["ip", "netns", "exec", f"{self.name}c{number}", *python("tests.boot.client", *arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TOP)
+        assert process.stdout is not None and process.stdout.readline()
+        return process
+
     def client(self, number: int, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Runs tests.boot.client there, with a /sys of that network."""
         return subprocess.run(

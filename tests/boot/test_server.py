@@ -145,6 +145,16 @@ def test_boot_programs_are_handed_out_by_tftp_and_http_and_nothing_else(lab: Lab
     assert done.stdout == "HTTP/1.1 200 OK\n"
 
 
+def test_a_node_whose_machine_is_off_is_woken(lab: Lab) -> None:
+    with lab.start_client(STRANGER, "wake", "20") as client:
+        try:
+            lab.write("nodes/1/state", "up")
+            assert client.communicate(timeout=30)[0] == f"{mac(1)}\n"
+        finally:
+            client.kill()
+    assert lab.read("nodes/1/state") == "boot\n" and lab.read("nodes/1/reason") == "its machine was told to start\n"
+
+
 def test_a_killed_server_is_started_again(lab: Lab) -> None:
     before = lab.log().count("nodes can boot")
     (server,) = lab.processes("bpfs.cli.bpbootd")

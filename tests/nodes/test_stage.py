@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from bpfs.config import NodeEntry
 from bpfs.errors import BpfsError
+from bpfs.nodes import admin, power
 from bpfs.nodes.stage import steps
 from bpfs.nodes.states import NodeState
 from tests.nodes.simslave import SimulatedSlave, master
@@ -110,4 +112,37 @@ async def test_steps_before_a_node_is_taken_down(nursery: trio.Nursery, tmp_path
         await it.wait_state(5, "up")
         await it.cluster.administrator.set_state(it.cluster.nodes.get(5), NodeState.DOWN)
         assert (tmp_path / "bye").read_text() == "5\n" and it.state(5) == "down"
+        nursery.cancel_scope.cancel()
+
+
+async def test_machines_are_switched_by_the_administrators_command(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "UP_TIMEOUT", 0.1)
+    monkeypatch.setattr(power, "START_TIMEOUT", 0.3)
+    fails = f"[ ! -e {tmp_path}/fails ] || {{ echo no; exit 1; }}"
+    step(tmp_path, "switch", f"echo $* $NODE $MACS >> {tmp_path}/trace; {fails}")
+    mac = "52:54:00:00:00:07"
+    async with master(powercontrol=(f"{tmp_path}/switch", "-q"), entries=[NodeEntry(1, (mac,))]) as it:
+        node, administrator = it.cluster.nodes.get(1), it.cluster.administrator
+        await administrator.set_state(node, NodeState.UP)
+        assert (it.state(1), node.reason) == ("boot", "its machine was told to start")
+        # It does not come: it is down again, and says why. It comes late: it is welcome all the same.
+        await it.wait_state(1, "down")
+        assert "has asked for no address" in node.reason
+        for wanted, state in ((NodeState.REBOOT, "down"), (NodeState.PWROFF, "down"), (NodeState.UP, "boot")):
+            await administrator.set_state(node, wanted)
+            assert it.state(1) == state
+        nursery.start_soon(SimulatedSlave(it.port, 1).run)
+        await it.wait_state(1, "up")
+        verbs = ("on", "cycle", "off", "on")
+        assert (tmp_path / "trace").read_text() == "".join(f"-q {verb} 1 1 {mac}\n" for verb in verbs)
+        # Held down, and off: nobody waits at the gate.
+        other = it.cluster.nodes.add(2)
+        await administrator.set_state(other, NodeState.DOWN)
+        (tmp_path / "fails").touch()
+        with pytest.raises(BpfsError) as failed:
+            await administrator.set_state(other, NodeState.UP)
+        assert failed.value.code == EIO and failed.value.sentence == "powercontrol: no"
+        assert "powercontrol: no" in it.cluster.logs.text(2)
         nursery.cancel_scope.cancel()

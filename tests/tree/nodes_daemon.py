@@ -18,6 +18,7 @@ from bpfs.nodes.admission import Admission
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.files import NodeFiles
 from bpfs.nodes.nodelog import NodeLog
+from bpfs.nodes.power import Power
 from bpfs.nodes.registry import Node, NodeTable
 from bpfs.nodes.stage import Stage
 from bpfs.nodes.states import NodeState
@@ -67,8 +68,10 @@ async def main(mountpoint: str, count: int) -> None:
         nodes.set_sample(node, with_load(sample, f"0.00 0.01 0.05 1/100 {number}"))
         nodes.enter(node, NodeState.UP)
     stage = Stage(nodes, NodeLog(), Config)
-    files = NodeFiles(nodes, Administrator(nodes, Admission(nodes, Config), stage))
     async with trio.open_nursery() as nursery:
+        admission = Admission(nodes, Config)
+        power = Power(nodes, admission, Config, stage.run_step, nursery)
+        files = NodeFiles(nodes, Administrator(nodes, admission, stage, power))
         tree = LocalTree(files.root_table, nodes, nursery)
         files.attach(tree)
         async with mount(tree, mountpoint):
