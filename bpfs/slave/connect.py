@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,14 @@ A restarted master then has 1,000 slaves back within seconds, and is asked by 20
 
 PARKED = 60.0
 """Seconds to stay on a parked connection at most; the master ends it earlier."""
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each attempt after the first."""
+    delay = FIRST_DELAY
+    while True:
+        yield delay * random.uniform(0.5, 1.5)
+        delay = min(delay * GROWTH, LAST_DELAY)
 
 
 def _own_macs() -> tuple[str, ...]:
@@ -97,7 +106,7 @@ class Seeker:
         Raises:
             GivenUp: this is a real node, which is not to look any longer.
         """
-        delay = FIRST_DELAY
+        waits = pauses()
         while True:
             try:
                 return await self._attempt()
@@ -105,7 +114,7 @@ class Seeker:
                 self._contact = now()
                 self._complain(f"refused: {refusal}")
                 if refusal.parked:
-                    delay = FIRST_DELAY
+                    waits = pauses()
             except (ProtocolError, LinkClosed) as error:
                 self._complain(f"the handshake failed: {error} (is the cluster key the same?)")
             except (OSError, BpfsError) as error:
@@ -113,8 +122,7 @@ class Seeker:
             except trio.TooSlowError:
                 self._complain("the master does not answer")
             self._look_at_clock()
-            await trio.sleep(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * GROWTH, LAST_DELAY)
+            await trio.sleep(next(waits))
 
     def _look_at_clock(self) -> None:
         options = self._options

@@ -61,12 +61,12 @@ class Master:
 
 
 @asynccontextmanager
-async def master(**settings: object) -> AsyncIterator[Master]:
-    """A master on a free port; `settings` go into its configuration."""
+async def master(at: int = 0, key: bytes = KEY, **settings: object) -> AsyncIterator[Master]:
+    """A master at this port, or a free one; `settings` go into its configuration."""
     config = Config(address="127.0.0.1", port=0, key=Path("/nowhere"), **settings)  # type: ignore[arg-type]
-    with open_port("127.0.0.1", 0) as sock:
+    with open_port("127.0.0.1", at) as sock:
         async with trio.open_nursery() as nursery:
-            cluster = Cluster(config, KEY, Workers(NoZygote()), nursery)
+            cluster = Cluster(config, key, Workers(NoZygote()), nursery)
             cluster.reconfigure(config)
             nursery.start_soon(Listener(cluster, sock).run)
             yield Master(cluster, sock.getsockname()[1])

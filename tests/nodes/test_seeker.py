@@ -1,0 +1,69 @@
+"""How slaves look for a master that is away: later and later, never all at once, and in vain only so long."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import trio
+import trio.testing
+
+from bpfs.master.listener import open_port
+from bpfs.slave.connect import FIRST_DELAY, GROWTH, LAST_DELAY, Found, Seeker, make_join, pauses
+from bpfs.slave.options import SlaveOptions
+from tests.nodes.simslave import KEY, master
+
+ATTEMPTS = 6
+
+
+def test_pauses_grow_to_a_bound_and_differ() -> None:
+    many = [list(islice(pauses(), 30)) for _ in range(200)]
+    for number, column in enumerate(zip(*many, strict=True)):
+        middle = min(FIRST_DELAY * GROWTH**number, LAST_DELAY)
+        assert middle / 2 <= min(column) < 0.6 * middle
+        assert 1.4 * middle < max(column) <= 1.5 * middle
+    assert LAST_DELAY * 1.5 < 10  # no node is without a master that is there for longer
+
+
+async def turn_away(attempts: int, paused: list[float]) -> None:
+    """Lets one slave come so often in vain, and notes its pauses as multiples of their middle."""
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    port = listener.socket.getsockname()[1]
+    async with listener, trio.open_nursery() as nursery:
+        nursery.start_soon(Seeker(SlaveOptions("127.0.0.1", port, KEY), make_join(None, bytes(16))).find)
+        closed = 0.0
+        for attempt in range(attempts):
+            stream = await listener.accept()
+            if attempt:
+                # Since it could know that it was turned away: a busy machine makes that longer, never shorter.
+                paused.append((trio.current_time() - closed) / (FIRST_DELAY * GROWTH ** (attempt - 1)))
+            closed = trio.current_time()
+            await stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_attempts_are_spread() -> None:
+    paused: list[float] = []
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(turn_away, 6, paused)
+    assert min(paused) >= 0.5
+    assert min(paused) < 0.95  # of 50, each as likely as not
+
+
+async def test_who_comes_late_is_found() -> None:
+    with open_port("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        seeker = Seeker(SlaveOptions("127.0.0.1", port, KEY), make_join(None, bytes(16)))
+        send, receive = trio.open_memory_channel[Found](1)
+
+        async def seek() -> None:
+            await send.send(await seeker.find())
+
+        nursery.start_soon(seek)
+        await trio.testing.wait_all_tasks_blocked()  # nobody listens, and it waits
+        async with master(port):
+            with trio.fail_after(60):
+                found = await receive.receive()
+            assert found.welcome.node == 0
+            found.link.close("seen")
