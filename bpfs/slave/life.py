@@ -8,6 +8,7 @@ nursery, kill the jobs, exit with a code that says what next. What is left after
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from errno import EINVAL
@@ -34,6 +35,7 @@ from bpfs.slave.view import NodeView, no_cache
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
     CacheCall,
+    ClockIs,
     Done,
     DropPlaceholder,
     EngineCall,
@@ -49,11 +51,13 @@ from bpfs.wire.messages import (
     KillAll,
     Leaving,
     Message,
+    ReadClock,
     Ready,
     RelayAttach,
     RelayDetach,
     SetClock,
     Signal,
+    SlewClock,
     StandIn,
     Welcome,
 )
@@ -94,6 +98,8 @@ class Slave:
             FdWhere: self.held.where,
             Fence: self._fence,
             SetClock: self._set_clock,
+            ReadClock: lambda _: ClockIs(time.time_ns()),
+            SlewClock: lambda message: machine.slew_clock(message.gain_ns),
         }
         self._nursery: trio.Nursery | None = None
         self._mounted: str | None = None

@@ -89,6 +89,21 @@ def set_clock(realtime_ns: int) -> None:
     time.clock_settime_ns(time.CLOCK_REALTIME, realtime_ns)
 
 
+def slew_clock(gain_ns: int) -> None:
+    """Have the machine's clock gain (or lose) so much, by running at another rate for a while: adjtime(3).
+
+    Raises:
+        BpfsError: EOPNOTSUPP: this is no real node.
+        OSError: the kernel refused.
+    """
+    _expect_real("the adjustment of the clock")
+    seconds, rest = divmod(gain_ns // 1000, 1_000_000)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.adjtime((ctypes.c_long * 2)(seconds, rest), None) != 0:  # struct timeval
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno), "adjtime")
+
+
 def _expect_real(what: str) -> None:
     if not is_real_node():
         raise BpfsError(EOPNOTSUPP, f"{what}: this is no real node")

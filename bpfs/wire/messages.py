@@ -191,6 +191,25 @@ class SetClock(Message):
     realtime_ns: int
 
 
+@_message(18)
+class ReadClock(Message):
+    """master -> slave, request (reply ClockIs)."""
+
+
+@_message(19)
+class ClockIs(Message):
+    """slave -> master: CLOCK_REALTIME there."""
+
+    realtime_ns: int
+
+
+@_message(8)
+class SlewClock(Message):
+    """master -> slave, request (reply Done): have the clock of a real node gain this, little by little."""
+
+    gain_ns: int
+
+
 # -- engine: 20-29 ---------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def crowd(lab: Lab) -> Iterator[Row]:
     lab.add_client(0)
     (server,) = lab.processes("bpfs.cli.bpbootd")
     before = cpu([server.pid])
-    done = lab.client(0, "crowd", str(CROWD), lab.key.read_text().strip(), timeout=600)
+    done = lab.client(0, "crowd", str(CROWD), lab.public(), timeout=600)
     assert done.returncode == 0, done.stderr
     asked, last, total = map(float, done.stdout.split())
     yield Row(f"{CROWD} nodes at once: all have their address", asked, "s")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -87,6 +88,8 @@ class SimulatedSlave:
     obeys: bool = True  # answers a fence
     beats: bool = True  # sends heartbeats
     ready: bool = True  # says that it is ready
+    real: bool = False
+    handlers: dict[type[Message], Any] = field(default_factory=dict)  # for what else it answers
     heard: list[Message] = field(default_factory=list)
     link: Link | None = None
     welcome: Welcome | None = None
@@ -98,7 +101,7 @@ class SimulatedSlave:
             RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
         """
         link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
-        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, False, b"", self.arch)
+        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, self.real, b"", self.arch)
         try:
             self.welcome = await handshake.enter(link, self.key, join)
             if self.ready:
@@ -107,7 +110,7 @@ class SimulatedSlave:
                 link.notify_nowait(sample)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._beat, link, self.welcome.heartbeat)
-                reason = await link.run({Fence: self._fence, HeartbeatSeen: self.heard.append})
+                reason = await link.run({Fence: self._fence, HeartbeatSeen: self.heard.append} | self.handlers)
                 nursery.cancel_scope.cancel()
             return reason
         finally:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
 from errno import EBADF, EEXIST, EINVAL, ENOENT, EOPNOTSUPP, ESRCH
@@ -30,8 +31,10 @@ from bpfs.wire.messages import (
     JobReport,
     JobStatus,
     KillAll,
+    ReadClock,
     SetClock,
     Signal,
+    SlewClock,
 )
 from tests.cluster.virtual import children, comm, kill, living
 from tests.nodes.simslave import KEY, Master, master
@@ -287,6 +290,11 @@ async def test_the_clock_and_nonsense_are_refused(tmp_path):
         with pytest.raises(RemoteError) as caught:
             await slave.request(SetClock(0))
         assert caught.value.errno == EOPNOTSUPP
+        with pytest.raises(RemoteError) as caught:
+            await slave.request(SlewClock(1000))
+        assert caught.value.errno == EOPNOTSUPP
+        before = time.time_ns()
+        assert before <= (await slave.request(ReadClock())).realtime_ns <= time.time_ns()
         with pytest.raises(RemoteError):
             await slave.request(Fence("why", "format the disk"))
         assert slave.it.state(0) == "up"

@@ -13,6 +13,7 @@ import pytest
 from bpfs.master.boot import directory as boot_directory
 from bpfs.master.view import View
 from bpfs.nodes.admin import Administrator
+from bpfs.nodes.clockwatch import ClockWatch
 from bpfs.nodes.events import EventLog
 from bpfs.nodes.files import NodeFiles, log_file
 from bpfs.nodes.nodelog import NodeLog
@@ -37,7 +38,7 @@ NODES = NodeTable(EventLog())
 FILES = NodeFiles(
     NODES,
     cast(Administrator, None),
-    [*PROCS.node_entries(), log_file(NodeLog()), View(cast(Any, None)).entry()],
+    [*PROCS.node_entries(), log_file(NodeLog()), ClockWatch(NODES).entry(), View(cast(Any, None)).entry()],
     [PROCS.collection(), boot_directory(list)],
 )
 NODE = Node(NodeId(1))
