@@ -39,6 +39,7 @@ DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
 """A node whose kernel panics starts again after 10 s."""
 DEFAULT_CACHE_SIZE = 1 << 30
+DEFAULT_PRECOPY = 32 << 20  # below it a freeze with all the memory is as short: tests/benchmarks/bench_precopy.py
 """Bytes of a node's object store: programs and libraries of a large job take a tenth of it."""
 
 
@@ -84,6 +85,7 @@ class Config:
     exports: list[str] = field(default_factory=list)  # what nodes without files of their own see; empty: the default
     prestage: list[str] = field(default_factory=list)  # what such nodes fetch when they come up
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
+    precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
 
     @property
     def margin(self) -> float:
@@ -345,6 +347,15 @@ def _cachesize(config: Config, args: list[str]) -> None:
     config.cachesize = parse_size(args[0])
 
 
+def parse_precopy(text: str) -> int | None:
+    """What `precopy` says. Raises ValueError with a sentence."""
+    return None if text == "off" else parse_size(text)
+
+
+def _precopy(config: Config, args: list[str]) -> None:
+    config.precopy = parse_precopy(args[0])
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -361,6 +372,7 @@ KEYWORDS = {
     "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
     "prestage": Keyword("PATH...", 1, 999, _prestage, "files and directories that such nodes fetch when they come up"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
+    "precopy": Keyword("SIZE|off", 1, 1, _precopy, "memory of a process from which on it moves while it runs (32M)"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
     "pxe": Keyword("INTERFACE|no", 1, 1, _pxe, "where bpbootd answers PXE, UEFI and iPXE by DHCP, too (default no)"),

@@ -16,6 +16,8 @@ from engine.image import Image
 from engine.linux import procfs, ptrace
 from engine.memory import Survey, pack_runs, send_pages
 from engine.obstacles import children_of, obstacles
+from engine.precopy import Rounds
+from engine.staging import Keep
 from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
 
 
@@ -26,6 +28,8 @@ class Inspection:
     Attributes:
         refusals: why it cannot move; empty when it can.
         externals: descriptors to be relayed (contract: key, fds, kind, …).
+        left: those of `runs` that have not been sent ahead.
+        keep: what the destination keeps of what has; None: nothing has been sent ahead.
     """
 
     frozen: Frozen
@@ -34,11 +38,18 @@ class Inspection:
     survey: Survey
     runs: list[tuple[int, int]]
     refusals: list[str] = field(default_factory=list)
+    left: list[tuple[int, int]] = field(default_factory=list)
+    keep: Keep | None = None
 
     @property
     def externals(self) -> list[dict[str, Any]]:
         """Open file descriptions that only a relay can carry."""
         return self.descriptors.externals
+
+    def leave_out(self, image: Image) -> None:
+        """Send without what has been sent ahead."""
+        self.runs = self.left
+        image.runs, image.total = pack_runs(self.runs), sum(length for _, length in self.runs)
 
     def summary(self) -> dict[str, Any]:
         """The `process` map of the worker's inspect reply."""
@@ -61,6 +72,7 @@ def inspect(
     close: bool = False,
     family: bool = False,
     at_home: bool = False,
+    rounds: Rounds | None = None,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -69,6 +81,7 @@ def inspect(
         close: what cannot move of its sockets and the like does not arrive, instead of being in the way.
         family: children may stay behind where the daemon can look after them.
         at_home: it leaves the master.
+        rounds: in which its memory was sent ahead.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -76,14 +89,32 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen)
+    survey = Survey(frozen, watched=rounds is not None)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay, at_home=at_home
     )
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
     refusals += survey.refusals + descriptors.refusals + differences
-    return Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)
+    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)
+    if rounds is not None:
+        seen.left, seen.keep = rounds.settle(survey, seen.runs)
+    return seen
+
+
+def forecast(pid: int, close: bool, at_home: bool) -> list[str]:
+    """Obstacles that can be seen of a process that runs; the freeze may show others.
+
+    Args:
+        close, at_home: as for `inspect`.
+
+    Raises:
+        OSError: it is gone.
+    """
+    running = unseized(pid)
+    stat = procfs.parse_stat(procfs.read(f"{running.live}/stat"))
+    descriptors = inspect_descriptors(pid, close=close, at_home=at_home)
+    return obstacles(running, stat, family=True) + Survey(running).refusals + descriptors.refusals
 
 
 def obstacles_of(pid: int, family: bool = False) -> list[str]:

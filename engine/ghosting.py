@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from engine.freeze import Frozen
@@ -25,6 +26,7 @@ CAP_CHECKPOINT_RESTORE: Final = 40  # <linux/capability.h>
 _F_DUPFD: Final = 0
 _FD_CLOEXEC: Final = 1
 _F_SETFD: Final = 2
+_LARGE: Final = 16 << 20  # bytes of memory that take longer to give back than a look every 0.1 ms costs
 _AF_UNIX: Final = 1
 _SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
@@ -80,7 +82,12 @@ class Passed:
 
 
 def become_ghost(
-    frozen: Frozen, cloexec: list[int], closed: list[int], passed: Passed, environment: list[bytes]
+    frozen: Frozen,
+    cloexec: list[int],
+    closed: list[int],
+    passed: Passed,
+    environment: list[bytes],
+    gone: Callable[[], object],
 ) -> None:
     """Exec the ghost inside the process and let it run.
 
@@ -90,13 +97,14 @@ def become_ghost(
         passed: what it needs of ours; it finds the number of its control socket in `BPFS_CONTROL`, its death signal
             in `BPFS_DEATHSIG`.
         environment: the rest of its environment.
+        gone: called as soon as the old program is sure to run no more.
 
     Raises:
         OSError: it did not come to the exec; the process is still frozen.
     """
     _prepare(frozen, cloexec, closed)
     death = b"BPFS_DEATHSIG=%d" % passed.death_signal
-    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control])
+    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control], gone)
 
 
 def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, int]:
@@ -142,7 +150,7 @@ def _prepare(frozen: Frozen, cloexec: list[int], closed: list[int]) -> None:
     calls.run()
 
 
-def _exec(frozen: Frozen, exe: int, environment: list[bytes]) -> None:
+def _exec(frozen: Frozen, exe: int, environment: list[bytes], gone: Callable[[], object]) -> None:
     injection = frozen.open_injection()
     arguments = procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
     base = injection.base + HEAL_STRINGS
@@ -153,6 +161,8 @@ def _exec(frozen: Frozen, exe: int, environment: list[bytes]) -> None:
     calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
     calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label="running the ghost")
     injection.others = [thread.tid for thread in frozen.threads[1:]]
+    if procfs.own_bytes(frozen.pid) >= _LARGE:
+        injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)
     done: list[bool] = []
     try:
         calls.run_until_exec(lambda: done.append(True))
@@ -160,7 +170,25 @@ def _exec(frozen: Frozen, exe: int, environment: list[bytes]) -> None:
         if not done:
             ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD)
         raise
+    finally:
+        injection.while_waiting = None
     _let_go(frozen)
+
+
+def _on_change(link: str, then: Callable[[], object]) -> Callable[[], object]:
+    """What to call time and again: does something, once, when the process has its new memory. The kernel is long in
+    its exec then, giving back the old one: 30 ms a GB.
+    """
+    before, changed = os.stat(link), False
+
+    def look() -> None:
+        nonlocal changed
+        if not changed:
+            changed = not os.path.samestat(os.stat(link), before)
+            if changed:
+                then()
+
+    return look
 
 
 def _let_go(frozen: Frozen) -> None:

@@ -1,6 +1,7 @@
 """The image of a process: what is in it, and its bytes on a stream.
 
-Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). A frame is the header
+Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). Where memory went ahead in rounds
+(engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META. A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
 The destination answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
 itself by frame(GO): the copy runs then. Pages carry no checksum of their own: TCP has one, and END repeats their number
@@ -22,12 +23,17 @@ END: Final = 2
 HELD: Final = 3
 ERROR: Final = 4
 GO: Final = 5
+ROOM: Final = 6  # from the destination: spans that it cannot map
+LAYOUT: Final = 7  # spans to unmap and to map, before the process stands still
+PAGES: Final = 8  # spans, whose pages follow
+ROUNDS_END: Final = 9  # from the source, and back when all has been dealt with
+KEEP: Final = 10  # what of all that is still true
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below
 MAX_SMALL: Final = 1 << 20  # END, HELD, ERROR, GO
 PAGE: Final = 4096
-_TOP: Final = 1 << 47
+TOP: Final = 1 << 47  # bytes of address space
 
 
 class ImageError(OSError):
@@ -191,7 +197,7 @@ def _typed(kind: type[T], values: list[Any]) -> T:
 def _check(image: Image) -> None:
     previous = 0
     for region in image.regions:
-        if not previous <= region.start < region.end <= _TOP or (region.start | region.end) % PAGE:
+        if not previous <= region.start < region.end <= TOP or (region.start | region.end) % PAGE:
             raise ImageError("mappings overlap or are not aligned")
         if not -1 <= region.file < len(image.files):
             raise ImageError("a mapping refers to no file")
@@ -201,7 +207,7 @@ def _check(image: Image) -> None:
     if sum(length for _, length in runs_of(image)) != image.total:
         raise ImageError("sizes do not add up")
     for address, length in runs_of(image):
-        if address % PAGE or length % PAGE or not 0 < length <= _TOP or address + length > _TOP:
+        if address % PAGE or length % PAGE or not 0 < length <= TOP or address + length > TOP:
             raise ImageError("pages lie outside the address space")
 
 

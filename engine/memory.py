@@ -25,6 +25,7 @@ SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
 
 # VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
 _ADVICE: Final = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+WATCHED: Final = "uw"  # among VmFlags: a userfaultfd records writes, or answers them
 _UNMOVABLE: Final = {
     "ht": "huge pages (hugetlb)", "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw":
     "userfaultfd",
@@ -41,10 +42,16 @@ class Survey:
         whole: spans of files that are gone: carried as anonymous memory with all their bytes.
         shared: spans of shared anonymous memory.
         bare_code: executable mappings without a file.
+        clean: pages that have not been written since they were sent, as far as `watched`.
+
+    Args:
+        watched: the process has our own record of its writes (engine/tracking.py).
     """
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: Frozen, watched: bool = False) -> None:
         self._frozen = frozen
+        self._watched = watched
+        self.clean: list[tuple[int, int]] = []
         self.regions: list[Region] = []
         self.files: list[MappedFile] = []
         self.special: list[list[object]] = []
@@ -74,7 +81,7 @@ class Survey:
             self.special.append([vma.path, vma.start, vma.end])
             return
         for flag, what in _UNMOVABLE.items():
-            if flag in vma.flags and vma.path not in SPECIAL:
+            if flag in vma.flags and vma.path not in SPECIAL and not (flag == WATCHED and self._watched):
                 self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
                 return
         anonymous = vma.path == "" or vma.path.startswith(("[heap]", "[stack", "[anon:"))
@@ -186,6 +193,9 @@ class Survey:
 
     def _private(self, descriptor: int) -> list[tuple[int, int]]:
         try:
+            if self._watched:
+                written, self.clean = pagemap.marked_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
+                return sorted(written + self.clean)
             return pagemap.private_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
         except pagemap.NoScan:  # before Linux 6.7: leave out what has no pages, it may be terabytes
             touched = procfs.touched(procfs.read(f"{self._frozen.live}/smaps"))

@@ -27,6 +27,7 @@ from engine.restore_files import begins_in_root, open_all
 from engine.restore_state import credential_rows, process_rows, signal_rows
 from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
+from engine.staging import Keep, Stage
 from engine.target import Target
 
 _MAP_FIXED_NOREPLACE: Final = 0x100000
@@ -42,8 +43,14 @@ class Builder:
     """One rebuilding, step by step: `begin`, `pages`, `complete`, then `resume` or the target's `discard`."""
 
     def __init__(
-        self, target: Target, image: Image, externals: dict[int, int], ghost: dict[int, int] | None = None
+        self,
+        target: Target,
+        image: Image,
+        externals: dict[int, int],
+        ghost: dict[int, int] | None = None,
+        ahead: tuple[Stage, Keep] | None = None,
     ) -> None:
+        self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}
         self._opened: list[int] = []
@@ -90,6 +97,10 @@ class Builder:
         calls = Calls(target.injection)
         if target.in_place:
             target.unmap_all(calls)
+        if self._ahead is not None:
+            stage, keep = self._ahead
+            stage.settle(calls, image, keep)
+            stage.forget()
         self._move_special(calls)
         self._map_regions(calls, numbers)
         self._describe(calls, numbers)
@@ -165,12 +176,14 @@ class Builder:
         return result
 
     def _map_regions(self, calls: Calls, numbers: list[int]) -> None:
+        kept = set(self._ahead[1].regions) if self._ahead is not None else set()
         for r in self.image.regions:
             size = r.end - r.start
             fd = numbers[r.file] if r.file >= 0 else -1
             what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else "memory"
             prot, flags = nameless.widened(self.image, r), r.flags | _MAP_FIXED_NOREPLACE
-            calls.add("mmap", r.start, size, prot, flags, fd, r.offset, label=f"mapping {what}")
+            if (r.start, r.end) not in kept:
+                calls.add("mmap", r.start, size, prot, flags, fd, r.offset, label=f"mapping {what}")
             for advice in r.advice:
                 calls.add("madvise", r.start, size, advice, must=False)
             if r.name:

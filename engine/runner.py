@@ -14,6 +14,7 @@ anything to
 a process whose tracer is gone. int3 and single-stepping would kill it with SIGTRAP.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -166,6 +167,7 @@ class Injection:
         self._slot = _SLOT
         self.stopped_by = 0
         self.others: list[int] = []  # threads that an exec is going to kill and that we have to reap for it
+        self.while_waiting: Callable[[], object] | None = None  # called every now and then in a long wait
         self.on_event: Callable[[], object] | None = None  # called at a fork or clone event
         self._heal: list[bytes] = []
 
@@ -285,6 +287,9 @@ class Injection:
             status = ptrace.wait_nohang(self.tid)
             if status is not None:
                 return status
+            if self.while_waiting is not None:
+                with contextlib.suppress(OSError):  # of a process that is in the middle of an exec, or ends
+                    self.while_waiting()
             for tid in list(self.others):
                 ended = ptrace.wait_nohang(tid)
                 if ended is not None and not os.WIFSTOPPED(ended):
@@ -315,7 +320,8 @@ class Injection:
         """Continue to the expected stop; True when it is an event instead."""
         while True:
             ptrace.ptrace(request, self.tid)
-            status = self._wait_reaping() if self.others else ptrace.wait(self.tid)
+            polls = self.others or self.while_waiting is not None
+            status = self._wait_reaping() if polls else ptrace.wait(self.tid)
             if not os.WIFSTOPPED(status):
                 raise ProcessGone(self.pid)
             stop = status >> 8

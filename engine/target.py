@@ -20,6 +20,7 @@ from engine.linux.procfs import Vma
 from engine.memory import SPECIAL
 from engine.placeholders import find_placeholder, placing
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
+from engine.spans import Spans
 from engine.spawn import Child, Relative, bear_stand_ins, freeze_patiently, spawn_child
 from engine.terminals import Terminal
 
@@ -46,6 +47,7 @@ class Target:
         spans: (start, end) of the mappings the process has now.
         special: name -> (start, end) of its vDSO and vvar.
         own_fds: descriptor numbers in use that a rebuilt descriptor must not disturb before the commit.
+        staged: memory of the process that is there already (engine/staging.py).
     """
 
     home = False  # on the master, in its ghost
@@ -59,6 +61,7 @@ class Target:
         self.inner_sock = -1
         self.own_fds: list[int] = []
         self.threads: list[int] = []  # host tids beside the leader
+        self.staged: Spans = []
         self.pidfd = process_vm.pidfd_open(pid)
 
     def open_socket(self, calls: Calls) -> int:
@@ -98,7 +101,7 @@ class Target:
         guard = 4096
         if not any(first < inj.base + SCRATCH_SIZE + guard and inj.base - guard < last for first, last in taken):
             return
-        hole = find_hole(taken + self.spans + [(inj.base, inj.base + SCRATCH_SIZE)], SCRATCH_SIZE)
+        hole = find_hole(taken + self.spans + self.staged + [(inj.base, inj.base + SCRATCH_SIZE)], SCRATCH_SIZE)
         inj.call("mremap", inj.base, SCRATCH_SIZE, SCRATCH_SIZE, _MREMAP_MOVE_FIXED, hole, subject="moving the scratch")
         inj.adopt(hole)
         self.scratch_moved(hole)
@@ -112,7 +115,7 @@ class Target:
         if pointer:  # the kernel would go on writing there
             calls.add("rseq", pointer, size, _RSEQ_UNREGISTER, signature)
         base = self.injection.base
-        kept = sorted([(base, base + SCRATCH_SIZE), *self.special.values()])
+        kept = sorted([(base, base + SCRATCH_SIZE), *self.special.values(), *self.staged])
         at = 0
         for first, last in [*kept, (_TOP, _TOP)]:
             if first > at:

@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, Final
 
 import msgpack
@@ -26,11 +27,14 @@ from engine.ghosting import Passed, become_ghost
 from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets, procfs, ptrace
 from engine.onexec import Armed, end
+from engine.precopy import Rounds
 from engine.restore import Builder
 from engine.runner import ProcessGone
 from engine.spawn import Relative
+from engine.staging import Child, Ghost, Keep, Stage
 from engine.stream import RECEIVE, Aborted, Stream, accept, connect, widen
 from engine.target import Target, place_child, seize_ghost
+from engine.tracking import Unwatchable, Watch
 
 TOKEN_SIZE: Final = 32
 _HELD_TIMEOUT_S: Final = 60.0
@@ -54,6 +58,7 @@ class Source:
         self._image: img.Image | None = None
         self._passed: Passed | None = None
         self._stream: Stream | None = None  # to the worker that holds the copy
+        self._rounds: Rounds | None = None  # in which memory goes ahead
         self.afterwards: Callable[[], object] | None = None
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
 
@@ -72,13 +77,60 @@ class Source:
         return {"refusals": dump.obstacles_of(int(request["pid"]), bool(request.get("family")))}
 
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
-        """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop."""
+        """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
+
+        `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
+        """
         if self._frozen is not None:
             raise OSError(16, f"{_ORDER}: a process is frozen already")
+        limit = request.get("unless")
+        if limit is not None and (own := procfs.own_bytes(int(request["pid"]))) >= limit:
+            return {"large": own}
         writing = bool(request.get("writing"))
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
         return self.inspect(request, fds) if request.get("inspect") else {}
+
+    def watch(self, request: Reply, fds: list[int]) -> Reply:
+        """Begin to send memory ahead, to a destination that is at its `stage`; `watched` tells whether that can be.
+
+        Where not (`why`), the process is as before, and moves without.
+        """
+        if self._frozen is not None or self._rounds is not None:
+            raise OSError(16, f"{_ORDER}: a process is held already")
+        pid = int(request["pid"])
+        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")))
+        if refusals:
+            return {"watched": False, "why": refusals[0]}
+        try:
+            watch = Watch.begin(pid)
+        except Unwatchable as error:
+            return {"watched": False, "why": str(error.strerror)}
+        try:
+            stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+            stream.send(request["token"])
+            self._rounds = Rounds(pid, watch, stream)
+        except BaseException:
+            watch.close()
+            raise
+        return {"watched": True}
+
+    def copy(self, request: Reply, fds: list[int]) -> Reply:
+        """Send memory ahead for `seconds`. Returns how far the rounds are: engine/precopy.py, `Progress`."""
+        if self._rounds is None:
+            raise OSError(22, f"{_ORDER}: nothing is watched")
+        return asdict(self._rounds.advance(float(request["seconds"])))
+
+    def unwatch(self, request: Reply, fds: list[int]) -> Reply:
+        """Give up the rounds; the process runs on, and is as it was."""
+        self._end_rounds()
+        return {}
+
+    def _end_rounds(self) -> bool:
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.close()
+        return rounds is not None
 
     def arm(self, request: Reply, fds: list[int]) -> Reply:
         """Seize a process that is to be stopped at its next exec; `look` at it."""
@@ -134,7 +186,7 @@ class Source:
             self._settled = True
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
-            bool(request.get("at_home")),
+            bool(request.get("at_home")), self._rounds,
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
@@ -152,6 +204,7 @@ class Source:
         """Stream the image to the destination's worker; wait until it holds.
 
         fds: ghost program and control socket, where the process is going to become a ghost.
+        `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
         """
         if self._inspection is None:
             raise OSError(22, f"{_ORDER}: inspect first")
@@ -162,10 +215,12 @@ class Source:
                 "text": self._inspection.refusals[0],
                 "refusals": self._inspection.refusals,
             }
-        stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+        stream = self._open_stream(request)
         try:
-            stream.send(request["token"])
             image = self._image = self._image or dump.build(self._inspection)
+            if request.get("ahead") and self._inspection.keep is not None:
+                self._inspection.leave_out(image)
+                stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
             try:
                 total, ms = dump.write(self._inspection, image, stream.send)
             except (BrokenPipeError, ConnectionResetError) as error:
@@ -180,6 +235,19 @@ class Source:
             raise
         self._stream = stream
         return {"bytes": total, "ms": ms}
+
+    def _open_stream(self, request: Reply) -> Stream:
+        if self._rounds is not None and request.get("ahead"):
+            stream, self._rounds.stream = self._rounds.stream, None
+            if stream is not None:
+                return stream
+        stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+        try:
+            stream.send(request["token"])
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def release(self, request: Reply, fds: list[int]) -> Reply:
         """Let it run on here."""
@@ -199,12 +267,12 @@ class Source:
         frozen = self._held()
         if self._inspection is None or (self._passed is None and len(fds) != 2):
             raise OSError(22, f"{_ORDER}: become_ghost wants an inspected process and two descriptors")
-        with self._last_word(request):
+        with self._last_word(request) as gone:
             self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
             table = self._inspection.descriptors.table
             cloexec = [number for entry in table for number, closes in entry["fds"] if closes]
             closed = self._inspection.descriptors.closed
-            become_ghost(frozen, cloexec, closed, self._passed, list(request.get("env", [])))
+            become_ghost(frozen, cloexec, closed, self._passed, list(request.get("env", [])), gone)
         self._forget()
         note.erase()
         return {}
@@ -212,11 +280,14 @@ class Source:
     def vanish(self, request: Reply, fds: list[int]) -> Reply:
         """Kill the frozen source: it lives elsewhere now. `go`: tell the copy that it may run."""
         frozen = self._held()
-        with self._last_word(request):
+        with self._last_word(request) as gone:
             self._frozen = None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(frozen.pid, signal.SIGKILL)
             faults.hold("vanish")
+            # It will never run again. That its memory is given back, 30 ms a GB, need not be waited for.
+            if self._inspection is not None and not any(e.get("locks") for e in self._inspection.descriptors.table):
+                gone()
             for thread in reversed(frozen.threads):  # the leader's end is reported last
                 with contextlib.suppress(OSError):
                     while os.WIFSTOPPED(ptrace.wait(thread.tid)):
@@ -227,17 +298,26 @@ class Source:
         return {}
 
     @contextlib.contextmanager
-    def _last_word(self, request: Reply) -> Iterator[None]:
+    def _last_word(self, request: Reply) -> Iterator[Callable[[], None]]:
         """The source ends in this context. Its copy, which must be there up to that moment, is told whether it did: by
-        a word, or by the end of the connection alone."""
+        a word, or by the end of the connection alone.
+
+        Gives what says the word as soon as the source is sure to run no more; else it is said at the end.
+        """
         stream, self._stream = self._stream, None
+        said: list[bool] = []
+
+        def gone() -> None:
+            if stream is not None and request.get("go") and not said:
+                said.append(True)
+                with contextlib.suppress(OSError):  # the daemon will tell it
+                    stream.send(img.frame(img.GO, b""))
+
         try:
             if stream is not None and stream.has_ended():
                 raise OSError(32, "the worker that holds the copy is gone")
-            yield
-            if stream is not None and request.get("go"):
-                with contextlib.suppress(OSError):  # the daemon will tell it
-                    stream.send(img.frame(img.GO, b""))
+            yield gone
+            gone()
         finally:
             if stream is not None:
                 stream.close()
@@ -251,6 +331,7 @@ class Source:
         self._frozen, self._inspection, self._settled = None, None, False
         self._image = self._passed = self.afterwards = None
         self._seen = ({}, {})
+        self._end_rounds()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -265,13 +346,14 @@ class Source:
     def undo(self) -> bool:
         """The daemon is gone, or gives up. Returns whether there was anything to undo."""
         frozen, settled = self._frozen, self._settled
+        watched = self._rounds is not None
         self._take_back()
         self._forget()
         if frozen is not None and settled:
             frozen.release()
         elif frozen is not None:
             abandon(frozen)
-        return frozen is not None or self._armed is not None
+        return frozen is not None or self._armed is not None or watched
 
 
 class Destination:
@@ -283,16 +365,15 @@ class Destination:
         self._listener: socket.socket | None = None
         self._token = b""
         self._builder: Builder | None = None
-        self._stream: Stream | None = None  # to the source's worker, once the copy is whole
+        self._stream: Stream | None = None  # to the source's worker, once the copy is whole, or memory has come ahead
+        self._stage: Stage | None = None  # that memory
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
         """Make the stopped child, or seize the ghost, and listen."""
         if self._target is not None:
             raise OSError(16, f"{_ORDER}: a process is being built already")
         place = request["place"]
-        family = socket.AF_INET6 if ":" in request["address"] else socket.AF_INET
-        listener = socket.create_server((request["address"], 0), family=family, backlog=8)
-        widen(listener, RECEIVE)
+        listener = _listen(request["address"])
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
@@ -303,26 +384,61 @@ class Destination:
                 )  # fmt: skip
             else:
                 self._target = seize_ghost(int(place["ghost"]))
+                self._target.staged = self._stage.spans if self._stage is not None else []
         except BaseException:
             listener.close()
             raise
+        return self._expect_source(listener)
+
+    def listen(self, request: Reply, fds: list[int]) -> Reply:
+        """Before `stage` where the process comes home: its ghost is not held before its `prepare`."""
+        self._close_listener()
+        return self._expect_source(_listen(request["address"]))
+
+    def _expect_source(self, listener: socket.socket) -> Reply:
         self._listener, self._token = listener, secrets.token_bytes(TOKEN_SIZE)
         return {"port": listener.getsockname()[1], "token": self._token}
 
+    def stage(self, request: Reply, fds: list[int]) -> Reply:
+        """Take memory that comes ahead, into what `prepare` made or into the ghost `ghost`, until all of it is there.
+
+        `receive`, with `ahead`, goes on with the same connection.
+        """
+        if self._listener is None or self._stage is not None:
+            raise OSError(22, f"{_ORDER}: prepare or listen first")
+        if self._target is None and "ghost" not in request:
+            raise OSError(22, f"{_ORDER}: there is no process to fill")
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        self._stage = Stage(Child(self._target) if self._target is not None else Ghost(int(request["ghost"])))
+        try:
+            stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+            self._stream = stream
+            self._stage.receive(stream)
+        except BaseException:
+            self.undo()
+            raise
+        return {"bytes": self._stage.received}
+
     def receive(self, request: Reply, fds: list[int]) -> Reply:
-        """Take the image and build the process, stopped. fds: as `externals` refers to them."""
+        """Take the image and build the process, stopped. fds: as `externals` refers to them.
+
+        `ahead`: on the connection of `stage`, and with what has come there.
+        """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{_ORDER}: prepare first")
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
         ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
         timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        ahead = bool(request.get("ahead")) and self._stage is not None
         try:
-            stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+            stream = self._stream if ahead and self._stream is not None else None
+            if stream is None:
+                stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
         except BaseException:
             self.undo()
             raise
         try:
-            total = self._build(stream, externals, ghost_fds)
+            total = self._build(stream, externals, ghost_fds, ahead)
             stream.send(img.frame(img.HELD, b""))
             self._stream = stream
         except BaseException as error:
@@ -350,11 +466,15 @@ class Destination:
             return {"running": False}
         return {"running": True} | self.resume(request, fds)
 
-    def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int]) -> int:
+    def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool) -> int:
         assert self._target is not None
+        before = None
+        if ahead and self._stage is not None:
+            _, body = img.read_frame(stream.receive, (img.KEEP,), img.MAX_META)
+            before = (self._stage, Keep.unpacked(body))
         _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
         image = img.decode(body)
-        builder = self._builder = Builder(self._target, image, externals, ghost_fds)
+        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before)
         builder.begin()
         builder.pages(stream.receive_into)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
@@ -371,7 +491,7 @@ class Destination:
         files = {} if target.home else builder.take_files()
         hostpid = builder.resume()
         builder.close()
-        self._builder = self._target = None
+        self._builder = self._target = self._stage = None
         self._close_stream()
         return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
 
@@ -394,13 +514,22 @@ class Destination:
         """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
         self._close_listener()
         self._close_stream()
-        builder, target = self._builder, self._target
-        self._builder = self._target = None
+        builder, target, stage = self._builder, self._target, self._stage
+        self._builder = self._target = self._stage = None
+        if stage is not None:
+            stage.discard(target)
         if builder is not None:
             builder.close()
         if target is not None:
             target.discard()
-        return target is not None
+        return target is not None or stage is not None
+
+
+def _listen(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family, backlog=8)
+    widen(listener, RECEIVE)
+    return listener
 
 
 def _question(request: Reply) -> Reply:
@@ -435,6 +564,9 @@ def serve(control: socket.socket) -> bool:
         "hello": lambda request, fds: {"pid": os.getpid()},
         "look": source.look,
         "obstacles": source.obstacles,
+        "watch": source.watch,
+        "copy": source.copy,
+        "unwatch": source.unwatch,
         "freeze": source.freeze,
         "arm": source.arm,
         "wait_exec": source.wait_exec,
@@ -445,6 +577,8 @@ def serve(control: socket.socket) -> bool:
         "become_ghost": source.become_ghost,
         "vanish": source.vanish,
         "prepare": destination.prepare,
+        "listen": destination.listen,
+        "stage": destination.stage,
         "receive": destination.receive,
         "follow": destination.follow,
         "resume": destination.resume,

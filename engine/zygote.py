@@ -202,7 +202,7 @@ class _Pool:
         return True
 
     def _fork(self, fd: int) -> None:
-        shared = mmap.mmap(-1, 4096)
+        shared = mmap.mmap(-1, note.SIZE)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             pid = os.fork()

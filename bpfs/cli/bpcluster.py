@@ -11,7 +11,7 @@ from errno import EPERM
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
 from bpfs.cli.virtualdown import node_states, take_down
-from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_LEASE, parse_size
+from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_LEASE, DEFAULT_PRECOPY, parse_precopy, parse_size
 from bpfs.errors import BpfsError
 from bpfs.rundir import RunDir, chosen_mount
 
@@ -60,6 +60,13 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _precopy(text: str) -> int | None:
+    try:
+        return parse_precopy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(PROG, "Runs a cluster of virtual nodes on this machine.", _EPILOG)
     # After the verb it counts as well as before it.
@@ -91,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         default=DEFAULT_CACHE_SIZE,
         help="with an empty root: what a node may keep of it, as 500M (default: 1G)",
+    )
+    up.add_argument(
+        "--precopy",
+        metavar="SIZE",
+        type=_precopy,
+        default=DEFAULT_PRECOPY,
+        help="memory of a process from which on it moves while it runs, or `off` (default: 32M)",
     )
     up.add_argument("--no-tree", action="store_true", help="do not mount the tree")
     up.add_argument("--verbose", action="store_true", help="log more")
@@ -124,11 +138,11 @@ def _up(args: argparse.Namespace, mount: str) -> int:
     from bpfs.cli.virtual import Up, UpOptions
 
     empty, exports = args.root == "empty", ("default", *args.export)
-    Up(
-        UpOptions(
-            mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports, args.cachesize
-        )
-    ).run()
+    options = UpOptions(
+        mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports, args.cachesize,
+        args.precopy,
+    )  # fmt: skip
+    Up(options).run()
     return 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from bpfs import daemon, kernel, log
 from bpfs.cli import virtualnet
 from bpfs.cli.virtualdown import is_mounted, node_states, take_down
-from bpfs.config import DEFAULT_CACHE_SIZE, Config
+from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_PRECOPY, Config
 from bpfs.daemon import Ready, Started
 from bpfs.errors import BpfsError
 from bpfs.master.app import MasterOptions, serve
@@ -49,6 +49,7 @@ class UpOptions:
     empty: bool = False
     exports: tuple[str, ...] = ()
     cachesize: int = DEFAULT_CACHE_SIZE
+    precopy: int | None = DEFAULT_PRECOPY
 
 
 @contextmanager
@@ -133,6 +134,7 @@ class Up:
         options, rundir = self._options, self._rundir
         config = Config(address=address, port=0, lease=options.lease, key=rundir.key, mount=options.mount)
         config.exports, config.cachesize = list(options.exports), options.cachesize
+        config.precopy = options.precopy
 
         def body(ready: Ready) -> int:
             log.start("bpmaster", None, options.verbose)

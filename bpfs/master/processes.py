@@ -24,9 +24,8 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     """The cluster's processes for as long as the context lasts; every ghost ends with it."""
     table = ProcTable(cluster.events.post)
     ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
-    mount = cluster.config.mount
-    programs = Programs(RunDir(mount).programs)
-    around = Surroundings(ghosts, cluster.streams, programs, cluster.blocks, mount, cluster.config.lease)
+    programs = Programs(RunDir(cluster.config.mount).programs)
+    around = Surroundings(ghosts, cluster.streams, programs, cluster.blocks, cluster.config)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)
     births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)

@@ -67,7 +67,10 @@ class ProcFiles:
             return lambda proc: Access(proc.identity.uid, proc.identity.gid, mode)
 
         async def move(proc: Process, request: WriteRequest) -> None:
-            await procs.move(proc.pid, parse_number(request.text, -1, 2**31 - 1, "node"), request)
+            if request.text.strip() == "cancel":
+                procs.cancel(proc, request.caller)
+            else:
+                await procs.move(proc.pid, parse_number(request.text, -1, 2**31 - 1, "node"), request)
 
         async def send_signal(proc: Process, request: WriteRequest) -> None:
             await procs.signal(proc, parse_signal(request.text), request.caller)
@@ -84,12 +87,16 @@ class ProcFiles:
         return Table(
             File(
                 "node",
-                "where it runs, or `migrating`; write a node's number to move it",
+                "where it runs, or `migrating`; write a node's number to move it, `cancel` to call a move off",
                 read=_node,
                 write=move,
                 access=owned(0o644),
             ),
-            File("state", "running, stopped, ended, or `migrating: PHASE for node N`", read=_state),
+            File(
+                "state",
+                "running, stopped, ended, `migrating: PHASE for node N` or `migrating: round 3, 412 of 1024 MB`",
+                read=_state,
+            ),
             File("cmdline", "its command line, as in /proc/PID/cmdline", read=lambda proc: proc.identity.cmdline),
             File("rusage", "CPU time in seconds and memory in kB, `key value` lines", read=rusage, sized=False),
             File("signal", "write a signal's name or number", write=send_signal, access=owned(0o200)),
@@ -157,13 +164,15 @@ class ProcFiles:
 
 async def _node(proc: Process) -> str:
     await proc.wait_landed()
+    if proc.copying:
+        return f"migrating: {proc.copying}\n"
     return "migrating\n" if proc.state is ProcState.MIGRATING else f"{proc.place}\n"
 
 
 async def _state(proc: Process) -> str:
     await proc.wait_landed()
-    if proc.state is ProcState.MIGRATING:
-        return f"migrating: {proc.progress}\n"
+    if proc.copying or proc.state is ProcState.MIGRATING:
+        return f"migrating: {proc.copying or proc.progress}\n"
     return f"{proc.state.value}\n"
 
 

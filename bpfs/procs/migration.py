@@ -13,6 +13,9 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
+
+A large process's memory goes ahead in rounds (`_copy_ahead`, engine/precopy.py) while it runs on and nothing has been
+decided: its signals, stops, forks and its end are dealt with as if nothing moved it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import errno
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,14 +35,16 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs import faults
-from bpfs.procs.places import Engine, Place
-from bpfs.procs.process import ExitStatus, Process
+from bpfs.procs.places import CALL_TIMEOUT, Engine, Place
+from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.tree.base import WriteRequest
 from engine.facts import unlike
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
+MB = 1 << 20
 FRESH = 0.002  # seconds after the destination said that its copy is whole within which it need not be asked again
+SLICE = 0.2  # seconds of copying ahead between two reports
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
@@ -65,6 +70,7 @@ class Phase(enum.Enum):
     """Where a migration is, in the words of procs/PID/state."""
 
     PREPARE = "prepare"  # the destination makes an empty process with the pid
+    PRECOPY = "precopy"  # memory goes ahead, round by round, while the process runs; only of large ones
     ATTACH = "attach"  # ends of stdio at the destination are made, beside prepare; anew where the freeze shows others
     FREEZE = "freeze"  # the source stops, all threads; its own write is answered
     INSPECT = "inspect"  # what cannot move is refused here; nothing has been touched yet
@@ -125,6 +131,12 @@ class Migration(ABC):
         if differences := unlike(source.facts, destination.facts):
             self.looking["unlike"] = differences
         self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
+        self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
+        self.before = proc.state  # what it does when no move owns it
+        self._ahead = False  # the destination has memory that went ahead
+        self._watched = False  # the source's engine may hold its record of writes
+        self._calm = AsyncExitStack()  # has `quiet`
+        self._scope: trio.CancelScope | None = None  # of all that can be called off
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
@@ -140,11 +152,14 @@ class Migration(ABC):
             BpfsError: the process runs on where it was, or ended with the place that held it.
         """
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.quiet())
+            await stack.enter_async_context(self._calm)
+            await self._calm.enter_async_context(self.quiet())
             src = await stack.enter_async_context(self.source.engine())
             dst = await stack.enter_async_context(self.destination.engine())
 
             async def release(error: BpfsError) -> None:
+                if self._watched and not self.figures.frozen:
+                    await src.call("unwatch")
                 if self.figures.frozen:
                     await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
 
@@ -174,7 +189,11 @@ class Migration(ABC):
 
     async def _move(self, src: Engine, dst: Engine, look: Look | None, stop: Stop, release: Release) -> None:
         try:
-            await self._make(src, dst, look, stop)
+            with trio.CancelScope() as self._scope:
+                await self._make(src, dst, look, stop)
+            scope, self._scope = self._scope, None
+            if scope.cancel_called:
+                raise BpfsError(errno.ECANCELED, f"the move of process {self.proc.pid} was cancelled")
         except BaseException as error:
             known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
             self.fail(known)
@@ -183,6 +202,13 @@ class Migration(ABC):
             raise
         with trio.CancelScope(shield=True):
             await self._commit(src, dst, release)
+
+    def cancel(self) -> bool:
+        """Calls the move off. Returns False where it is too late for that."""
+        if self._scope is None or self.proc.landing:
+            return False
+        self._scope.cancel()
+        return True
 
     # -- what a route adds -------------------------------------------------------------------------------------
 
@@ -197,6 +223,10 @@ class Migration(ABC):
         Returns:
             What `stop` said.
         """
+
+    @abstractmethod
+    async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
+        """Has the destination listen for memory that comes ahead; what its operation `stage` is told."""
 
     @abstractmethod
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
@@ -246,6 +276,9 @@ class Migration(ABC):
     async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> None:
         await self._enter(Phase.PREPARE)
         summary = await (self.make_ready(dst, look, stop) if look else stop())
+        if "large" in summary:
+            await self._copy_ahead(src, dst)
+            summary = await stop()
         landing = await self.land(dst, summary)
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
@@ -254,16 +287,61 @@ class Migration(ABC):
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         await transfer(
-            lambda: src.call("send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token),
+            lambda: src.call(
+                "send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead
+            ),
             lambda: dst.call(
                 "receive",
                 landing.fds,
                 externals=landing.externals,
                 ghost_fds=landing.ghost_fds,
                 timeout_s=RECEIVE_TIMEOUT,
+                ahead=self._ahead,
             ),
             self.figures,
         )
+
+    # -- ahead of them -----------------------------------------------------------------------------------------
+
+    async def _copy_ahead(self, src: Engine, dst: Engine) -> None:
+        async with self._at_large():
+            landing, where = await self.stage(dst)
+            self._watched = True
+            reply = await src.call(
+                "watch", pid=await self.source.hostpid(self.proc), host=landing.host, port=landing.port,
+                token=landing.token, **self.looking,
+            )  # fmt: skip
+            if not reply["watched"]:
+                _log.info("process %d is copied while it stands still: %s", self.proc.pid, reply["why"])
+                return
+            await transfer(
+                lambda: self._rounds(src), lambda: dst.call("stage", timeout_s=CALL_TIMEOUT, **where), self.figures
+            )
+            self._ahead = True
+
+    async def _rounds(self, src: Engine) -> dict[str, Any]:
+        while True:
+            at = await src.call("copy", seconds=SLICE)
+            self.proc.copying = f"round {at['round']}, {at['sent'] // MB} of {-(-at['size'] // MB)} MB"
+            await faults.hold(Phase.PRECOPY.value)
+            if at["done"]:
+                return {"bytes": at["total"]}
+
+    @asynccontextmanager
+    async def _at_large(self) -> AsyncIterator[None]:
+        """The process runs on in this context: nothing is kept back from it, whatever happens to it counts at once."""
+        proc = self.proc
+        proc.state, proc.busy, proc.copying = self.before, f"it moves to node {self.destination.number}", "round 1"
+        await self._calm.aclose()
+        try:
+            yield
+        finally:
+            proc.busy = proc.copying = ""
+            if proc.state in (ProcState.RUNNING, ProcState.STOPPED):
+                self.before, proc.state = proc.state, ProcState.MIGRATING
+        await self._calm.enter_async_context(self.quiet())
+        if proc.state is not ProcState.MIGRATING or proc.source_lost:
+            raise BpfsError(errno.ESRCH, f"process {proc.pid} ended on the way")
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
@@ -277,7 +355,12 @@ class Migration(ABC):
         hostpid = await self.source.hostpid(self.proc)
         self.figures.frozen = time.perf_counter()
         if writer is None:
-            return await self._inspected(await src.call("freeze", pid=hostpid, inspect=True, **self.looking))
+            limit, self.precopy = self.precopy, None
+            reply = await src.call("freeze", pid=hostpid, inspect=True, unless=limit, **self.looking)
+            if "large" in reply:
+                self.figures.frozen = 0.0
+                return reply
+            return await self._inspected(reply)
         await src.call("freeze", pid=hostpid, writing=True)
         await writer.answer()
         return await self._inspected(await src.call("inspect", **self.looking))
@@ -415,7 +498,7 @@ async def transfer(
 
     async def sending(scope: trio.CancelScope) -> None:
         try:
-            figures.bytes = int((await send())["bytes"])
+            figures.bytes += int((await send())["bytes"])
         except BpfsError as error:
             errors["source"] = error
             scope.deadline = trio.current_time() + LAST_WORD

@@ -82,9 +82,10 @@ class Process:
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
+    copying: str = ""  # likewise, while its memory goes ahead and it runs on, as if nothing moved it
     landing: bool = False  # its outcome is a moment away, and the process itself may know it before the master
     onloss: OnLoss = OnLoss.KILL
-    busy: str = ""  # what keeps it from moving just now: a checkpoint
+    busy: str = ""  # what keeps it from moving just now: a checkpoint, or a move that copies ahead
     status: ExitStatus | None = None
     doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that
     history: list[Stay] = field(default_factory=list)

@@ -20,6 +20,7 @@ from typing import Any
 import trio
 
 from bpfs import log
+from bpfs.config import Config
 from bpfs.errors import BpfsError
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
@@ -30,6 +31,7 @@ from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
+from bpfs.procs.table import read_identity
 from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
@@ -42,17 +44,20 @@ class Surroundings:
     """What all routes need of the master.
 
     Attributes:
+        precopy: bytes of memory from which on it is sent ahead; None: never.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
     def __init__(
-        self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, mount: str, lease: float
+        self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, config: Config
     ) -> None:
+        self.precopy = config.precopy
         self.ghosts = ghosts
         self.blocks = blocks
         self.streams = streams
         self.programs = programs
-        self.environment = [f"BPFS_GHOST={mount}".encode(), f"BPFS_LEASE={max(1, round(lease))}".encode()]
+        lease = max(1, round(config.lease))
+        self.environment = [f"BPFS_GHOST={config.mount}".encode(), f"BPFS_LEASE={lease}".encode()]
 
     def is_ghost(self, pid: int) -> bool:
         """Whether a process of the master is a ghost of this cluster by now.
@@ -76,6 +81,7 @@ class ToNode(Migration):
         self._externals: Externals | None = None  # what `_attached` was made for
         self._attached: Attached | None = None
         self._landing: Landing | None = None
+        self._born_as: tuple[object, ...] = ()
         self.children = [] if source.number != MASTER else procfs.children(proc.pid)  # have stand-ins over there
 
     @abstractmethod
@@ -95,13 +101,16 @@ class ToNode(Migration):
         _, summary = await together(lambda: self._prepare(dst), attach_and_stop)
         return summary
 
+    async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
+        assert self._landing is not None
+        return self._landing, {}
+
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         if self._attached is None or not self._has_foreseen(summary["externals"]):
             await self._attach_anew(dst, summary["externals"])
-        if set(self.children) != set(summary["process"]["children"]):
+        if self._born_as != self._birth() or set(self.children) != set(summary["process"]["children"]):
             self.children = summary["process"]["children"]
-            await dst.call("discard")
-            await self._prepare(dst)
+            await self._prepare_anew(dst)
         assert self._attached is not None and self._landing is not None
         self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
         return self._landing
@@ -147,8 +156,7 @@ class ToNode(Migration):
         await self._attach(externals)
         assert self._attached is not None
         if before or self._attached.terminal:
-            await dst.call("discard")
-            await self._prepare(dst)
+            await self._prepare_anew(dst)
 
     async def _detach(self) -> None:
         attached, self._attached = self._attached, None
@@ -156,9 +164,20 @@ class ToNode(Migration):
             attached.connection.close()
             await detach(self.destination, attached.number)
 
+    async def _prepare_anew(self, dst: Engine) -> None:
+        self._ahead = False  # what went ahead goes with the process that it went to
+        await dst.call("discard")
+        await self._prepare(dst)
+
+    def _birth(self) -> tuple[object, ...]:
+        """What decides how and under whom it is born on the node."""
+        who = self.proc.identity
+        return who.uid, who.ppid, who.pgid, who.sid
+
     async def _prepare(self, dst: Engine) -> None:
         """Has the node make the empty process, under placeholders for its parent, group and session."""
         proc, place = self.proc, self.destination
+        self._born_as = self._birth()
         identity = proc.identity
         address = place.address(self.source)
         reply = await dst.call(
@@ -194,6 +213,8 @@ class Leave(ToNode):
         return [self._program, self._control[1].fileno()]
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        if self._watched:  # it has been running for a while
+            self.proc.identity = read_identity(self.proc.pid)
         landing = await super().land(dst, summary)
         process = summary["process"]
         self._stdio.comm = os.fsencode(process["comm"])
@@ -306,6 +327,12 @@ class Return(Migration):
 
     async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
         return await stop()
+
+    async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
+        # Into the ghost, which goes on with its work.
+        address = self.destination.address(self.source)
+        reply = await dst.call("listen", address=address)
+        return Landing(address, reply["port"], reply["token"]), {"ghost": self.proc.pid}
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         # Threads that it has made on a node keep their ids, which the kernel does not give away here.

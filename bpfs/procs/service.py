@@ -68,10 +68,24 @@ class Procs:
         if proc.place == node:
             return
         migration = route(proc, self.place(proc.place), self.place(node), self._around)
+        migration.precopy = self._around.precopy
         if close:
             migration.looking["close"] = True
         writer = request if writes_itself(request.caller, proc) else None
         await self.carry_out(migration, lambda: migration.run(writer))
+
+    def cancel(self, proc: Process, caller: Caller) -> None:
+        """Calls off the move of a process, which stays where it is; the write that asked for the move fails.
+
+        Raises:
+            BpfsError: EACCES the caller may not; ESRCH it is not moving; EBUSY it is too late.
+        """
+        may_control(caller, proc)
+        migration = next((one for one in self._under_way if one.proc is proc), None)
+        if migration is None:
+            raise BpfsError(errno.ESRCH, f"process {proc.pid} is not moving")
+        if not migration.cancel():
+            raise BpfsError(errno.EBUSY, f"process {proc.pid} is arriving: it is too late to cancel that")
 
     async def admit(self, pid: int, node: int, caller: Caller) -> Process:
         """The process, when the caller may move it to that node now. Raises BpfsError as `move`."""
@@ -91,7 +105,7 @@ class Procs:
     async def carry_out(self, migration: Migration, run: Callable[[], Awaitable[None]]) -> None:
         """Runs a migration, and keeps table, log and events right whatever comes of it. Raises BpfsError."""
         proc, node = migration.proc, migration.destination.number
-        before = proc.state
+        migration.before = proc.state
         proc.state, proc.settled, proc.source_lost = ProcState.MIGRATING, trio.Event(), False
         self.table.add(proc)
         figures = migration.figures
@@ -112,7 +126,7 @@ class Procs:
             raise
         finally:
             if proc.state is ProcState.MIGRATING:
-                proc.state = before
+                proc.state = migration.before
             with trio.CancelScope(shield=True):
                 await self._settle(proc, migration.source.number)
             self._under_way.discard(migration)
@@ -184,7 +198,7 @@ class Procs:
 
     async def obstacles(self, proc: Process) -> list[str]:
         """Why the process cannot move now, in words; it is stopped for a moment to look."""
-        if proc.state is ProcState.MIGRATING:
+        if proc.copying or proc.state is ProcState.MIGRATING:
             return ["it is moving already"]
         place = self.place(proc.place)
         async with place.engine() as engine:

@@ -10,10 +10,12 @@ from typing import Final
 
 PAGE: Final = 4096
 _PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg of 96 bytes)
+_WRITTEN: Final = 2
 _FILE: Final = 4
 _PRESENT: Final = 8
 _SWAPPED: Final = 16
 _PFNZERO: Final = 32
+_WP_MATCHING: Final = 1  # flag: protect what matches, in the same step
 _REGIONS: Final = 1024
 # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 file page or shared anonymous
 _NOT_FILE: Final = 7 << 61
@@ -59,12 +61,36 @@ def private_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     Raises:
         NoScan: use `private_entries`.
     """
-    return _scan(pagemap, start, end, _FILE | _PFNZERO, _PRESENT | _SWAPPED)
+    return [(address, length) for address, length, _ in _scan(pagemap, start, end)]
 
 
-def _scan(pagemap: int, start: int, end: int, without: int, anyof: int) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    argument = _Argument(96, 0, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, without, without, anyof, anyof)
+def take_written(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
+    """The runs that were written since they were last taken, which counts from now on; in one step a page.
+
+    Only of mappings whose writes are recorded (`engine.linux.userfaultfd`). Raises as `private_runs`.
+    """
+    found = _scan(pagemap, start, end, required=_WRITTEN, flags=_WP_MATCHING)
+    return [(address, length) for address, length, _ in found]
+
+
+def marked_runs(pagemap: int, start: int, end: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """As `private_runs`, in two lists: written since they were last taken, and not. Raises likewise."""
+    written: list[tuple[int, int]] = []
+    clean: list[tuple[int, int]] = []
+    for address, length, categories in _scan(pagemap, start, end, returned=_WRITTEN):
+        (written if categories & _WRITTEN else clean).append((address, length))
+    return written, clean
+
+
+def _scan(
+    pagemap: int, start: int, end: int, required: int = 0, returned: int = 0, flags: int = 0
+) -> list[tuple[int, int, int]]:
+    """(address, length, those of `returned` that it has) of private data in all the categories `required`."""
+    runs: list[tuple[int, int, int]] = []
+    absent, anyof = _FILE | _PFNZERO, _PRESENT | _SWAPPED
+    argument = _Argument(
+        96, flags, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, absent, absent | required, anyof, returned
+    )
     address = ctypes.addressof(argument)
     while argument.start < end:
         try:
@@ -74,11 +100,11 @@ def _scan(pagemap: int, start: int, end: int, without: int, anyof: int) -> list[
                 raise NoScan(error.errno, "no PAGEMAP_SCAN") from None
             raise
         for i in range(count):
-            first, last = _vector[3 * i], _vector[3 * i + 1]
-            if runs and runs[-1][0] + runs[-1][1] == first:
-                runs[-1] = (runs[-1][0], last - runs[-1][0])
+            first, last, categories = _vector[3 * i], _vector[3 * i + 1], _vector[3 * i + 2]
+            if runs and runs[-1][0] + runs[-1][1] == first and runs[-1][2] == categories:
+                runs[-1] = (runs[-1][0], last - runs[-1][0], categories)
             else:
-                runs.append((first, last - first))
+                runs.append((first, last - first, categories))
         if argument.walk_end <= argument.start:
             break
         argument.start = argument.walk_end

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Final
 
 _CHUNK: Final = 1 << 16
+_PAGE: Final = 4096
 
 
 def read(path: str, directory: int | None = None) -> bytes:
@@ -58,6 +59,15 @@ def parse_stat(raw: bytes) -> Stat:
         get(20), get(22), mm,
         get(41), get(40), get(39),
     )  # fmt: skip
+
+
+def own_bytes(pid: int) -> int:
+    """Bytes of memory that are a process's own, about: present, and not of a file; 0 once it has ended."""
+    try:
+        _, resident, shared, *_ = read(f"/proc/{pid}/statm").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return (int(resident) - int(shared)) * _PAGE
 
 
 def has_ended(folder: str) -> bool:

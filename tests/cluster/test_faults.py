@@ -18,7 +18,8 @@ from tests.cluster.virtual import VirtualCluster, children, cluster, comm, set_l
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-PHASES = ["prepare", "freeze", "inspect", "attach", "transfer", "depart", "resume"]
+PHASES = ["prepare", "precopy", "freeze", "inspect", "attach", "transfer", "depart", "resume"]
+AHEAD = ("--precopy", "1M")  # the counter is large enough for that
 NODES = 8
 ROUTES = ("leave", "hop", "return")
 # A slave that is killed again and again waits longer and longer before it starts afresh: take turns.
@@ -46,7 +47,7 @@ def gates(session_folder):
 def it(session_folder, gates):
     os.environ["BPFS_HOLD"] = str(gates)
     try:
-        with cluster(session_folder / "faults", "--lease", "3", nodes=NODES) as made:
+        with cluster(session_folder / "faults", "--lease", "3", *AHEAD, nodes=NODES) as made:
             yield made
     finally:
         os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
@@ -179,13 +180,13 @@ def test_the_ghost_is_killed(it, gates, counter, route, phase):
 def wired(session_folder, gates):
     os.environ["BPFS_HOLD"] = str(gates)
     try:
-        with cluster(session_folder / "wired", "--lease", "3", "--netns", nodes=3) as made:
+        with cluster(session_folder / "wired", "--lease", "3", "--netns", *AHEAD, nodes=3) as made:
             yield made
     finally:
         os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
 
 
-@pytest.mark.parametrize("phase", ["transfer", "depart"])
+@pytest.mark.parametrize("phase", ["precopy", "transfer", "depart"])
 @pytest.mark.parametrize(("route", "cut"), [((-1, 1), 1), ((0, 1), 1), ((0, 1), 0), ((0, -1), 0)], ids=str)
 def test_the_network_is_cut(wired, gates, counter, route, cut, phase):
     move = Interrupted(wired, gates, counter, route, phase)
