@@ -488,29 +488,31 @@ async def transfer(
 ) -> None:
     """Sends and receives at once.
 
-    Where the source fails the destination may never hear of it and is not waited for; but where only the connection
+    Where one side fails the other may never hear of it and is not waited for; but where only the connection
     failed, the destination says a moment later why.
 
     Raises:
         BpfsError: the source's, which knows what the destination said; else the destination's.
     """
     errors: dict[str, BpfsError] = {}
+    source_scope, scope = trio.CancelScope(), trio.CancelScope()
 
-    async def sending(scope: trio.CancelScope) -> None:
-        try:
-            figures.bytes += int((await send())["bytes"])
-        except BpfsError as error:
-            errors["source"] = error
-            scope.deadline = trio.current_time() + LAST_WORD
+    async def sending() -> None:
+        with source_scope:
+            try:
+                figures.bytes += int((await send())["bytes"])
+            except BpfsError as error:
+                errors["source"] = error
+                scope.deadline = trio.current_time() + LAST_WORD
 
     async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-        nursery.start_soon(sending, scope)
+        nursery.start_soon(sending)
         with scope:
             try:
                 await receive()
             except BpfsError as error:
                 errors["destination"] = error
+                source_scope.deadline = trio.current_time() + LAST_WORD
     source = errors.get("source")
     if source is not None and not (source.code in CONNECTION_ERRORS and "destination" in errors):
         raise source

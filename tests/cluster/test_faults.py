@@ -9,12 +9,12 @@ import itertools
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
-from tests.cluster.virtual import VirtualCluster, children, cluster, comm, set_link, wait_until
+from tests.cluster.held import Interrupted, kill_workers
+from tests.cluster.moving import check_counting, counting, finish, place, processes_of
+from tests.cluster.virtual import VirtualCluster, cluster, set_link, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -67,44 +67,6 @@ def counter():
         yield process
 
 
-def kill_workers(daemon: int) -> None:
-    """kill -9 of all engine workers of a daemon."""
-    for zygote in children(daemon):
-        if comm(zygote) == "bpfs-zygote":
-            for worker in children(zygote):
-                os.kill(worker, signal.SIGKILL)
-
-
-class Interrupted:
-    """A move that stands still at a phase."""
-
-    def __init__(
-        self, it: VirtualCluster, gates: Path, process: subprocess.Popen[str], route: str | tuple[int, int], phase: str
-    ) -> None:
-        self.source, self.destination = ends_of(route) if isinstance(route, str) else route
-        if self.source != -1:
-            assert echo(it, process.pid, f"nodes/{self.source}/migrate").returncode == 0
-        gate = gates / phase
-        gate.touch()
-        self.writer = subprocess.Popen(
-            ["bash", "-c", f"echo {process.pid} > {it.mount}/nodes/{self.destination}/migrate"],
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        reached = gate.with_suffix(".reached")
-        try:
-            wait_until(reached.exists, f"the move should reach {phase}")
-            reached.unlink()
-        except BaseException:
-            self.writer.kill()
-            raise
-        self.gate = gate
-
-    def go_on(self) -> int:
-        self.gate.unlink()
-        self.writer.communicate(timeout=60)
-        return self.writer.returncode
-
-
 def daemon(it: VirtualCluster, node: int) -> int:
     return it.pid("master") if node == -1 else it.slave(node)
 
@@ -120,7 +82,7 @@ def expect_one_copy(it: VirtualCluster, process: subprocess.Popen[str], where: i
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_engine_workers_die(it, gates, counter, route, phase, side):
-    move = Interrupted(it, gates, counter, route, phase)
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     kill_workers(daemon(it, getattr(move, side)))
     done = move.go_on()
     # Late and on the destination's side, the only copy may die with the worker that holds it.
@@ -141,7 +103,7 @@ def test_the_source_worker_dies_after_the_kill(it, gates, counter, route):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("route", ["leave", "hop"])
 def test_the_destination_dies(it, gates, counter, route, phase):
-    move = Interrupted(it, gates, counter, route, phase)
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     os.kill(it.slave(move.destination), signal.SIGKILL)
     done = move.go_on()
     if phase in LATE and (done == 0 or counter.poll() is not None or phase == "resume"):
@@ -155,7 +117,7 @@ def test_the_destination_dies(it, gates, counter, route, phase):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("route", ["hop", "return"])
 def test_the_source_dies(it, gates, counter, route, phase):
-    move = Interrupted(it, gates, counter, route, phase)
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     os.kill(it.slave(move.source), signal.SIGKILL)
     done = move.go_on()
     if phase in LATE:
@@ -169,7 +131,7 @@ def test_the_source_dies(it, gates, counter, route, phase):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("route", ["hop", "return"])
 def test_the_ghost_is_killed(it, gates, counter, route, phase):
-    move = Interrupted(it, gates, counter, route, phase)
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     counter.kill()
     move.go_on()
     assert counter.wait(60) == -signal.SIGKILL
@@ -186,8 +148,14 @@ def wired(session_folder, gates):
         os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
 
 
-@pytest.mark.parametrize("phase", ["precopy", "transfer", "depart"])
-@pytest.mark.parametrize(("route", "cut"), [((-1, 1), 1), ((0, 1), 1), ((0, 1), 0), ((0, -1), 0)], ids=str)
+CUTS = [((-1, 1), 1), ((0, 1), 1), ((0, 1), 0), ((0, -1), 0)]
+
+
+@pytest.mark.parametrize(
+    ("route", "cut", "phase"),
+    [(*cut, phase) for phase in ("transfer", "depart") for cut in CUTS] + [(*cut, "precopy") for cut in CUTS[::3]],
+    ids=str,
+)
 def test_the_network_is_cut(wired, gates, counter, route, cut, phase):
     move = Interrupted(wired, gates, counter, route, phase)
     set_link(wired.leg(cut), up=False)

@@ -1,0 +1,55 @@
+"""Moves that stand still at a phase, for something to happen there: bpfs/procs/faults.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.cluster.moving import echo
+from tests.cluster.virtual import VirtualCluster, children, comm, wait_until
+
+
+def kill_workers(daemon: int) -> None:
+    """kill -9 of all engine workers of a daemon."""
+    for zygote in children(daemon):
+        if comm(zygote) == "bpfs-zygote":
+            for worker in children(zygote):
+                os.kill(worker, signal.SIGKILL)
+
+
+class Interrupted:
+    """A move that stands still at a phase."""
+
+    def __init__(
+        self, it: VirtualCluster, gates: Path, process: subprocess.Popen[str], route: tuple[int, int], phase: str
+    ) -> None:
+        self.source, self.destination = route
+        if self.source != -1:
+            assert echo(it, process.pid, f"nodes/{self.source}/migrate").returncode == 0
+        gate = gates / phase
+        gate.touch()
+        self.writer = subprocess.Popen(
+            ["bash", "-c", f"echo {process.pid} > {it.mount}/nodes/{self.destination}/migrate"],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.said = ""
+        reached = gate.with_suffix(".reached")
+        try:
+            wait_until(reached.exists, f"the move should reach {phase}")
+            reached.unlink()
+        except BaseException:
+            self.writer.kill()
+            raise
+        self.gate = gate
+
+    def finish(self) -> int:
+        """The exit code of who asked for the move; `said` is what it said."""
+        _, self.said = self.writer.communicate(timeout=60)
+        return self.writer.returncode
+
+    def go_on(self) -> int:
+        """Opens the gate."""
+        self.gate.unlink()
+        return self.finish()
