@@ -31,9 +31,9 @@ def folder_with_subject() -> Iterator[Path]:
 
 
 @contextmanager
-def stage(nodes: int = 2) -> Iterator[tuple[VirtualCluster, Path]]:
-    """A cluster, and the folder with the program."""
-    with folder_with_subject() as folder, cluster(folder / "bpfs", nodes=nodes) as it:
+def stage(nodes: int = 2, *options: str) -> Iterator[tuple[VirtualCluster, Path]]:
+    """A cluster, made with these options, and the folder with the program."""
+    with folder_with_subject() as folder, cluster(folder / "bpfs", *options, nodes=nodes) as it:
         yield it, folder
 
 

@@ -94,7 +94,7 @@ def test_engine_workers_die(it, gates, counter, route, phase, side):
 
 @pytest.mark.parametrize("route", ["hop", "return"])
 def test_the_source_worker_dies_after_the_kill(it, gates, counter, route):
-    move = Interrupted(it, gates, counter, route, "vanish")
+    move = Interrupted(it, gates, counter, ends_of(route), "vanish")
     kill_workers(daemon(it, move.source))
     assert move.go_on() == 0
     expect_one_copy(it, counter, move.destination)
