@@ -323,8 +323,8 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
             if time.monotonic() > deadline or not _is_held_by_us(pid):
                 raise PermissionError(error.errno, tracing(pid) or f"process {pid}: {error.strerror}") from None
             time.sleep(0.002)
-        except InVfork:
-            abandon(frozen, 0.0)  # the end of this worker does the rest
+        except (InVfork, TimeoutError):
+            abandon(frozen, 0.0)  # who has not stopped yet will not soon: the end of this worker does the rest
             raise
         except BaseException:
             abandon(frozen)

@@ -77,6 +77,9 @@ def turn_away(port: int, seconds: float) -> int:
 async def see_all_again(port: int, key: bytes) -> None:
     """Another master, at the same port: all come back to it."""
     async with master(port, key) as there:
-        with trio.fail_after(60):
+        with trio.move_on_after(60):
             for number in range(NODES):
                 await there.wait_state(number, "up")
+        nodes = there.cluster.nodes
+        states = {number: (node.state.value, node.reason) for number in range(NODES) if (node := nodes.find(number))}
+        assert [states.get(number) for number in range(NODES) if states.get(number) != ("up", "")] == []
