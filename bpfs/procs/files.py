@@ -164,8 +164,6 @@ class ProcFiles:
 
 async def _node(proc: Process) -> str:
     await proc.wait_landed()
-    if proc.copying:
-        return f"migrating: {proc.copying}\n"
     return "migrating\n" if proc.state is ProcState.MIGRATING else f"{proc.place}\n"
 
 

@@ -95,12 +95,11 @@ def test_mappings_that_change_during_a_long_round(
     one = Victim(VICTIMS / "bin" / "writer", tmp_path, "8", "4", "churn", close_fds=True)
     try:
         held = Interrupted(it, gates, one.process, route, "precopy")
-        turns = procfs.parse_stat(procfs.read(f"/proc/{one.pid}/stat"))
-        assert turns.state != "Z"
         wait_until(lambda: re.match(r"migrating: round \d+, \d+ of \d+ MB", it.read(f"procs/{one.pid}/state")), "state")
-        assert it.read(f"procs/{one.pid}/node").startswith("migrating: round ")
+        assert it.read(f"procs/{one.pid}/node") == f"{route[0]}\n"
         assert echo(it, one.pid, f"nodes/{1 - max(route)}/migrate").stderr.rstrip().endswith("resource busy")
         assert it.read(f"procs/{one.pid}/cantmove") == "it is moving already\n"
+        assert "busy" in echo(it, tmp_path / "image", f"procs/{one.pid}/checkpoint").stderr
         assert held.go_on() == 0, held.said + one.text()
         assert place(it, one.pid) == str(route[1])
         end(one)
