@@ -11,7 +11,7 @@ import logging
 import stat
 import time
 from collections.abc import Sequence
-from errno import EACCES, EBADF, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EOPNOTSUPP, EPERM
+from errno import EACCES, EINTR, EINVAL, EIO, EISDIR, ENOENT, ENOTDIR, EOPNOTSUPP, EPERM
 from inspect import isawaitable
 from typing import Any, NamedTuple
 
@@ -282,7 +282,7 @@ class _Opened:
     async def write(self, offset: int, data: bytes, caller: Caller) -> int:
         """See `Handle`. The offset means nothing: a write is a verb, appended or not."""
         if self._entry.write is None:
-            raise BpfsError(EBADF, f"/{'/'.join(self._path)} cannot be written")
+            raise BpfsError(EACCES, f"/{'/'.join(self._path)} cannot be written")
         request = WriteRequest(caller, one_line(data))
         async with self._writing:
             await self.submit(request)

@@ -51,6 +51,12 @@ def test_status_has_a_line_a_node(top: Path) -> None:
     assert status[3] == "3 up 111 root root 10.0.0.3"
 
 
+def test_what_is_only_read_cannot_be_written_by_root_either(top: Path) -> None:
+    done = run("echo x > status", cwd=top)
+    assert done.returncode == 1
+    assert done.stderr.endswith("write error: Permission denied\n")
+
+
 def test_figures(daemon: Daemon, top: Path) -> None:
     node = top / "nodes/5"
     assert (node / "load").read_text() == "0.00 0.01 0.05 1/100 5\n"
