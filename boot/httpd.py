@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ SLICE_TIMEOUT = 30.0
 
 SIGNATURES_MOST = 4096
 """Texts whose signatures are remembered: one a node, and the manifest."""
+
+SEED_SILENCE = 150.0
+"""Seconds after which a node that has passed files on is taken to have stopped: it tells every 60."""
+PEERS_TOLD = 8
 
 _log = logging.getLogger("boot")
 
@@ -89,6 +95,7 @@ class HttpServer:
         """
         self._folder = folder
         self._key = key
+        self._seeds: dict[str, float] = {}  # addresses of nodes that pass files on, and when they said so
         self._signatures: dict[bytes, bytes] = {}
         self._directory = directory
         self._reporter = reporter
@@ -131,6 +138,10 @@ class HttpServer:
             head = await reader.readuntil(b"\r\n\r\n")
         try:
             request = parse(head)
+            if request.path in ("/seed", "/peers"):
+                words = self._seed(address) if request.path == "/seed" else self._peers()
+                await self._say(writer, 200, "".join(f"{word}\n" for word in words).encode(), request.method == "HEAD")
+                return
             if request.path in ("/manifest", "/node"):
                 values = self._manifest() if request.path == "/manifest" else self._text(address)
                 # In a thread: openssl takes some milliseconds, and others are served meanwhile.
@@ -191,11 +202,28 @@ class HttpServer:
 
     def _text(self, address: str) -> dict[str, str]:
         """What the node at this address has to know; it has the cluster key, so the machine must be the known one."""
+        return self._directory().texts(self._known(address))
+
+    def _known(self, address: str) -> int:
         directory = self._directory()
         number = directory.by_address(address)
         if number is None or not set(directory.macs_of(number)) & _neighbours(address):
             raise Refused(403)
-        return directory.texts(number)
+        return number
+
+    # -- nodes that pass files on ------------------------------------------------------------------
+
+    def _seed(self, address: str) -> list[str]:
+        """A node says that it passes on what the manifest names."""
+        self._known(address)
+        self._seeds[address] = time.monotonic()
+        return ["thanks"]
+
+    def _peers(self) -> list[str]:
+        """Some that do, by chance; those that were not heard of for a while are forgotten."""
+        now = time.monotonic()
+        self._seeds = {address: heard for address, heard in self._seeds.items() if now - heard < SEED_SILENCE}
+        return random.sample(sorted(self._seeds), min(PEERS_TOLD, len(self._seeds)))
 
     async def _send(self, writer: asyncio.StreamWriter, request: Request, what: str, blob: Blob, address: str) -> None:
         end = blob.size if request.end is None else min(request.end, blob.size)

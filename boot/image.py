@@ -22,12 +22,15 @@ MANIFEST = "manifest"
 
 INIT = Path(__file__).parent / "bin" / "bpfs-init"
 
-PROGRAMS = {1: ("boot.node.__main__",), 2: ("boot.node.__main__", "bpfs.cli.bpslave", "bpfs.view.daemon")}
+PROGRAMS = {
+    1: ("boot.node.__main__",),
+    2: ("boot.node.__main__", "boot.node.seed", "bpfs.cli.bpslave", "bpfs.view.daemon"),
+}
 """What is run on a node in each phase."""
 
 HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "sp5100_tco")
 """Modules beside the network drivers: buses, randomness, watchdogs."""
-DISKS = ("virtio_blk", "virtio_scsi", "sd_mod", "ahci", "ata_piix", "nvme", "megaraid_sas", "mpt3sas")
+DISKS = ("virtio_blk", "virtio_scsi", "sd_mod", "ahci", "nvme", "megaraid_sas", "mpt3sas")
 """Of phase 2: what local disks hang on. The file systems on them come with bpmodprobe(8)."""
 SOFTWARE = ("fuse", "unix_diag", "binfmt_misc", "overlay")
 """Modules that the node's programs want, whatever the hardware."""

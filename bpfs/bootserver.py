@@ -91,6 +91,8 @@ class Desk:
             "mount": self.config.mount,
             "prefix": str(self.network.network.prefixlen),
             "hostname": f"n{number}",
+            "seed": "yes" if number < self.config.bootpeers else "no",
+            "bootport": str(self.config.bootport),
         }
 
     def _append(self, mac: str) -> int | None:

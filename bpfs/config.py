@@ -30,6 +30,7 @@ DEFAULT_ONLOST = 30.0
 DEFAULT_NODES = 1024
 DEFAULT_BOOTPORT = 933
 """TCP port from which nodes fetch their images: beside `DEFAULT_PORT`, and one that only root can listen on."""
+DEFAULT_BOOTPEERS = 8
 DEFAULT_BOOTIMAGES = Path("/var/lib/beowulf/boot")
 DEFAULT_NODEUP = Path("/etc/beowulf/node_up.d")
 DEFAULT_NODEDOWN = Path("/etc/beowulf/node_down.d")
@@ -69,6 +70,7 @@ class Config:
     bootkey: Path | None = None  # signs what nodes boot; None: beside the cluster key
     mount: str = "/bpfs"
     bootserver: bool = False  # bpmaster starts bpbootd
+    bootpeers: int = DEFAULT_BOOTPEERS  # nodes from 0 on that pass kernel and image on
     pxe: bool = False  # bpbootd answers network ROMs by DHCP, on `interface`
     bootport: int = DEFAULT_BOOTPORT
     bootimages: Path = DEFAULT_BOOTIMAGES
@@ -253,6 +255,10 @@ def _bootserver(config: Config, args: list[str]) -> None:
     config.bootserver = _one_of(args[0], ("yes", "no"), "bootserver") == "yes"
 
 
+def _bootpeers(config: Config, args: list[str]) -> None:
+    config.bootpeers = _number(args[0], 0, 1000, "bootpeers")
+
+
 def _pxe(config: Config, args: list[str]) -> None:
     # Named once more, so that nobody has a second DHCP server by a slip.
     if args[0] not in ("no", config.interface):
@@ -375,6 +381,7 @@ KEYWORDS = {
     "precopy": Keyword("SIZE|off", 1, 1, _precopy, "memory of a process from which on it moves while it runs (32M)"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
+    "bootpeers": Keyword("COUNT", 1, 1, _bootpeers, f"nodes that pass images on to others ({DEFAULT_BOOTPEERS})"),
     "pxe": Keyword("INTERFACE|no", 1, 1, _pxe, "where bpbootd answers PXE, UEFI and iPXE by DHCP, too (default no)"),
     "bootport": Keyword("PORT", 1, 1, _bootport, f"TCP port of bpbootd (default {DEFAULT_BOOTPORT})"),
     "bootimages": Keyword("FOLDER", 1, 1, _bootimages, f"where images are (default {DEFAULT_BOOTIMAGES})"),

@@ -53,6 +53,7 @@ def fetch(key: bytes, port: int) -> tuple[int, int, str]:
     listed = manifest.check(server.text("/manifest"), key, "manifest")
     node = server.text("/node")
     say(f"this is node {manifest.check(node, key, 'text about this node').get('node', '?')}")
+    server.find_peers()
     files = {}
     for what in ("kernel", "image"):
         blob = Blob.parse(listed.get(what, ""), what)

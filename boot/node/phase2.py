@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from boot.errors import BootError
-from boot.node import network
+from boot.node import network, seed
 from boot.node.console import say
 from boot.node.drivers import Drivers
 
@@ -37,6 +37,8 @@ def run() -> None:
     _write_secret(KEY, conf["key"].encode() + b"\n", 0o600)
     _write_secret(MARK, _BOOT_ID.read_bytes(), 0o400)
     Path(conf["mount"]).mkdir(parents=True, exist_ok=True)
+    if conf.get("seed") == "yes":
+        seed.start(answer.address, answer.server, int(conf["bootport"]))
     say(f"starting bpslave, node {conf['node']} of {conf['master']}")
     options = ["-f", "-n", conf["node"], "-k", str(KEY), "--mount", conf["mount"], "--root", "empty", conf["master"]]
     os.execv(sys.executable, [sys.executable, "-S", "-s", "-B", "-m", "bpfs.cli.bpslave", *options])

@@ -8,22 +8,26 @@ fetches, by the node's own code.
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.benchmarks.bench_idle import cpu, memory
 from tests.benchmarks.frame import Row
-from tests.boot.lab import Lab, kernel_package, python, run
+from tests.boot.lab import ADDRESS, TOP, Lab, kernel_package, python, run
+from tests.cluster.virtual import wait_until
 
 CROWD = 64
+PEERS = 4
 
 
 def rows() -> Iterator[Row]:
     """The table."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        lab = Lab(Path(name) / "boot", machines=CROWD, taps=1)
+        lab = Lab(Path(name) / "boot", machines=CROWD + PEERS, taps=1)
         try:
             lab.open()
             yield from images(lab)
@@ -81,3 +85,32 @@ def crowd(lab: Lab) -> Iterator[Row]:
     yield Row(f"{CROWD} nodes at once: the last has kernel and image", last, "s", note=f"{total / 1e6:.0f} MB together")
     yield Row("… processor time of bpbootd", cpu([server.pid]) - before, "s")
     yield Row("… its memory afterwards (RSS)", memory([server.pid])[1], "MB")
+    with ExitStack() as stack:
+        for number in range(CROWD, CROWD + PEERS):
+            stack.enter_context(peer(lab, number))
+        wait_until(lambda: len(lab.peers(0)) == PEERS, "the peers are not there")
+        before, sent = cpu([server.pid]), sent_bytes(lab)
+        done = lab.client(0, "crowd", str(CROWD), lab.public(), timeout=600)
+        assert done.returncode == 0, done.stderr
+        yield Row(f"{CROWD} nodes at once, {PEERS} peers: the last has all", float(done.stdout.split()[1]), "s")
+        yield Row("… processor time of bpbootd", cpu([server.pid]) - before, "s")
+        yield Row("… bytes that left the master", (sent_bytes(lab) - sent) / 1e6, "MB")
+
+
+@contextmanager
+def peer(lab: Lab, number: int) -> Iterator[None]:
+    """A booted node that passes kernel and image on."""
+    name, address = lab.add_client(number), f"10.54.0.{10 + number}"
+    run("ip", "-n", name, "link", "set", "eth0", "up")
+    run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+    command = ["ip", "netns", "exec", name, *python("boot.node.seed", address, ADDRESS, "933", lab.folder / name)]
+    with subprocess.Popen(command, cwd=TOP) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def sent_bytes(lab: Lab) -> int:
+    """What the master has sent to nodes."""
+    return int(run(*lab.inside, "ip", "netns", "exec", lab.name, "cat", "/sys/class/net/br0/statistics/tx_bytes"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import random
 import signal
 import socket
 import struct
@@ -20,6 +21,7 @@ from functools import partial
 from boot import manifest, pxe, rarp
 from boot.errors import BootError
 from boot.node import network, phase1
+from boot.node.fetch import Server
 
 ADDRESS = "10.54.0.1"
 PORT = 933
@@ -131,6 +133,13 @@ def tftp(address: str, name: str, seconds: str) -> None:
     print(hashlib.sha256(content).hexdigest(), len(content))
 
 
+def peers() -> None:
+    """Who passes files on, by the server."""
+    network.set_up("eth0")
+    network.configure("eth0", "10.54.0.200", 24)
+    print(Server(ADDRESS, PORT).text("/peers").decode())
+
+
 def http(address: str, *requests: str) -> None:
     """Sends each as it is, after taking the address; prints the first line of the answer, or `nothing`."""
     network.set_up("eth0")
@@ -185,26 +194,29 @@ def sock_index() -> int:
 
 
 def _fetch_all(key: bytes, address: str) -> int:
-    def get(path: str) -> bytes | int:
-        with socket.create_connection((ADDRESS, PORT), 60, (address, 0)) as sock:
+    def get(path: str, source: str = ADDRESS) -> bytes | int:
+        with socket.create_connection((source, PORT), 60, (address, 0)) as sock:
             sock.sendall(f"GET /{path} HTTP/1.1\r\n\r\n".encode())
             buffer, size, text = bytearray(1 << 18), 0, b""
             while count := sock.recv_into(buffer):
                 size += count
                 if len(text) < 65536:
                     text += buffer[:count]
-            return text.partition(b"\r\n\r\n")[2] if path == "manifest" else size
+            return text.partition(b"\r\n\r\n")[2] if path in ("manifest", "peers") else size
 
     text = get("manifest")
     assert isinstance(text, bytes)
     listed = manifest.check(text, key, "manifest")
-    sizes = [get(manifest.Blob.parse(listed[what], what).name) for what in ("kernel", "image")]
+    found = get("peers")
+    assert isinstance(found, bytes)
+    source = random.choice(found.decode().split() or [ADDRESS])
+    sizes = [get(manifest.Blob.parse(listed[what], what).name, source) for what in ("kernel", "image")]
     return sum(size for size in sizes if isinstance(size, int))
 
 
 if __name__ == "__main__":
     try:
-        verbs = {verb.__name__: verb for verb in (boot, ask, rom, tftp, wake, noise, http, crowd)}
+        verbs = {verb.__name__: verb for verb in (boot, ask, rom, tftp, wake, peers, noise, http, crowd)}
         verbs[sys.argv[1]](*sys.argv[2:])  # type: ignore[operator]
     except (BootError, OSError) as error:
         sys.exit(str(error))

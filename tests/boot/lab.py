@@ -68,7 +68,7 @@ class Machine:
 
     def __init__(self, lab: Lab, number: int, medium: list[str | Path], card: str = "virtio-net-pci") -> None:
         # Without the card's ROM the firmware never tries the network.
-        device = f"{card},netdev=n0,mac={mac(number)}" + ("" if medium == NETWORK else ",romfile=")
+        device = f"{card},netdev=n0,mac={mac(number)}" + ("" if medium[:2] == NETWORK else ",romfile=")
         command = [
             *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
             "-nographic", "-nodefaults", "-serial", "stdio", *medium, "-device", device,
@@ -170,6 +170,10 @@ class Lab:
         run(*self.inside, "ip", "link", "set", leg, "master", "br0", "up")
         return name
 
+    def peers(self, number: int) -> list[str]:
+        """Who passes files on, as a client hears it."""
+        return self.client(number, "peers").stdout.split()
+
     def start_client(self, number: int, *arguments: str) -> subprocess.Popen[str]:
         """Starts tests.boot.client there, and returns when it has printed its first line."""
         command = ["ip", "netns", "exec", f"{self.name}c{number}", *python("tests.boot.client", *arguments)]
@@ -189,7 +193,8 @@ class Lab:
         lines = [
             "interface br0", "iprange 10.54.0.10 10.54.0.99", f"key {self.key}", f"bootimages {self.images}",
             f"mount {self.mount}", "lease 8", "kernelcommandline console=ttyS0 panic=5 quiet", "bootserver yes",
-            f"state {self.folder / 'state'}", "onlost reboot 2", f"fstab {self.folder / 'fstab'}", "mkfs if_needed",
+            f"state {self.folder / 'state'}", "onlost reboot 2", "bootpeers 0",
+            f"fstab {self.folder / 'fstab'}", "mkfs if_needed",
         ]  # fmt: skip
         if nodes:
             lines += [f"node {number} {mac(number)}" for number in range(self._machines)]
@@ -244,6 +249,14 @@ class Lab:
         before = self.log().count("again")
         self.master.send_signal(signal.SIGHUP)
         wait_until(lambda: self.log().count("again") > before, "the master has not read its configuration again")
+
+    def start_bpsh(self, *arguments: str) -> None:
+        """Has bpsh run something that may never end; it ends with the lab at the latest."""
+        command = [TOP / "bpfs/bin/bpsh", *arguments]
+        environment = {**os.environ, "BPFS": str(self.mount)}
+        self._daemons.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=environment)
+        )
 
     def bpsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs bpsh here, as a user does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from boot import signature
 from bpfs.config import read
-from tests.boot.lab import Lab, mac
+from tests.boot.lab import ADDRESS, TOP, Lab, mac, python
 from tests.cluster.virtual import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -153,6 +154,43 @@ def test_a_node_whose_machine_is_off_is_woken(lab: Lab) -> None:
         finally:
             client.kill()
     assert lab.read("nodes/1/state") == "boot\n" and lab.read("nodes/1/reason") == "its machine was told to start\n"
+
+
+def test_a_booted_node_passes_kernel_and_image_on(lab: Lab, session_folder: Path) -> None:
+    folder = session_folder / "seed"
+    peer = "10.54.0.10"
+    arguments = [peer, ADDRESS, "933", str(folder)]
+    lab.client(KNOWN, "http", peer, r"GET /peers HTTP/1.1\r\n\r\n")  # gives it its address
+    # A stranger cannot announce itself.
+    assert lab.client(STRANGER, "http", "10.54.0.200", r"GET /seed HTTP/1.1\r\n\r\n").stdout.startswith("HTTP/1.1 403")
+    lab.add_client(1)
+    with subprocess.Popen(
+        ["ip", "netns", "exec", f"{lab.name}c{KNOWN}", *python("boot.node.seed", *arguments)], cwd=TOP
+    ) as seed:
+        try:
+            wait_until(lambda: (folder / "manifest").exists(), "the node has not fetched what it is to pass on")
+            wait_until(lambda: peer in lab.peers(STRANGER), "the node has not announced itself")
+            # The master may lose its own: the peer has them.
+            here = [blob(lab, what) for what in ("kernel", "image")]
+            for path in here:
+                path.rename(path.with_name(f"hidden-{path.name}"))
+            try:
+                done = lab.client(1, "boot", lab.public())
+            finally:
+                for path in here:
+                    path.with_name(f"hidden-{path.name}").rename(path)
+            assert done.returncode == 0, done.stderr
+            # What a peer has damaged is fetched from the master.
+            (damaged,) = folder.glob("image-*")
+            content = damaged.read_bytes()
+            damaged.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+            done = lab.client(1, "boot", lab.public())
+            assert done.returncode == 0 and "the image was damaged on its way" in done.stderr
+        finally:
+            seed.kill()
+    # It is gone, and nobody knows yet.
+    done = lab.client(1, "boot", lab.public())
+    assert done.returncode == 0 and f"{peer} does not pass the kernel on: Connection refused" in done.stderr
 
 
 def test_a_killed_server_is_started_again(lab: Lab) -> None:

@@ -107,9 +107,19 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         for number in (0, 1):
             lab.wait_state(number, "up")
 
+        # Its clock is the master's, and is looked at; the emulator's own may wander by some milliseconds meanwhile.
+        wait_until(lambda: lab.read("nodes/1/clock"), "its clock is not looked at")
+        assert abs(int(lab.read("nodes/1/clock").split()[1])) < 1_000_000
+
         lab.write("nodes/0/state", "pwroff")
         wait_until(lambda: first.ended, "the machine is still powered")
         assert lab.read("nodes/1/state") == "up\n"
+
+        # A kernel that panics starts again.
+        other = len(second.text)
+        lab.start_bpsh("1", "/bin/sh", "-c", "echo c > /proc/sysrq-trigger")
+        second.wait_for("Rebooting in 5 seconds", other)
+        second.wait_for("RARP on eth0", other)
 
 
 def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: Path) -> None:
@@ -120,9 +130,10 @@ def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: P
         lab.make_images(package, "--drivers", "e1000", media=("--pxe",))
         lab.start()
         # The link of this card is up seconds after its driver: the first requests are lost.
-        with lab.machine(0, medium=NETWORK, card="e1000") as machine:
+        with lab.machine(0, medium=[*NETWORK, "-device", "i6300esb"], card="e1000") as machine:
             lab.wait_state(0, "up")
             assert "http://10.54.0.1:933/phase1.img... ok" in machine.text
             assert "drivers: e1000" in machine.text
+            assert "bpfs-init: the watchdog is fed; it resets the machine after 60 s" in machine.text
     finally:
         lab.close()
