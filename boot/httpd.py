@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from boot import image, manifest, signature
+from boot import manifest, signature
 from boot.directory import Directory
 from boot.errors import BootError
 from boot.manifest import Blob
@@ -162,7 +162,7 @@ class HttpServer:
 
     def _listed(self) -> dict[str, str]:
         try:
-            text = (self._folder / image.MANIFEST).read_text()
+            text = (self._folder / manifest.FILE).read_text()
         except (OSError, ValueError):
             raise Refused(404) from None
         return {name: value for name, _, value in (line.partition(" ") for line in text.splitlines())}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from boot import cpio, python
+from boot import cpio, manifest, python
 from boot.cpio import Entry
 from boot.errors import BootError
+from boot.files import replace
 from boot.kernel import Kernel, Module
 from boot.manifest import Blob
 
 FOLDER = Path("/var/lib/beowulf/boot")
 """Where images are kept and served from."""
-MANIFEST = "manifest"
 
 INIT = Path(__file__).parent / "bin" / "bpfs-init"
 
@@ -203,12 +202,12 @@ def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:
             return ["phase1.img", "phase1.vmlinuz"]
         blobs = {"kernel": store(folder, "kernel", kernel), "image": store(folder, "image", packed)}
         lines = [f"release {recipe.kernel.release}", *(f"{what} {blob}" for what, blob in blobs.items())]
-        replace(folder / MANIFEST, _lines(lines))
+        replace(folder / manifest.FILE, _lines(lines))
         names = {blob.name for blob in blobs.values()}
         for path in (*folder.glob("kernel-*"), *folder.glob("image-*")):
             if path.name not in names:
                 path.unlink(missing_ok=True)
-        return [*sorted(names), MANIFEST]
+        return [*sorted(names), manifest.FILE]
     except OSError as error:
         raise BootError(f"{folder} cannot be written: {error.strerror}") from None
 
@@ -219,13 +218,3 @@ def store(folder: Path, name: str, data: bytes) -> Blob:
     blob = Blob(f"{name}-{digest[:16]}", len(data), digest)
     replace(folder / blob.name, data)
     return blob
-
-
-def replace(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file whole or not at all. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from boot import signature
 from boot.errors import BootError
 
+FILE = "manifest"
+"""Its name in a folder of images."""
+
 MOST = 65536
 """Bytes of the longest text that is believed."""
 

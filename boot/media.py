@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from boot.errors import BootError
-from boot.image import replace
+from boot.files import replace
 from boot.pxe import LOADERS, SCRIPT, script
 
 IPXE = Path("/usr/lib/ipxe")

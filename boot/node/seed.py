@@ -14,9 +14,10 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from boot import image
+from boot import manifest
 from boot.directory import Assign, Directory
 from boot.errors import BootError
+from boot.files import replace
 from boot.httpd import HttpServer
 from boot.manifest import Blob
 from boot.node.console import say
@@ -66,11 +67,11 @@ def _fetch(master: Server, folder: Path) -> None:
             try:
                 with open(fd, "rb", closefd=False) as source:
                     source.seek(0)
-                    image.replace(path, source.read())
+                    replace(path, source.read())
             finally:
                 os.close(fd)
-    image.replace(folder / image.MANIFEST, "".join(f"{what} {blob}\n" for what, blob in listed.items()).encode())
-    names = {blob.name for blob in listed.values()} | {image.MANIFEST}
+    replace(folder / manifest.FILE, "".join(f"{what} {blob}\n" for what, blob in listed.items()).encode())
+    names = {blob.name for blob in listed.values()} | {manifest.FILE}
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()

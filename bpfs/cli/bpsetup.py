@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from errno import EEXIST, EPERM
 from pathlib import Path
 
-from boot.image import replace
+from boot.files import replace
 from bpfs import config as configuration
 from bpfs.bootserver import interface_network
 from bpfs.cli.common import make_parser, run

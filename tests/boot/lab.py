@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from boot import image, signature
+from boot import image, manifest, signature
+from boot.files import replace
 from tests.cluster.virtual import TOP, wait_until
 
 PACKAGES = TOP / ".venv" / "boot"
@@ -213,7 +214,7 @@ class Lab:
         """Files that look like kernel and image to everybody but a machine."""
         self.images.mkdir(exist_ok=True)
         blobs = {what: image.store(self.images, what, os.urandom(size)) for what in ("kernel", "image")}
-        image.replace(self.images / image.MANIFEST, "".join(f"{k} {v}\n" for k, v in blobs.items()).encode())
+        replace(self.images / manifest.FILE, "".join(f"{k} {v}\n" for k, v in blobs.items()).encode())
 
     def start(self) -> None:
         """The master, which starts its boot server."""

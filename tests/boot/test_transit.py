@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from boot import image
+from boot import image, manifest
 from boot.directory import Assign, Directory
 from boot.errors import BootError
+from boot.files import replace
 from boot.httpd import HttpServer
 from boot.node.fetch import Server
 from boot.reports import Reporter
@@ -89,13 +90,13 @@ def wire(folder: Path) -> Iterator[tuple[Wire, Server]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     blob = image.store(tmp_path, "image", os.urandom(SIZE))
-    image.replace(tmp_path / image.MANIFEST, f"image {blob}\n".encode())
+    replace(tmp_path / manifest.FILE, f"image {blob}\n".encode())
     return tmp_path
 
 
 def fetch(folder: Path, server: Server) -> bool:
     """Whether what arrives is what was sent."""
-    listed = image.Blob.parse((folder / image.MANIFEST).read_text().partition(" ")[2], "image")
+    listed = manifest.Blob.parse((folder / manifest.FILE).read_text().partition(" ")[2], "image")
     fd = server.blob(listed, "image")
     try:
         return hashlib.sha256(os.pread(fd, 2 * SIZE, 0)).hexdigest() == listed.digest
