@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ETIMEDOUT
+from errno import ECONNREFUSED, ETIMEDOUT
 
 import trio
 
@@ -79,6 +80,14 @@ class StreamBook:
         return True
 
 
+def _refuse_itself(sock: trio.socket.SocketType) -> None:
+    """Where nobody listens on a port of this very machine, the kernel may give a connection that port as its own, and
+    join it to itself (RFC 9293, simultaneous open). Closed as usual it would keep the listener away for a minute."""
+    if sock.getsockname() == sock.getpeername():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise ConnectionRefusedError(ECONNREFUSED, os.strerror(ECONNREFUSED))
+
+
 async def connect(host: str, port: int) -> socket.socket:
     """A TCP connection as a plain non-blocking socket.
 
@@ -90,6 +99,7 @@ async def connect(host: str, port: int) -> socket.socket:
         sock = trio.socket.socket(family, kind, protocol)
         try:
             await sock.connect(address)
+            _refuse_itself(sock)
             return socket.socket(fileno=sock.detach())
         except OSError as error:
             failure = error

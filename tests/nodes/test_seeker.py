@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import trio
 import trio.testing
@@ -67,3 +70,26 @@ async def test_who_comes_late_is_found() -> None:
                 found = await receive.receive()
             assert found.welcome.node == 0
             found.link.close("seen")
+
+
+ITSELF = """
+import trio
+from bpfs.master.listener import open_port
+from bpfs.wire.streams import connect
+try:
+    trio.run(connect, "127.0.0.1", 40001)
+except ConnectionRefusedError:
+    with open_port("127.0.0.1", 40001):
+        print("free")
+"""
+
+
+def test_nobody_connects_to_itself() -> None:
+    # The only port that the kernel has to give is the master's, who is away.
+    ports = "/proc/sys/net/ipv4/ip_local_port_range"
+    script = f'ip link set lo up; echo 40001 40001 > {ports}; exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "-n", "sh", "-ec", script, sys.executable, ITSELF],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("free\n", "")
