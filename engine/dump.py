@@ -89,7 +89,7 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen, watched=rounds is not None)
+    survey = Survey(frozen, rounds.marks if rounds is not None else None)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay, at_home=at_home

@@ -22,7 +22,6 @@ MAP_ANONYMOUS: Final = 0x20
 MAP_GROWSDOWN: Final = 0x100
 MAP_NORESERVE: Final = 0x4000
 _PROT_EXEC: Final = 4
-_TASK_SIZE: Final = (1 << 47) - 4096  # end of what a process can map, arch/x86/include/asm/page_64_types.h
 SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
 
 # VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
@@ -47,13 +46,14 @@ class Survey:
         clean: pages that have not been written since they were sent, as far as `watched`.
 
     Args:
-        watched: the process has our own record of its writes (engine/tracking.py).
+        marks: reads our own record of its writes (engine/tracking.py), where there is one: all private pages, those
+            written since they were last taken, and the others.
     """
 
-    def __init__(self, frozen: Frozen, watched: bool = False) -> None:
+    def __init__(self, frozen: Frozen, marks: "Callable[[], tuple[Runs, Runs]] | None" = None) -> None:
         self._frozen = frozen
-        self._watched = watched
-        self._marks = _begin_scan(frozen.live) if watched else None
+        self._watched = marks is not None
+        self._marks = _begin(marks) if marks is not None else None
         self.clean: list[tuple[int, int]] = []
         self.regions: list[Region] = []
         self.files: list[MappedFile] = []
@@ -215,18 +215,10 @@ class Survey:
 Runs = list[tuple[int, int]]
 
 
-def _begin_scan(live: str) -> Future[tuple[Runs, Runs]]:
+def _begin(marks: Callable[[], tuple[Runs, Runs]]) -> Future[tuple[Runs, Runs]]:
     """Look through the page tables while smaps is read, which does the same for itself: 3 ms each a GB."""
-
-    def scan() -> tuple[Runs, Runs]:
-        table = os.open(f"{live}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return pagemap.marked_runs(table, 0, _TASK_SIZE)
-        finally:
-            os.close(table)
-
     helper = ThreadPoolExecutor(1)
-    result = helper.submit(scan)
+    result = helper.submit(marks)
     helper.shutdown(wait=False)
     return result
 

@@ -24,7 +24,7 @@ from engine.runner import ProcessGone
 from engine.spans import Spans, both, merge, of_runs, overlapping, runs, size, touches, without
 from engine.staging import KINDS, NORESERVE, PLAIN, Keep
 from engine.stream import Stream
-from engine.tracking import Watch, is_plain, is_watched
+from engine.tracking import Watch, is_plain
 
 MOST_ROUNDS: Final = 12
 MOST_TIMES: Final = 3  # the size of the first round, in all rounds together
@@ -92,6 +92,7 @@ class Rounds:
         self.stream: Stream | None = stream
         self.progress = Progress()
         self._pid, self._watch = pid, watch
+        self.marks = watch.marks
         self._layout = Layout()
         self._sent: Spans = []  # whose pages the destination has, of whatever age
         self._first = 0
@@ -144,11 +145,12 @@ class Rounds:
         return self.progress.round > 1 and now > _NO_GAIN * self._before
 
     def _dirty(self, stream: Stream) -> Spans:
+        self._watch.begin_round()
         plain = [vma for vma in self._vmas() if self._is_staged(vma)]
-        if size([(vma.start, vma.end) for vma in plain if not is_watched(vma)]) >= _NEW:
+        if size([(vma.start, vma.end) for vma in plain if not self._watch.covers(vma)]) >= _NEW:
             self._watch.extend()
             plain = [vma for vma in self._vmas() if self._is_staged(vma)]
-        watched = [vma for vma in plain if is_watched(vma)]
+        watched = [vma for vma in plain if self._watch.covers(vma)]
         taken = {vma.start: self._watch.take((vma.start, vma.end)) for vma in watched}
         filled = [vma for vma in watched if taken[vma.start] or touches(self._sent, vma.start, vma.end)]
         fresh = self._lay(stream, [(vma.start, vma.end, _kind(vma)) for vma in filled])

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import msgpack
 
-from engine import dump, faults, note
+from engine import dump, faults, note, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
@@ -34,7 +34,7 @@ from engine.spawn import Relative
 from engine.staging import Child, Ghost, Keep, Stage
 from engine.stream import RECEIVE, Aborted, Stream, accept, connect, widen
 from engine.target import Target, place_child, seize_ghost
-from engine.tracking import Unwatchable, Watch
+from engine.tracking import Unwatchable
 
 TOKEN_SIZE: Final = 32
 _HELD_TIMEOUT_S: Final = 60.0
@@ -103,7 +103,7 @@ class Source:
         if refusals:
             return {"watched": False, "why": refusals[0]}
         try:
-            watch = Watch.begin(pid)
+            watch = tracking.begin(pid)
         except Unwatchable as error:
             return {"watched": False, "why": str(error.strerror)}
         try:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
@@ -20,6 +21,7 @@ _REGIONS: Final = 1024
 # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 file page or shared anonymous
 _NOT_FILE: Final = 7 << 61
 _WANTED: Final = (1 << 63, 1 << 62)  # present or swapped
+_SOFT_DIRTY: Final = 1 << 55
 _PFN: Final = (1 << 55) - 1
 _PIECE: Final = 65536 * PAGE  # bytes of address space in one read
 
@@ -130,6 +132,41 @@ def _zero_page() -> int:
 def private_entries(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     """As `private_runs`, by reading 8 bytes a page of the address space: for spans that have pages."""
     runs: list[tuple[int, int]] = []
+    for address, _ in _entries(pagemap, start, end):
+        _append(runs, address)
+    return runs
+
+
+def soft_dirty_entries(pagemap: int, start: int, end: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """As `private_entries`, in two lists: written since /proc/PID/clear_refs was told 4, and not.
+
+    Documentation/admin-guide/mm/soft-dirty.rst; a kernel without it has nothing in the first.
+    """
+    written: list[tuple[int, int]] = []
+    clean: list[tuple[int, int]] = []
+    for address, entry in _entries(pagemap, start, end):
+        _append(written if entry & _SOFT_DIRTY else clean, address)
+    return written, clean
+
+
+@cache
+def has_soft_dirty() -> bool:
+    """Whether this kernel marks pages that are written."""
+    memory = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    memory[0] = 1
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        return soft_dirty_entries(file.fileno(), address, address + PAGE) == ([(address, PAGE)], [])
+
+
+def _append(runs: list[tuple[int, int]], address: int) -> None:
+    if runs and runs[-1][0] + runs[-1][1] == address:
+        runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)
+    else:
+        runs.append((address, PAGE))
+
+
+def _entries(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     zero = _zero_page()
     for position in range(start, end, _PIECE):
         raw = os.pread(pagemap, min(end - position, _PIECE) // PAGE * 8, position // PAGE * 8)
@@ -137,9 +174,4 @@ def private_entries(pagemap: int, start: int, end: int) -> list[tuple[int, int]]
             continue
         for index, entry in enumerate(memoryview(raw).cast("Q")):
             if entry & _NOT_FILE in _WANTED and not (entry & _PFN == zero and entry >> 63):
-                address = position + index * PAGE
-                if runs and runs[-1][0] + runs[-1][1] == address:
-                    runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)
-                else:
-                    runs.append((address, PAGE))
-    return runs
+                yield position + index * PAGE, entry

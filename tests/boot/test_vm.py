@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def lab(session_folder: Path) -> Iterator[Lab]:
     package = kernel_package()
-    lab = Lab(session_folder / "boot")
+    lab = Lab(session_folder / "boot", config="precopy 1M")  # by soft-dirty marks, which Debian's kernel has
     try:
         lab.open()
         lab.make_images(package, media=("--iso", lab.folder / "phase1.iso"))

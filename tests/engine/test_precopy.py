@@ -14,7 +14,7 @@ from engine.image import ImageError
 from engine.linux import procfs, userfaultfd
 from engine.precopy import Layout
 from engine.staging import NORESERVE, PLAIN, Keep
-from engine.tracking import Unwatchable, Watch, is_plain
+from engine.tracking import Unwatchable, begin, is_plain
 
 PAGE = 4096
 
@@ -124,7 +124,7 @@ def pages(toy: Toy, found: spans.Spans) -> list[int]:
 @needs_record
 def test_the_record_of_writes(toy: Toy) -> None:
     descriptors = os.listdir(f"/proc/{toy.process.pid}/fd")
-    watch = Watch.begin(toy.process.pid)
+    watch = begin(toy.process.pid)
     try:
         assert os.listdir(f"/proc/{toy.process.pid}/fd") == descriptors
         assert toy.watched()
@@ -147,7 +147,7 @@ def test_the_record_of_writes(toy: Toy) -> None:
 def test_writes_that_nobody_would_see_are_not_recorded(toy: Toy, tmp_path: object) -> None:
     toy.do(f"import os; fd = os.open({str(tmp_path)!r} + '/x', os.O_CREAT | os.O_RDWR | os.O_DIRECT)")
     with pytest.raises(Unwatchable, match="O_DIRECT"):
-        Watch.begin(toy.process.pid)
+        begin(toy.process.pid)
     assert not toy.watched()
 
 
