@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from engine import cpu, nameless, note, state, timers, vdso
+from engine import binder, cpu, nameless, note, state, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
@@ -252,6 +252,8 @@ class Builder:
         leader = image.threads[0]
         if self._foreign is not None:
             self._settle_vdso(self._foreign)
+        if image.cpu != cpu.packed() and not image.fresh:
+            self._widen_binders()
         self._outside()
         calls = Calls(target.injection)
         nameless.narrow(image, lambda *span: calls.add("mprotect", *span))
@@ -284,6 +286,12 @@ class Builder:
         registers = Registers.from_buffer_copy(leader.registers)
         ptrace.set_xstate(target.pid, leader.xstate)
         injection.registers, injection.mask = registers, leader.mask
+
+    def _widen_binders(self) -> None:
+        target, image = self.target, self.image
+        objects = [r.start for r in image.regions if r.file >= 0 and not r.offset]
+        running = [Registers.from_buffer_copy(thread.registers).rip for thread in image.threads]
+        binder.widen(target.pid, target.injection.memory, objects, running, cpu.here())
 
     def _outside(self) -> None:
         target, image = self.target, self.image

@@ -49,12 +49,9 @@ sys.exit(7 if again == digest else 1)
 def travel(lab: Lab) -> None:
     """A process of the master starts on one machine, goes to the other by echo, and comes home."""
     script = f'echo "$$ onexec" > {lab.mount}/nodes/0/migrate; exec /usr/bin/python3 -c "$0"'
-    # Bound at once: the C library's binder saves registers as the CPU that it was started on has them, and this
-    # emulated one has less of them than the master's.
-    environment = {"PATH": "/usr/bin:/bin", "LD_BIND_NOW": "1"}
     process = subprocess.Popen(
         ["/bin/bash", "-c", script, TRAVELLER], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd="/",
-        env=environment,
+        env={"PATH": "/usr/bin:/bin"},  # bound late, on a CPU that has fewer registers than the master's
     )  # fmt: skip
     try:
         assert process.stdout is not None
