@@ -32,9 +32,21 @@ def folder(release: str, images: Path) -> Path:
     raise BpfsError(ENOENT, f"the modules of kernel {release} are not here: bpboot image 2 keeps those of its kernel")
 
 
-def file_systems(node: Node) -> set[str]:
-    """The types that a node's kernel can mount now."""
-    return {line.split()[-1] for line in _run(node, "cat /proc/filesystems").splitlines() if line.strip()}
+_PARTS = {
+    "nfs": ("nfs", "nfsv3", "nfsv4"), "nfs4": ("nfsv4",), "vfat": ("vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
+}  # fmt: skip
+"""Types whose module is not all: what the kernel would ask modprobe for when it mounts one."""
+
+
+def load_file_systems(node: Node, types: set[str], images: Path) -> None:
+    """Have a node's kernel know these types of file systems. Raises as `load` does."""
+    lines = _run(node, "cat /proc/filesystems").splitlines()
+    missing = types - {line.split()[-1] for line in lines if line.strip()}
+    names = [name for kind in sorted(missing) for name in _PARTS.get(kind, (kind,))]
+    if names:
+        kernel = Kernel(Path("/"), folder(node.kernel, images))
+        first = {_PARTS.get(kind, (kind,))[0] for kind in missing}  # without that one there is none of it
+        load(node, [name for name in names if name in first or kernel.having([name])], images)
 
 
 def load(node: Node, names: Iterable[str], images: Path) -> list[str]:

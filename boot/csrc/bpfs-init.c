@@ -31,6 +31,7 @@
 
 #define FEED_S 5            /* between two feedings of the watchdog; its own time is at least twice that */
 #define WATCHDOG_S 60       /* after which the hardware resets a machine that does not feed it */
+#define WATCHDOG_FIRST_S 300 /* in phase 1: nobody feeds it while kernels are switched and the next one looks at its hardware */
 #define SHORT_S 5           /* a program that lives shorter is started again after a pause that doubles */
 #define PAUSE_MAX_S 30
 
@@ -89,11 +90,22 @@ static void open_console(void)
 		close(fd);
 }
 
+static int first_phase(void)
+{
+	char phase = 0;
+	int fd = open("/etc/beowulf/phase", O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		(void)!read(fd, &phase, 1);
+		close(fd);
+	}
+	return phase == '1';
+}
+
 /* Feeds the watchdog when there is one; it may appear later, with its driver. */
 static void feed(void)
 {
 	static int fd = -1;
-	int seconds = WATCHDOG_S;
+	int seconds = first_phase() ? WATCHDOG_FIRST_S : WATCHDOG_S;
 	if (fd < 0) {
 		fd = open("/dev/watchdog", O_WRONLY | O_CLOEXEC);
 		if (fd < 0)

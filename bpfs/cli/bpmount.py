@@ -83,10 +83,8 @@ def _do(node: Node, config: Config, unmount: bool, force: bool) -> tuple[str, bo
     if not entries:
         return "", False
     if not unmount:
-        types = {entry.type.replace("nfs4", "nfsv4") for entry in entries if entry.kind is not Kind.SWAP}
-        missing = types - {it.replace("nfs4", "nfsv4") for it in nodemodules.file_systems(node)}
-        if missing:
-            nodemodules.load(node, sorted(missing), config.bootimages)
+        types = {entry.type for entry in entries if entry.kind is not Kind.SWAP}
+        nodemodules.load_file_systems(node, types, config.bootimages)
         script = fstab.mount_script(entries, _BOOT_ID.read_text().strip(), force)
     else:
         script = fstab.unmount_script(entries)
