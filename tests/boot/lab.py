@@ -251,14 +251,6 @@ class Lab:
         self.master.send_signal(signal.SIGHUP)
         wait_until(lambda: self.log().count("again") > before, "the master has not read its configuration again")
 
-    def start_bpsh(self, *arguments: str) -> None:
-        """Has bpsh run something that may never end; it ends with the lab at the latest."""
-        command = [TOP / "bpfs/bin/bpsh", *arguments]
-        environment = {**os.environ, "BPFS": str(self.mount)}
-        self._daemons.append(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=environment)
-        )
-
     def bpsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs bpsh here, as a user does."""
         return subprocess.run(
