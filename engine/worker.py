@@ -423,6 +423,7 @@ class Destination:
         """Take the image and build the process, stopped. fds: as `externals` refers to them.
 
         `ahead`: on the connection of `stage`, and with what has come there.
+        `part`: all but what comes after the memory, for which `complete` has to be called.
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{_ORDER}: prepare first")
@@ -437,21 +438,41 @@ class Destination:
         except BaseException:
             self.undo()
             raise
+        self._stream = stream
         try:
-            total = self._build(stream, externals, ghost_fds, ahead)
-            stream.send(img.frame(img.HELD, b""))
-            self._stream = stream
-        except BaseException as error:
-            if isinstance(error, OSError) and not isinstance(error, Aborted):
-                with contextlib.suppress(OSError):
-                    answer = {"errno": error.errno or 5, "text": sentence(error)}
-                    stream.send(img.frame(img.ERROR, msgpack.packb(answer)))
-            stream.close()
-            self.undo()
-            raise
+            with self._telling(stream):
+                total = self._build(stream, externals, ghost_fds, ahead)
+                if not request.get("part"):
+                    self._complete(stream)
         finally:
             self._close_listener()
         return {"bytes": total}
+
+    def complete(self, request: Reply, fds: list[int]) -> Reply:
+        """Build what `receive` has left: the descriptors, the threads with their ids."""
+        stream = self._stream
+        if self._builder is None or stream is None:
+            raise OSError(22, f"{_ORDER}: receive first")
+        with self._telling(stream):
+            self._complete(stream)
+        return {}
+
+    def _complete(self, stream: Stream) -> None:
+        assert self._builder is not None
+        self._builder.complete()
+        stream.send(img.frame(img.HELD, b""))
+
+    @contextlib.contextmanager
+    def _telling(self, stream: Stream) -> Iterator[None]:
+        """What fails in this context is undone, and the source's worker is told."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, OSError) and not isinstance(error, Aborted):
+                _tell(stream, error.errno or 5, sentence(error))
+            stream.close()
+            self.undo()
+            raise
 
     def follow(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for the source's own word that it is gone, and let the copy run; `running` tells whether it came."""
@@ -480,7 +501,6 @@ class Destination:
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
         if int.from_bytes(end, "little") != image.total:
             raise img.ImageError("the number of bytes differs")
-        builder.complete()
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
@@ -496,7 +516,9 @@ class Destination:
         return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
 
     def discard(self, request: Reply, fds: list[int]) -> Reply:
-        """Undo."""
+        """Undo; with `errno` and `text` for a source's worker that waits."""
+        if self._stream is not None and "errno" in request:
+            _tell(self._stream, int(request["errno"]), str(request["text"]))
         self.undo()
         return {}
 
@@ -534,6 +556,12 @@ def _listen(address: str) -> socket.socket:
 
 def _question(request: Reply) -> Reply:
     return {key: value for key, value in request.items() if key != "op"}
+
+
+def _tell(stream: Stream, code: int, text: str) -> None:
+    """What `_read_verdict` will raise over there."""
+    with contextlib.suppress(OSError):
+        stream.send(img.frame(img.ERROR, msgpack.packb({"errno": code, "text": text})))
 
 
 def _read_verdict(stream: Stream) -> None:
@@ -580,6 +608,7 @@ def serve(control: socket.socket) -> bool:
         "listen": destination.listen,
         "stage": destination.stage,
         "receive": destination.receive,
+        "complete": destination.complete,
         "follow": destination.follow,
         "resume": destination.resume,
         "discard": destination.discard,

@@ -290,15 +290,19 @@ class Migration(ABC):
             lambda: src.call(
                 "send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead
             ),
-            lambda: dst.call(
-                "receive",
-                landing.fds,
-                externals=landing.externals,
-                ghost_fds=landing.ghost_fds,
-                timeout_s=RECEIVE_TIMEOUT,
-                ahead=self._ahead,
-            ),
+            lambda: self._receive(dst, landing),
             self.figures,
+        )
+
+    async def _receive(self, dst: Engine, landing: Landing, part: bool = False) -> dict[str, Any]:
+        return await dst.call(
+            "receive",
+            landing.fds,
+            externals=landing.externals,
+            ghost_fds=landing.ghost_fds,
+            timeout_s=RECEIVE_TIMEOUT,
+            ahead=self._ahead,
+            part=part,
         )
 
     # -- ahead of them -----------------------------------------------------------------------------------------

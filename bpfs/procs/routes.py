@@ -12,7 +12,7 @@ import os
 import socket
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,10 +334,18 @@ class Return(Migration):
         reply = await dst.call("listen", address=address)
         return Landing(address, reply["port"], reply["token"]), {"ghost": self.proc.pid}
 
-    async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
-        # Threads that it has made on a node keep their ids, which the kernel does not give away here.
-        async with self._around.blocks.raised() if self._has_tids_of_nodes else nullcontext():
-            await super()._transfer(src, dst, landing)
+    async def _receive(self, dst: Engine, landing: Landing, part: bool = False) -> dict[str, Any]:
+        reply = await super()._receive(dst, landing, self._has_tids_of_nodes)
+        if self._has_tids_of_nodes:
+            # Threads that it has made on a node keep their ids, which the kernel does not give away here. Nobody else
+            # can make a process with such an id meanwhile: not before all of the memory has come.
+            try:
+                async with self._around.blocks.raised():
+                    await dst.call("complete")
+            except BpfsError as error:
+                await dst.call("discard", errno=error.code, text=error.sentence)
+                raise
+        return reply
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._enter(Phase.ATTACH)

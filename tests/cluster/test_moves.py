@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bpfs.pidspace import BLOCK_BASE
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place, processes_of
 from tests.cluster.virtual import cluster, wait_until
 
@@ -415,3 +416,38 @@ def test_what_a_node_made_ready_for_an_exec_that_does_not_come_goes_again(it, co
     wait_until(lambda: len(processes_of(it, counter.pid)) == 2, "a node should make ready for it")
     wait_until(lambda: len(processes_of(it, counter.pid)) == 1, "what was made ready should go")
     check_counting(finish(counter), counter.pid)
+
+
+THREAD_MAKER = """
+import sys, threading
+sys.stdin.readline()
+go, done, seen = threading.Event(), threading.Event(), []
+def other():
+    seen.append(threading.get_native_id())
+    print(seen[0], flush=True)
+    go.wait()
+    seen.append(threading.get_native_id())
+    done.set()
+threading.Thread(target=other).start()
+sys.stdin.readline()
+go.set()
+done.wait()
+print(seen[0] == seen[1], flush=True)
+"""
+
+
+def test_a_thread_that_was_made_on_a_node_keeps_its_id_at_home(it):
+    process = subprocess.Popen(
+        [sys.executable, "-c", THREAD_MAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    move(it, process.pid, 1)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    tid = int(process.stdout.readline())
+    assert tid >= BLOCK_BASE
+    for node in (0, -1):
+        move(it, process.pid, node)
+    assert str(tid) in os.listdir(f"/proc/{process.pid}/task")
+    assert process.communicate("\n", timeout=60) == ("True\n", None)
+    assert process.returncode == 0
