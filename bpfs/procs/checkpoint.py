@@ -153,7 +153,10 @@ class Checkpoints:
             self._cancel(proc)
         await self._take(proc, order, rights, request if itself else None)
         if order.every:
-            self._ghosts.nursery.start_soon(carefully, proc.pid, self._repeat(proc, order, rights))
+            # At once: who reads the file, or calls it off, after this write has returned, finds it.
+            record = self._record(proc)
+            record.order, record.periodic = order, trio.CancelScope()
+            self._ghosts.nursery.start_soon(carefully, proc.pid, self._repeat(proc, order, rights, record.periodic))
 
     def _record(self, proc: Process) -> _Record:
         for known in [one for one in self._records if one is not proc and not self._alive(one)]:
@@ -167,10 +170,8 @@ class Checkpoints:
             record.periodic.cancel()
         record.periodic = record.order = record.saved = None
 
-    async def _repeat(self, proc: Process, order: Order, rights: Rights) -> None:
-        record = self._record(proc)
-        with trio.CancelScope() as record.periodic:
-            record.order = order
+    async def _repeat(self, proc: Process, order: Order, rights: Rights, called_off: trio.CancelScope) -> None:
+        with called_off:
             while True:
                 await trio.sleep(order.every)
                 if not self._alive(proc):
