@@ -27,6 +27,8 @@ from boot.reports import Reporter
 FOLDER = Path("/run/bpfs-seed")
 AFTER = 10.0
 """Seconds after its own start: the node has more urgent things to do."""
+SOON = 1.0
+"""Seconds until it tries again after a failure, doubling."""
 AGAIN = 60.0
 """Seconds between two announcements to the master."""
 
@@ -47,13 +49,17 @@ async def _serve(own: str, master: Server, port: int, folder: Path) -> None:
     except OSError as error:  # the one from before bpslave was started again still does
         say(f"nothing is passed on from here: {error.strerror}")
         return
+    pause = SOON
     while True:
         try:
             await asyncio.to_thread(_fetch, master, folder)
             await asyncio.to_thread(master.text, "/seed")
-        except (BootError, OSError):
-            pass  # the master is away, or has no image just now: others ask it themselves
-        await asyncio.sleep(AGAIN * random.uniform(0.8, 1.2))
+            pause = AGAIN
+        except (BootError, OSError) as error:
+            # The master is away, has no image just now, or does not see whose address this is yet.
+            pause = SOON if pause == AGAIN else min(2 * pause, AGAIN)
+            say(f"nothing is passed on just now: {getattr(error, 'strerror', None) or error}")
+        await asyncio.sleep(pause * random.uniform(0.8, 1.2))
 
 
 def _fetch(master: Server, folder: Path) -> None:
