@@ -151,6 +151,8 @@ class Lab:
         run("ip", "netns", "add", self.name)
         run(*self.inside, "ip", "link", "set", "lo", "up")
         run(*self.inside, "ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0")
+        # Its own for good: a bridge takes its ports' lowest one else, and whoever knows the former finds nobody there.
+        run(*self.inside, "ip", "link", "set", "br0", "address", "52:54:00:00:01:00")
         run(*self.inside, "ip", "addr", "add", f"{ADDRESS}/24", "dev", "br0")
         run(*self.inside, "ip", "link", "set", "br0", "up")
         for number in range(self._taps):
