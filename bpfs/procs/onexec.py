@@ -64,16 +64,24 @@ class OnExec:
     async def _follow(
         self, proc: Process, node: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
+        refused: BpfsError | None = None  # raised outside of the nursery, which would wrap it
         with trio.CancelScope() as scope:
-            async with self._procs.place(MASTER).engine() as engine:
-                ahead = Ahead(self._route(proc, node))
-                reply = await engine.call("arm", pid=proc.pid, **ahead.migration.looking)
-                self._armed[proc.pid] = scope
-                task_status.started()
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(carefully, proc.pid, ahead.run(reply["externals"]))
+            ahead = Ahead(self._route(proc, node))
+            async with self._procs.place(MASTER).engine() as engine, trio.open_nursery() as nursery:
+                nursery.start_soon(carefully, proc.pid, ahead.run())
+                try:
+                    reply = await engine.call("arm", pid=proc.pid, **ahead.migration.looking)
+                except BpfsError as error:
+                    nursery.cancel_scope.cancel()
+                    refused = error
+                else:
+                    ahead.tell(reply["externals"])
+                    self._armed[proc.pid] = scope
+                    task_status.started()
                     await carefully(proc.pid, self._wait_and_move(proc, node, engine, scope, ahead))
                     nursery.cancel_scope.cancel()
+        if refused is not None:
+            raise refused
 
     def _route(self, proc: Process, node: int) -> Migration:
         return route(proc, self._procs.place(MASTER), self._procs.place(node), self._around)
@@ -116,20 +124,27 @@ class Ahead:
         self.migration = migration
         self._birth = _birth(migration.proc)
         self._engine: Engine | None = None
+        self._externals: Externals = []
+        self._told = trio.Event()
         self._settled = trio.Event()
         self._taken = trio.Event()
         self._over = trio.Event()
         self._scope = trio.CancelScope()
 
-    async def run(self, externals: Externals) -> None:
+    def tell(self, externals: Externals) -> None:
+        """The process is armed, and has these: nothing is ready without them."""
+        self._externals = externals
+        self._told.set()
+
+    async def run(self) -> None:
         """Makes it ready, and holds it so for a while, or, once taken, until it is cancelled.
 
-        Args:
-            externals: what the process has as it is armed.
+        Begins beside the arming: the empty process takes longer than that.
         """
 
         async def look() -> Externals:
-            return externals
+            await self._told.wait()
+            return self._externals
 
         async def stop() -> dict[str, Any]:
             return {}
