@@ -6,7 +6,8 @@ import errno
 import math
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,6 +46,7 @@ class Away:
         continued: when its ghost got the last SIGCONT, by trio's clock.
         continuing: SIGCONTs on their way to the node: stops that are reported meanwhile were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
+        stopped_by: the signal that its process was stopped by last.
     """
 
     proc: Process
@@ -52,6 +54,7 @@ class Away:
     stdio: Stdio
     quiet: trio.Lock = field(default_factory=trio.Lock)
     asked_stop: bool = False
+    stopped_by: int = signal.SIGSTOP
     retired: bool = False
     continuing: int = 0
     continued: float = -math.inf
@@ -159,6 +162,28 @@ class Ghosts:
     def expect_no_more(self, proc: Process) -> None:
         """The move is off."""
         self._early.pop(proc.pid, None)
+
+    @asynccontextmanager
+    async def awake(self, away: Away) -> AsyncIterator[None]:
+        """No signal meets the process half-way in this context, and its ghost can answer: one that is stopped goes on
+        meanwhile, and stops again unless somebody has continued it."""
+        async with away.quiet:
+            stopped, continued = away.ghost.state() == "T", away.continued
+            if stopped:
+                await tell(away.ghost.cont())
+            try:
+                yield
+            finally:
+                if stopped and away.continued == continued:
+                    with trio.CancelScope(shield=True):
+                        await self._stop_again(away)
+
+    async def _stop_again(self, away: Away) -> None:
+        if not away.retired:
+            await tell(away.ghost.stop(away.stopped_by))
+        elif not away.asked_stop:  # it came home before it had heard of it
+            with suppress(ProcessLookupError):
+                os.kill(away.proc.pid, signal.SIGSTOP)
 
     async def look_after(self, away: Away) -> None:
         """A ghost that was retired too early; it may have ended meanwhile."""
@@ -340,7 +365,7 @@ class Ghosts:
         if proc.state is ProcState.RUNNING:
             proc.state = ProcState.STOPPED
             self.table.changed(proc, "stopped")
-        away.asked_stop = True
+        away.asked_stop, away.stopped_by = True, signo
         await tell(away.ghost.stop(signo))
 
     async def continued(self, away: Away) -> None:

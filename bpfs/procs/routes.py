@@ -12,12 +12,10 @@ import os
 import socket
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import trio
 
 from bpfs import log
 from bpfs.config import Config
@@ -28,7 +26,7 @@ from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
-from bpfs.procs.process import MASTER, Process
+from bpfs.procs.process import MASTER, Process, ProcState
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.table import read_identity
@@ -217,6 +215,8 @@ class Leave(ToNode):
             self.proc.identity = read_identity(self.proc.pid)
         landing = await super().land(dst, summary)
         process = summary["process"]
+        if process["stopped"]:
+            self.before = ProcState.STOPPED  # at home the kernel's word is enough
         self._stdio.comm = os.fsencode(process["comm"])
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
         return landing
@@ -238,6 +238,7 @@ class Leave(ToNode):
         proc.place = self.destination.number
         self._stdio.stream, self._stdio.ends = attached.number, attached.ends
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
+        away.asked_stop = self.before is ProcState.STOPPED
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
         await self._around.ghosts.keep_children(away, self.children)
@@ -263,8 +264,8 @@ class Hop(ToNode):
         self._away = around.ghosts.of(proc)
         self._held = False
 
-    def quiet(self) -> trio.Lock:
-        return self._away.quiet
+    def quiet(self) -> AbstractAsyncContextManager[None]:
+        return self._around.ghosts.awake(self._away)
 
     def channels(self, externals: Externals) -> list[Channel]:
         return self._away.stdio.regroup(externals)
@@ -322,8 +323,8 @@ class Return(Migration):
         self._ghost_fds: dict[int, int] = {}
         self._has_tids_of_nodes = False
 
-    def quiet(self) -> trio.Lock:
-        return self._away.quiet
+    def quiet(self) -> AbstractAsyncContextManager[None]:
+        return self._around.ghosts.awake(self._away)
 
     async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
         return await stop()
@@ -378,6 +379,7 @@ class Return(Migration):
         await detach(self.source, self._away.stdio.stream)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
+        self.before = ProcState.RUNNING
         self._around.ghosts.retire(self._away)
         await drop_files(self.source, self._away.stdio)
         self._around.ghosts.nursery.start_soon(detach, self.source, self._away.stdio.stream)  # nobody need wait for it

@@ -39,6 +39,25 @@ def counter():
         yield process
 
 
+@pytest.mark.parametrize("when", ["at home", "away", "a moment before"])
+@pytest.mark.parametrize("route", [[1, -1, 0], [2, 0, -1]], ids=str)
+def test_a_stopped_process_stays_stopped_wherever_it_goes(it, counter, route, when):
+    if when != "at home":
+        move(it, counter.pid, 1 - route[0] % 2)
+    os.kill(counter.pid, signal.SIGSTOP)
+    if when == "away":
+        wait_until(lambda: it.read(f"procs/{counter.pid}/state") == "stopped\n", "its node should have stopped it")
+    for node in route:
+        move(it, counter.pid, node)
+        assert place(it, counter.pid) == str(node)
+        for which in (f"/proc/{counter.pid}/stat", f"{it.mount}/procs/{counter.pid}/stat"):
+            # Of one that was stopped a moment ago its node may not have heard.
+            wait_until(lambda which=which: Path(which).read_text().rpartition(")")[2].split()[0] == "T", which)
+    assert counter.poll() is None
+    os.kill(counter.pid, signal.SIGCONT)
+    check_counting(finish(counter), counter.pid)
+
+
 @pytest.mark.parametrize("route", [[1], [1, -1], [0, 2], [0, 1, 2, -1], [2, -1, 2, -1]], ids=str)
 def test_a_process_counts_on_wherever_it_goes(it, counter, route):
     for node in route:
