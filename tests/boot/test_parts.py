@@ -119,7 +119,8 @@ def test_a_text_is_believed_with_its_proof_only(keys: tuple[Path, bytes], tmp_pa
     for wrong in (text.replace(b"3", b"4", 1), text[:-2], b"", b"proof ", text + b"x y\n", zeros):
         with pytest.raises(BootError):
             manifest.check(wrong, public, "text")
-    for other in (public[:-1] + b"1", public[:64], b"", b"x"):
+    odd = b"3" if public.endswith(b"1") else b"1"
+    for other in (public[:-1] + odd, public[:64], b"", b"x"):
         with pytest.raises(BootError):
             manifest.check(text, other, "text")
 
