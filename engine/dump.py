@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import cpu, facts, vdso
+from engine import cpu, facts, placeholders, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
 from engine.descriptors.model import Entry
+from engine.descriptors.relatives import kept_by_descendants
 from engine.freeze import Frozen, freeze, unseized
 from engine.image import Image
 from engine.linux import procfs, ptrace
@@ -40,6 +41,7 @@ class Inspection:
     refusals: list[str] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
     keep: Keep | None = None
+    _children: list[int] = field(default_factory=list)
 
     @property
     def externals(self) -> list[dict[str, Any]]:
@@ -50,6 +52,15 @@ class Inspection:
         """Send without what has been sent ahead."""
         self.runs = self.left
         image.runs, image.total = pack_runs(self.runs), sum(length for _, length in self.runs)
+
+    def is_needed(self, init: int) -> bool:
+        """Whether relatives that stay need something in its place (`engine.placeholders.is_needed`)."""
+        self._children = [child for child, *_ in children_of(self.frozen)]
+        return placeholders.is_needed(init, procfs.inner_pid(self.frozen.status), self._children)
+
+    def end_stand_ins(self, init: int) -> None:
+        """It has left and is stood for: what stood for its children that are elsewhere has nobody to wait for it."""
+        placeholders.end_stand_ins(init, self._children)
 
     def summary(self) -> dict[str, Any]:
         """The `process` map of the worker's inspect reply."""
@@ -95,6 +106,8 @@ def inspect(
         frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay, at_home=at_home
     )
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
+    if family and not at_home and refusals == []:
+        refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)
     if rounds is not None:
@@ -117,11 +130,11 @@ def forecast(pid: int, close: bool, at_home: bool) -> list[str]:
     return obstacles(running, stat, family=True) + Survey(running).refusals + descriptors.refusals
 
 
-def obstacles_of(pid: int, family: bool = False) -> list[str]:
+def obstacles_of(pid: int, family: bool = False, at_home: bool = False) -> list[str]:
     """Every obstacle of a process that nobody holds; it is stopped for a moment to look, if that is possible.
 
     Args:
-        family: as for `inspect`.
+        family, at_home: as for `inspect`.
 
     Raises:
         OSError: there is no such process.
@@ -135,7 +148,7 @@ def obstacles_of(pid: int, family: bool = False) -> list[str]:
         found = obstacles(frozen, stat, family) + Survey(frozen).refusals + inspect_descriptors(pid).refusals
         return [str(error.strerror), *found]
     try:
-        return inspect(frozen, family=family).refusals
+        return inspect(frozen, family=family, at_home=at_home).refusals
     finally:
         frozen.release()
 

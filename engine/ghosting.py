@@ -16,6 +16,7 @@ from engine.freeze import Frozen
 from engine.image import Image
 from engine.linux import process_vm, procfs, ptrace, scm
 from engine.linux.libc import NR
+from engine.placeholders import own_program
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, Calls, ProcessGone, row
 from engine.state import PR_SET_DUMPABLE
 from engine.target import exec_block
@@ -104,7 +105,33 @@ def become_ghost(
     """
     _prepare(frozen, cloexec, closed)
     death = b"BPFS_DEATHSIG=%d" % passed.death_signal
-    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control], gone)
+    arguments = procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
+    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control], arguments, gone)
+
+
+def become_placeholder(frozen: Frozen, image: Image, init: int) -> None:
+    """Exec nodeinit's program inside a job, which is to stand for itself on the node that it leaves, and let it run.
+
+    Args:
+        init: nodeinit's pid as the caller sees it.
+
+    Raises:
+        OSError: it did not come to the exec; the process is still frozen.
+    """
+    program, reports, arguments, environment = own_program(init)
+    try:
+        passed = Passed(frozen, image, program, reports)
+    finally:
+        os.close(program)
+        os.close(reports)
+    try:
+        _prepare(frozen, [], [])
+        arguments[1] = b"%d" % passed.control
+        _exec(frozen, passed.program, [*environment, b"BPFS_CONTROL=%d" % passed.control], arguments, lambda: None)
+    except OSError:
+        with contextlib.suppress(OSError):  # it has ended
+            passed.take_back()
+        raise
 
 
 def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, int]:
@@ -150,16 +177,17 @@ def _prepare(frozen: Frozen, cloexec: list[int], closed: list[int]) -> None:
     calls.run()
 
 
-def _exec(frozen: Frozen, exe: int, environment: list[bytes], gone: Callable[[], object]) -> None:
+def _exec(
+    frozen: Frozen, exe: int, environment: list[bytes], arguments: list[bytes], gone: Callable[[], object]
+) -> None:
     injection = frozen.open_injection()
-    arguments = procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
     base = injection.base + HEAL_STRINGS
     data, argv, envp = exec_block(base + 16, arguments, environment)
     process_vm.write(frozen.pid, base, struct.pack("<QQ", ALL_SIGNALS, 0) + data)
     ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
     calls = Calls(injection)
     calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
-    calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label="running the ghost")
+    calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label="running another program")
     injection.others = [thread.tid for thread in frozen.threads[1:]]
     if procfs.own_bytes(frozen.pid) >= _LARGE:
         injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)

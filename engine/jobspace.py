@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import placeholders
-from engine.linux import nsfs, pidfd, process_vm
+from engine.linux import nsfs, pidfd, process_vm, procfs
 from engine.placeholders import INIT, Command
 
 PROGRAM = Path(__file__).parent / "bin" / "nodeinit"
@@ -272,7 +272,7 @@ class JobSpace:
                 placeholders.command(self.init, hostpid, Command.END, (status & 0xFF) << 8)
             case os.CLD_KILLED | os.CLD_DUMPED:
                 placeholders.command(self.init, hostpid, Command.END, status & 0x7F)
-            case os.CLD_STOPPED:
+            case os.CLD_STOPPED if not procfs.is_stopped(hostpid):  # its parent may have been faster
                 placeholders.command(self.init, hostpid, Command.STOP, status & 0x7F)
             case os.CLD_CONTINUED:
                 self.signal(pid, signal.SIGCONT)
@@ -280,11 +280,16 @@ class JobSpace:
     def drop_placeholder(self, pid: int) -> None:
         """End one placeholder because the process that it stands for ended: its children become nodeinit's, natively.
 
+        One that is a job's child as well ends as that job shall see it: `act_for`.
+
         Raises:
             ProcessLookupError: no placeholder has this pid.
         """
-        if pid not in self.placeholders():
+        found = placeholders.stands_for_child(self.init, pid)
+        if found is None:
             raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
+        if found:
+            return
         handle = self.open_process(pid)
         try:
             placeholders.dismiss(self.init, handle)

@@ -30,6 +30,7 @@ class Kind(enum.IntEnum):
     IS = 1  # how a process is now
     ENDED = 2
     REAPED = 3  # its parent has waited for it
+    STOOD = 4  # a placeholder has ended, or (state T) was stopped, and not by order
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Everything about a process as a whole that forbids moving it, in words."""
 
+import contextlib
 import os
 
 from engine.freeze import Frozen
-from engine.jobspace import PROGRAM
 from engine.linux import nsfs, procfs
 from engine.linux.procfs import Stat
 
@@ -18,7 +18,7 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
     status = frozen.status
     children = living_children(frozen)
     if family:
-        children = [pid for pid in children if not may_stay(pid)]
+        children = [pid for pid in children if not may_stay(frozen, pid)]
     if children:
         listing = ", ".join(str(pid) for pid in children[:8]) + (" and more" if len(children) > 8 else "")
         found.append(f"it has living children ({listing})")
@@ -46,15 +46,9 @@ def _rights(status: dict[str, str]) -> list[str]:
     return [status.get(key, "") for key in _RIGHTS]
 
 
-def may_stay(pid: int) -> bool:
-    """Whether a child can be parted from its parent: it is at home (in our own pid namespace), or its real self is
-    elsewhere already and this only stands for it."""
-    if len(nsfs.pids_by_status(pid)) == 1:
-        return True
-    try:
-        return os.path.samefile(f"/proc/{pid}/exe", PROGRAM)
-    except OSError:
-        return nsfs.name_by_status(pid) == b"nodeinit"  # a zombie has no program any more
+def may_stay(frozen: Frozen, pid: int) -> bool:
+    """Whether a child can be parted from its parent: not the first process of a pid namespace of its own."""
+    return len(nsfs.pids_by_status(pid)) in (0, len(frozen.status["NSpid"].split()))
 
 
 def living_children(frozen: Frozen) -> list[int]:
@@ -62,7 +56,12 @@ def living_children(frozen: Frozen) -> list[int]:
     return procfs.children(frozen.pid)
 
 
-def children_of(frozen: Frozen) -> list[int]:
-    """Its children, zombies included, by the pids of their own namespace."""
-    found = (nsfs.pids_by_status(pid) for pid in living_children(frozen))
-    return [pids[-1] for pids in found if pids]
+def children_of(frozen: Frozen) -> list[tuple[int, int, int, int]]:
+    """Its children, zombies included: pid, group, session and real uid, by the numbers of their own namespace."""
+    found = []
+    for child in living_children(frozen):
+        with contextlib.suppress(OSError):
+            status = procfs.parse_status(procfs.read(f"/proc/{child}/status"))
+            ids = [int(status[key].split()[-1]) for key in ("NSpid", "NSpgid", "NSsid")]
+            found.append((ids[0], ids[1], ids[2], int(status["Uid"].split()[0])))
+    return found

@@ -19,7 +19,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from engine.linux import nsfs, pidfd, process_vm, procfs
 
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
+_NAMES = (b"nodeinit", b"nodeinit-halted")  # of placeholders; the other one is told to stop
 _RETRY_S = 0.05
 _DEATH_S = 0.5  # a placeholder's end takes some 50 us
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms
@@ -122,7 +123,7 @@ class World:
         fields = rest.split(None, 4)
         if not found or fields[0] in (b"Z", b"X"):
             return None
-        placeholder = pid != INIT and comm.endswith(b"(nodeinit") and self._is_clone(pid)
+        placeholder = pid != INIT and comm.rpartition(b"(")[2] in _NAMES and self._is_clone(pid)
         return Ids(pid, int(fields[1]), int(fields[2]), int(fields[3]), placeholder)
 
     def _is_clone(self, pid: int) -> bool:
@@ -334,6 +335,77 @@ def find_placeholder(init: int, pid: int, others: list[int]) -> tuple[int | None
         return outer_pid(init, namespace, pid), missing
     finally:
         os.close(namespace)
+
+
+def is_needed(init: int, pid: int, children: Sequence[int]) -> bool:
+    """Whether a job that is about to leave must be stood for here: its parent may wait for it, or somebody who stays is
+    its child or in its group or session.
+
+    Args:
+        pid, children: job pids.
+    """
+    world = World(init)
+    try:
+        own = world.get(pid)
+        if own is None:
+            return False
+        parent = world.get(own.ppid)
+        if own.ppid != INIT and parent is not None and not parent.placeholder:
+            return True
+        others = [ids for child in children if (ids := world.get(child))]
+        if pid in (own.pgid, own.sid):
+            others += [ids for ids in world.every() if ids.pid != pid and pid in (ids.pgid, ids.sid)]
+        return any(not ids.placeholder for ids in others)
+    finally:
+        world.close()
+
+
+def stands_for_child(init: int, pid: int) -> bool | None:
+    """Whether a placeholder is the child of a job that will wait for it; None: there is no such placeholder."""
+    world = World(init)
+    try:
+        found = world.get(pid)
+        if found is None or not found.placeholder:
+            return None
+        parent = world.get(found.ppid)
+        return found.ppid != INIT and parent is not None and not parent.placeholder
+    finally:
+        world.close()
+
+
+def end_stand_ins(init: int, pids: Sequence[int]) -> None:
+    """Kill those of these job pids that are placeholders."""
+    namespace = nsfs.open_pid_namespace(init)
+    world = World(init)
+    try:
+        for pid in pids:
+            ids = world.get(pid)
+            if ids is not None and ids.placeholder and (handle := _end(init, namespace, pid)) >= 0:
+                os.close(handle)
+    finally:
+        world.close()
+        os.close(namespace)
+
+
+def own_program(init: int) -> tuple[int, int, list[bytes], list[bytes]]:
+    """What a process of the namespace runs to become a placeholder: nodeinit's own program (O_PATH) and report socket,
+    which are the caller's to close; arguments, of which the second is the socket's number; environment.
+
+    Raises:
+        OSError: nodeinit has ended.
+    """
+    arguments = procfs.read(f"/proc/{init}/cmdline").split(b"\0")[:-1]
+    handle = process_vm.pidfd_open(init)
+    try:
+        reports = process_vm.pidfd_getfd(handle, int(arguments[1]))
+    finally:
+        os.close(handle)
+    try:
+        program = os.open(f"/proc/{init}/exe", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        os.close(reports)
+        raise
+    return program, reports, arguments, [b"BPFS_COOKIE=%x" % _cookie(init), b"BPFS_PLACEHOLDER=1"]
 
 
 def outer_pid(init: int, namespace: int, pid: int) -> int | None:

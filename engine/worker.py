@@ -23,7 +23,7 @@ from engine import dump, faults, note, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.freeze import Frozen, abandon, freeze
-from engine.ghosting import Passed, become_ghost
+from engine.ghosting import Passed, become_ghost, become_placeholder
 from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets, procfs, ptrace
 from engine.onexec import Armed, end
@@ -74,7 +74,8 @@ class Source:
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
-        return {"refusals": dump.obstacles_of(int(request["pid"]), bool(request.get("family")))}
+        family, at_home = bool(request.get("family")), bool(request.get("at_home"))
+        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home)}
 
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
@@ -278,24 +279,35 @@ class Source:
         return {}
 
     def vanish(self, request: Reply, fds: list[int]) -> Reply:
-        """Kill the frozen source: it lives elsewhere now. `go`: tell the copy that it may run."""
+        """Kill the frozen source: it lives elsewhere now. Where relatives stay, it becomes a placeholder instead.
+
+        `go`: tell the copy that it may run. `init`: nodeinit's pid as we see it; without it nothing stands for it.
+        """
         frozen = self._held()
+        init = int(request.get("init", 0))
         with self._last_word(request) as gone:
-            self._frozen = None
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(frozen.pid, signal.SIGKILL)
-            faults.hold("vanish")
-            # It will never run again. That its memory is given back, 30 ms a GB, need not be waited for.
-            if self._inspection is not None and not any(e.get("locks") for e in self._inspection.descriptors.table):
-                gone()
-            for thread in reversed(frozen.threads):  # the leader's end is reported last
-                with contextlib.suppress(OSError):
-                    while os.WIFSTOPPED(ptrace.wait(thread.tid)):
-                        pass
-        frozen.close()
+            if init and self._inspection is not None and self._image is not None and self._inspection.is_needed(init):
+                become_placeholder(frozen, self._image, init)
+                self._inspection.end_stand_ins(init)
+            else:
+                self._frozen = None
+                self._kill(frozen, gone)
         self._forget()
         note.erase()
         return {}
+
+    def _kill(self, frozen: Frozen, gone: Callable[[], None]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(frozen.pid, signal.SIGKILL)
+        faults.hold("vanish")
+        # It will never run again. That its memory is given back, 30 ms a GB, need not be waited for.
+        if self._inspection is not None and not any(e.get("locks") for e in self._inspection.descriptors.table):
+            gone()
+        for thread in reversed(frozen.threads):  # the leader's end is reported last
+            with contextlib.suppress(OSError):
+                while os.WIFSTOPPED(ptrace.wait(thread.tid)):
+                    pass
+        frozen.close()
 
     @contextlib.contextmanager
     def _last_word(self, request: Reply) -> Iterator[Callable[[], None]]:

@@ -14,6 +14,7 @@ _ADVICE: Final = [
     (re.compile(pattern), advice)
     for pattern, advice in (
         (r"living children", "move it before it starts them, or when they have ended"),
+        (r"which stays, has its fd", "start such children with files of their own (</dev/null >log), or move it first"),
         (r"traced|debugger", "end the debugger (strace, gdb) or detach it"),
         (r"seccomp", "run it without the sandbox: a filter cannot be read back from the kernel"),
         (r"shares memory with process", "stop the other process, or start both on the node"),

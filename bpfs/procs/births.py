@@ -57,6 +57,7 @@ class Births:
         self._wake = trio.Event()
         self._raised = AsyncExitStack()
         self._is_raised = False
+        self._nursery = nursery
         nursery.start_soon(self._take_all, name="births")
 
     def report(self, node: Node, message: messages.JobEvents) -> None:
@@ -107,6 +108,9 @@ class Births:
     async def _take(self, node: Node, record: Record, since: float) -> None:
         if record.kind is Kind.REAPED:
             await self._reaped(node, record.pid)
+            return
+        if record.kind is Kind.STOOD:
+            self._stood(node, record)
             return
         proc = self._table.known(record.pid)
         if proc is None:
@@ -220,6 +224,35 @@ class Births:
         elif theirs and record.state != "T" and proc.state is ProcState.STOPPED:
             await self._ghosts.continued(away)
 
+    # -- what its parent did to what stands for a child there -----------------------------------------------------
+
+    def _stood(self, node: Node, record: Record) -> None:
+        """SIGKILL and SIGSTOP cannot be passed on by whom they reach. So they are guessed, where nobody of ours has
+        ended or stopped what stands for a child, and its parent lives."""
+        parent = self._ghosts.stand_in(self._ghosts.parents.get(record.pid, 0))
+        if parent is None or parent.proc.place != node.number or parent.proc.leaving:
+            return
+        child = self._table.known(record.pid)
+        if child is not None and (child.place == node.number or child.state in (ProcState.MIGRATING, ProcState.ENDED)):
+            return
+        if record.state == "T":
+            work = self._pass_on(parent, record.pid, child, signal.SIGSTOP)
+        elif record.code & 0x7F == signal.SIGKILL:
+            work = self._pass_on(parent, record.pid, child, signal.SIGKILL)
+        else:
+            return
+        self._nursery.start_soon(carefully, record.pid, work)
+
+    async def _pass_on(self, parent: Away, pid: int, child: Process | None, signo: signal.Signals) -> None:
+        # The whole node may be ending just now, and the parent with it.
+        (status,) = (await self._ghosts.status_files(parent.proc, ("status",))).values()
+        if not _lives(status):
+            return
+        if child is not None and child.away:
+            await self._ghosts.signal(child, signo, Caller(parent.proc.pid, parent.proc.identity.uid, 0))
+        elif read_identity(Pid(pid)).ppid == parent.proc.pid:  # at home, below its parent's ghost
+            os.kill(pid, signo)
+
     # -- ends --------------------------------------------------------------------------------------------------
 
     async def _reaped(self, node: Node, pid: int) -> None:
@@ -228,6 +261,13 @@ class Births:
         if parent is None or parent.proc.place != node.number or parent.proc.state is ProcState.MIGRATING:
             return
         await self._ghosts.waited_for(parent, pid)
+
+
+def _lives(status: bytes) -> bool:
+    """Whether the process of a /proc/PID/status is neither dead nor about to die by SIGKILL."""
+    fields = dict(line.split(b":\t", 1) for line in status.splitlines() if b":\t" in line)
+    pending = int(fields[b"ShdPnd"], 16) | int(fields[b"SigPnd"], 16)
+    return fields[b"State"][:1] not in b"ZX" and not pending >> (signal.SIGKILL - 1) & 1
 
 
 def _ids(identity: Identity) -> tuple[int, int, int, int]:

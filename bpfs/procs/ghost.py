@@ -262,9 +262,13 @@ class Ghost:
         if answer.b:
             raise BpfsError(answer.b, f"no ghost can be made for process {birth.pid}: {os.strerror(answer.b)}")
 
-    async def keep(self, children: Sequence[int]) -> None:
-        """These real children are here: it tells of them by `Child` events, of what happened already as well."""
-        await self._send(Packet(Ctl.KEEP, text=struct.pack(f"<{len(children)}i", *children)))
+    async def keep(self, children: Sequence[int], also: bool = False) -> None:
+        """It tells of these children, real ones or ghosts, by `Child` events; of what happened already as well.
+
+        Args:
+            also: beside those that it tells of already.
+        """
+        await self._send(Packet(Ctl.KEEP, int(also), text=struct.pack(f"<{len(children)}i", *children)))
 
     async def reap(self, pid: int) -> None:
         """The child's ghost with this pid has been waited for."""

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from bpfs.wire.streams import StreamBook
 
 POLL = 0.25  # seconds between looks whether a ghost was stopped by SIGSTOP, which no program can catch
 NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
+BORN_WITHIN = 1.0  # seconds that the ghost of a child may take that its parent has just made
 SI_USER = 0
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
 
@@ -231,10 +232,38 @@ class Ghosts:
         away.children.discard(pid)
         await tell(away.ghost.reap(pid))
 
-    async def still_has(self, away: Away, children: list[int]) -> None:
-        """The process stands still, and has these children: it has waited for all others."""
-        for pid in away.children.difference(children):
+    async def settle_family(self, away: Away, relatives: Sequence[Sequence[int]]) -> None:
+        """The process stands still on its node, and has these children: it has waited for all others.
+
+        Args:
+            relatives: of the engine's summary; pids come first.
+
+        Raises:
+            BpfsError: EOPNOTSUPP, it would not hear any more what its parent or a child does.
+        """
+        children = {int(pid) for pid, *_ in relatives}
+        with trio.move_on_after(BORN_WITHIN):
+            while not children <= away.children:
+                await trio.sleep(BORN_WITHIN / 100)
+        if lost := sorted(children - away.children):
+            raise BpfsError(errno.EOPNOTSUPP, f"its child {lost[0]} has no ghost on the master")
+        for pid in away.children - children:
             await self.waited_for(away, pid)
+        parent = self._away.get(away.proc.identity.ppid)
+        if parent is not None and parent.proc.place == away.proc.place and away.proc.pid not in parent.children:
+            raise BpfsError(errno.EOPNOTSUPP, f"the ghost of its parent {parent.proc.pid} cannot wait for its own")
+
+    async def parted(self, away: Away, place: int) -> None:
+        """The process has left a node, where children and parent of it may be: they hear of each other from afar."""
+        for pid in away.children:
+            child = self._away.get(pid)
+            if child is not None and child.proc.place == place:
+                child.proc.native = False
+                self._parents.watch(child.proc)
+        self._parents.watch(away.proc)
+        parent = self._away.get(self.parents.get(away.proc.pid, 0))
+        if parent is not None and parent.proc.away:
+            await tell(parent.ghost.keep([away.proc.pid], also=True))
 
     def _forget_children(self, away: Away) -> None:
         for pid in away.children:

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +25,21 @@ from bpfs.pidspace import BLOCK_BASE
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
-from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
-from bpfs.procs.process import MASTER, Process, ProcState
+from bpfs.procs.places import CALL_TIMEOUT, HANDLES, Engine, NodePlace, Place
+from bpfs.procs.process import Process, ProcState
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.table import read_identity
 from bpfs.procs.terminal import in_foreground, on_terminal
+from bpfs.wire import messages
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
 from engine.linux import procfs
 
 _log = log.get("procs")
+
+Relative = tuple[int, int, int, int]
+"""A child's pid, process group, session and real uid."""
 
 
 class Surroundings:
@@ -80,7 +84,11 @@ class ToNode(Migration):
         self._attached: Attached | None = None
         self._landing: Landing | None = None
         self._born_as: tuple[object, ...] = ()
-        self.children = [] if source.number != MASTER else procfs.children(proc.pid)  # have stand-ins over there
+        self.children = self.expected_children()  # have stand-ins over there
+
+    @abstractmethod
+    def expected_children(self) -> list[Relative]:
+        """Its children, before it stands still."""
 
     @abstractmethod
     def channels(self, externals: Externals) -> list[Channel]:
@@ -106,8 +114,9 @@ class ToNode(Migration):
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         if self._attached is None or not self._has_foreseen(summary["externals"]):
             await self._attach_anew(dst, summary["externals"])
-        if self._born_as != self._birth() or set(self.children) != set(summary["process"]["children"]):
-            self.children = summary["process"]["children"]
+        children = sorted(tuple(child) for child in summary["process"]["children"])
+        if self._born_as != self._birth() or sorted(self.children) != children:
+            self.children = children
             await self._prepare_anew(dst)
         assert self._attached is not None and self._landing is not None
         self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
@@ -182,7 +191,7 @@ class ToNode(Migration):
             "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
             place=place.target(proc.pid), address=address, front=in_foreground(proc.pid),
             terminal=self._attached.terminal if self._attached is not None else "",
-            children=[relative for pid in self.children if (relative := _relative(pid))],
+            children=self.children,
         )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
 
@@ -196,6 +205,9 @@ class Leave(ToNode):
         self._stdio = Stdio()
         self._program = -1  # of the ghost to be
         self._control: tuple[socket.socket, socket.socket] | None = None  # of the ghost to be: our end and its own
+
+    def expected_children(self) -> list[Relative]:
+        return relatives(procfs.children(self.proc.pid))
 
     def channels(self, externals: Externals) -> list[Channel]:
         self._stdio = Stdio.of(externals)
@@ -241,7 +253,7 @@ class Leave(ToNode):
         away.asked_stop = self.before is ProcState.STOPPED
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
-        await self._around.ghosts.keep_children(away, self.children)
+        await self._around.ghosts.keep_children(away, [pid for pid, *_ in self.children])
         await self._around.ghosts.catch_up(proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
@@ -260,9 +272,12 @@ class Hop(ToNode):
     source: NodePlace
 
     def __init__(self, proc: Process, source: NodePlace, destination: NodePlace, around: Surroundings) -> None:
-        super().__init__(proc, source, destination, around)
         self._away = around.ghosts.of(proc)
+        super().__init__(proc, source, destination, around)
         self._held = False
+
+    def expected_children(self) -> list[Relative]:
+        return relatives(self._away.children)
 
     def quiet(self) -> AbstractAsyncContextManager[None]:
         return self._around.ghosts.awake(self._away)
@@ -271,7 +286,7 @@ class Hop(ToNode):
         return self._away.stdio.regroup(externals)
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
-        await self._around.ghosts.still_has(self._away, summary["process"]["children"])
+        await self._around.ghosts.settle_family(self._away, summary["process"]["children"])
         return await super().land(dst, summary)
 
     async def hold(self) -> None:
@@ -294,7 +309,8 @@ class Hop(ToNode):
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
-        await self._around.ghosts.keep_children(self._away, self.children)
+        await self._around.ghosts.parted(self._away, self.source.number)
+        await self._around.ghosts.keep_children(self._away, [pid for pid, *_ in self.children])
         self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
 
     async def lost(self) -> None:
@@ -352,7 +368,7 @@ class Return(Migration):
         await self._enter(Phase.ATTACH)
         away = self._away
         self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
-        await self._around.ghosts.still_has(away, summary["process"]["children"])
+        await self._around.ghosts.settle_family(away, summary["process"]["children"])
         self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(summary["externals"]))
         self._held = True
         held = await away.ghost.hold(home=True)
@@ -380,6 +396,7 @@ class Return(Migration):
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         self.before = ProcState.RUNNING
+        await self._around.ghosts.parted(self._away, self.source.number)
         self._around.ghosts.retire(self._away)
         await drop_files(self.source, self._away.stdio)
         self._around.ghosts.nursery.start_soon(detach, self.source, self._away.stdio.stream)  # nobody need wait for it
@@ -398,7 +415,9 @@ def _object(external: External) -> tuple[Any, ...]:
 
 
 async def vanish(migration: Migration, src: Engine, go: bool) -> None:
-    """Ends the frozen copy on a node. Where the node is lost just then, waits until the copy cannot be alive.
+    """Ends the frozen copy on a node, or has it stand for itself where relatives need that.
+
+    Where the node is lost just then, waits until the copy cannot be alive.
 
     Raises:
         BpfsError: the worker died before it did anything: the kernel let the copy run on.
@@ -420,7 +439,7 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
 
 async def _kill_copy(proc: Process, place: NodePlace, src: Engine, go: bool) -> None:
     try:
-        await src.call("vanish", go=go)
+        await src.call("vanish", go=go, init=place.node.init)
     except BpfsError as error:
         # EIO: the worker has died, maybe between the kill and its word. What has become of the copy decides.
         if error.code != errno.EIO or await _runs(proc, place):
@@ -435,6 +454,10 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
         BpfsError: EHOSTDOWN.
     """
     proc.hostpid = 0  # the node is asked for it: another process may have got the number
+    with suppress(BpfsError):  # ended; or the node is gone, which is met again below
+        reply = await place.link.request(messages.JobStatus(proc.pid, ("status",)), CALL_TIMEOUT)
+        if isinstance(reply, messages.JobStatusIs) and reply.texts[0].startswith(b"Name:\tnodeinit\n"):
+            return False  # it stands for itself there
     async with place.engine() as engine:
         try:
             await engine.call("freeze", pid=await place.hostpid(proc))
@@ -446,13 +469,15 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
     return True
 
 
-def _relative(pid: int) -> list[int] | None:
-    """What a stand-in wants to know; None where the process is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return [pid, int(fields[2]), int(fields[3]), Path(f"/proc/{pid}").stat().st_uid]
-    except OSError:
-        return None
+def relatives(pids: Iterable[int]) -> list[Relative]:
+    """What stand-ins for these processes of the master have to know; those that are gone are left out."""
+    found: list[Relative] = []
+    for pid in pids:
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            _, _, status = Path(f"/proc/{pid}/status").read_text(errors="replace").partition("\nUid:")
+            found.append((pid, int(fields[2]), int(fields[3]), int(status.split(None, 1)[0])))
+    return found
 
 
 def route(proc: Process, source: Place, destination: Place, around: Surroundings) -> Migration:

@@ -203,7 +203,8 @@ class Procs:
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:
-                reply = await engine.call("obstacles", pid=await place.hostpid(proc), family=True)
+                hostpid = await place.hostpid(proc)
+                reply = await engine.call("obstacles", pid=hostpid, family=True, at_home=not proc.away)
             except BpfsError as error:
                 return [error.sentence]
         return list(reply["refusals"])

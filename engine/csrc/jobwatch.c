@@ -34,6 +34,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop has a longer one meanwhile */
 #define HOLD_MS 5
 #define LOOK_MS 250
 #define LOOK_SHARE 50      /* looking takes at most one part in so many of a core */
@@ -298,6 +299,14 @@ static void tell_end(struct job *job, enum record_kind kind)
 	put(job->client, &r, "");
 }
 
+/* Who it stands for shall hear of it. */
+static void tell_stood(struct job *job, char state)
+{
+	struct record r = { .kind = RECORD_STOOD, .pid = job->pid, .state = state, .code = job->code };
+
+	put(job->client, &r, "");
+}
+
 /* A process that ended is a zombie until its parent has waited for it. */
 static void look_for_reaper(struct job *job, int64_t now)
 {
@@ -322,6 +331,8 @@ static void end(struct job *job, int code)
 	job->backoff = 0;
 	if (job->reported)
 		tell_end(job, RECORD_ENDED);
+	else if (job->placeholder)
+		tell_stood(job, 'Z');
 	/* What nobody has heard of yet keeps the time at which it was to be told of. */
 	if (job->reported || job->placeholder || !job->due)
 		due(job, now_ms());
@@ -353,9 +364,14 @@ static void look(struct job *job, int64_t now, bool changed)
 			look_for_reaper(job, now);
 		return;
 	}
-	job->placeholder = !strcmp(s.comm, "nodeinit");
-	if (job->placeholder && !job->reported)
+	job->placeholder = !strncmp(s.comm, PLACEHOLDER, sizeof(PLACEHOLDER) - 1);
+	if (job->placeholder) {
+		job->reported = false; /* a job that has left, and is stood for; or it has always been one */
+		if (s.state == 'T' && !s.comm[sizeof(PLACEHOLDER) - 1] && print_of(&s) != job->print)
+			tell_stood(job, s.state);
+		job->print = print_of(&s);
 		return;
+	}
 	if (s.state == 'Z' && s.threads <= 1 && !job->ended)
 		end(job, s.code);
 	if (changed || !job->reported || print_of(&s) != job->print)

@@ -15,6 +15,7 @@ enum record_kind {
 	RECORD_IS = 1,     /* a process as it is now */
 	RECORD_ENDED = 2,  /* `code` is its wait status, -1 where nobody knows */
 	RECORD_REAPED = 3, /* its parent has waited for it: it is gone */
+	RECORD_STOOD = 4,  /* a placeholder has ended (`code`), or (state T) was stopped, and not by order */
 };
 
 /* Records follow each other in a packet; `size` bytes each, padded to 4, the command line at the end. Pids are the

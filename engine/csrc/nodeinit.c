@@ -36,6 +36,10 @@
 #define MSG_PEEK_ 2
 #define MSG_NOSIGNAL_ 0x4000
 #define MNT_DETACH 2
+#define SOL_SOCKET_ 1
+#define SO_PEERCRED_ 17
+#define HIDDEN "/proc/nodeinit"
+#define PROGRAM_MAX (1 << 20)
 
 /* How often pid 1 looks at the pid counter, and how many forks since the last look are a storm. */
 #define CALM_S 1
@@ -44,6 +48,7 @@
 static int report_fd;
 static uint32_t cookie;
 static const char *root, *clocks;
+static long own_program = -1;
 static int last_pid_fd = -1;
 static int first_pid, end_pid, seen_pid;
 
@@ -313,7 +318,9 @@ static void obey(uint64_t command, uint32_t uid)
 	if (command & COMMAND_END && own_pid() != 1)
 		end_as(pid);
 	if (command & COMMAND_STOP && own_pid() != 1) {
+		call(__NR_prctl, PR_SET_NAME, "nodeinit-halted"); /* jobwatch: nobody else has stopped it */
 		suffer(pid);
+		call(__NR_prctl, PR_SET_NAME, "nodeinit");
 		return;
 	}
 	if (command & COMMAND_KILL_ALL) {
@@ -422,10 +429,43 @@ static void set_up_mounts(void)
 	long error = call(__NR_mount, "none", "/", 0, MS_REC | MS_SLAVE, 0);
 	if (!error && root)
 		error = enter_root();
-	if (!error)
-		error = call(__NR_mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0);
 	if (error)
 		fail(error);
+}
+
+static void mount_proc(void)
+{
+	long error = call(__NR_mount, "proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0);
+	if (error)
+		fail(error);
+}
+
+static long copy_program(void)
+{
+	long file = call(__NR_open, HIDDEN, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0700);
+	long copied;
+	if (file < 0)
+		return file;
+	do
+		copied = call(__NR_sendfile, file, own_program, 0, PROGRAM_MAX);
+	while (copied > 0);
+	if (!copied)
+		copied = call(__NR_fchmod, file, 04711);
+	call(__NR_close, file);
+	return copied;
+}
+
+/* A job of an ordinary user that leaves, and has children here, turns into its placeholder by running this program,
+ * which needs root's rights to give birth and to become the job again. So it is set-user-ID here, on a file system that
+ * the mount of /proc is going to hide: nobody finds it but who may look into this process. Unreadable, and so not
+ * dumpable: the user cannot look into what runs it. Without it (no tmpfs), only root's jobs have that. */
+static void move_to_hidden_program(char **argv, char **envp)
+{
+	if (call(__NR_mount, "nodeinit", "/proc", "tmpfs", MS_NODEV, "mode=0700,size=1m"))
+		return;
+	if (!copy_program())
+		call(__NR_execve, HIDDEN, argv, envp);
+	call(__NR_umount2, "/proc", MNT_DETACH);
 }
 
 /* What the daemon ignored (nohup's SIGHUP, say) must not reach the jobs. */
@@ -451,12 +491,8 @@ static void set_up_scratch(void)
 
 static _Noreturn void run_as_init(void)
 {
-	call(__NR_setsid, 0);
 	call(__NR_prctl, PR_SET_PDEATHSIG, SIGKILL);
-	call(__NR_chdir, "/");
-	call(__NR_umask, 0);
-	reset_signals();
-	set_up_mounts();
+	mount_proc();
 	set_up_scratch();
 	open_block();
 	call(__NR_fcntl, report_fd, F_SETFD, FD_CLOEXEC);
@@ -466,6 +502,17 @@ static _Noreturn void run_as_init(void)
 	send_report(&report);
 	end_without_daemon();
 	loop();
+}
+
+static _Noreturn void begin_as_init(char **argv, char **envp)
+{
+	call(__NR_setsid, 0);
+	call(__NR_chdir, "/");
+	call(__NR_umask, 0);
+	reset_signals();
+	set_up_mounts();
+	move_to_hidden_program(argv, envp);
+	run_as_init();
 }
 
 static int starts_with(const char *text, const char *prefix)
@@ -484,9 +531,10 @@ static _Noreturn void run_as_placeholder(void)
 	call(__NR_close_range, 0, report_fd - 1, 0);
 	call(__NR_close_range, report_fd + 1, ~0U, 0);
 	call(__NR_fcntl, report_fd, F_SETFD, FD_CLOEXEC);
-	call(__NR_prctl, PR_SET_NAME, "nodeinit");
+	call(__NR_prctl, PR_SET_PDEATHSIG, 0);
 	call(__NR_prctl, PR_SET_DUMPABLE, 0);
 	set_up_scratch();
+	report_children(); /* of a job that has left: what they did before is signalled no more */
 	loop();
 }
 
@@ -510,6 +558,19 @@ static int read_arguments(long *stack)
 	return cookie != 0;
 }
 
+/* With rights that its file gave it, it works for a daemon of root's only. */
+static int may_run(void)
+{
+	struct {
+		int32_t pid;
+		uint32_t uid, gid;
+	} peer = {0, ~0U, ~0U};
+	int32_t size = sizeof peer;
+	if (call(__NR_geteuid, 0) == call(__NR_getuid, 0))
+		return 1;
+	return !call(__NR_getsockopt, report_fd, SOL_SOCKET_, SO_PEERCRED_, &peer, &size) && peer.uid == 0;
+}
+
 /* Children of this process get clocks of their own. Where the kernel has no such namespaces, they have the node's: the
  * daemon sees that for itself. */
 static void set_clocks(void)
@@ -530,15 +591,20 @@ static void set_clocks(void)
 __attribute__((used)) _Noreturn void start(long *stack)
 {
 	uint64_t every = EVERY_SIGNAL;
-	if (!read_arguments(stack))
+	char **argv = (char **)(stack + 1), **envp = argv + 5;
+	if (!read_arguments(stack) || !may_run())
 		end(2);
 	call(__NR_rt_sigprocmask, SIG_BLOCK, &every, 0, sizeof every);
-	set_clocks();
+	call(__NR_prctl, PR_SET_NAME, "nodeinit");
 	if (again)
 		run_as_placeholder();
+	if (own_pid() == 1)
+		run_as_init();
+	set_clocks();
+	own_program = call(__NR_open, "/proc/self/exe", O_RDONLY | O_CLOEXEC, 0);
 	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0)
-		run_as_init();
+		begin_as_init(argv, envp);
 	if (pid < 0)
 		fail(pid);
 	struct report report = {.kind = REPORT_BORN, .pid = (int32_t)pid};

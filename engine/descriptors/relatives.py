@@ -1,19 +1,21 @@
 """Files that a process writes to together with its relatives, by one open file description: `(a & b &) > log`.
 
 They share one offset, which two machines cannot. So where one of them leaves, what it writes goes through its ghost,
-which has kept the description.
+which has kept the description. Ends of a stream to a ghost that descendants share keep a process where it is.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
+from typing import Any
 
 from engine.descriptors.model import Probe, Source, is_mode
 from engine.linux.kcmp import same_file
+from engine.linux.nsfs import pids_by_status
 from engine.linux.procfs import children, parse_stat, read
 
 _MOST = 64  # relatives that are looked at; a shell's job has a handful
@@ -25,6 +27,27 @@ def writes_together(source: Source, probe: Probe) -> bool:
     if not is_mode(probe, stat.S_IFREG) or probe.access != os.O_WRONLY or probe.flags & os.O_APPEND:
         return False
     return any(_has(source.pid, probe, relative) for relative in islice(_relatives(source.pid), _MOST))
+
+
+def kept_by_descendants(pid: int, externals: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Sentences about the ends of a stream to the ghost that a process on a node shares with descendants that stay."""
+    links = {os.readlink(f"/proc/{pid}/fd/{one['fds'][0]}"): one["fds"][0] for one in externals}
+    found = []
+    for other in islice(_descendants(pid), _MOST) if links else ():
+        folder = f"/proc/{other}/fd/"
+        with suppress(OSError, IndexError):  # it has just ended
+            held = {os.readlink(folder + number) for number in os.listdir(folder)}
+            name = pids_by_status(other)[-1]  # its own namespace's number, the cluster's
+            found += [f"process {name}, which stays, has its fd {links[one]}, too" for one in links if one in held]
+    return found
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    left = [pid]
+    while left:
+        for child in children(left.pop()):
+            yield child
+            left.append(child)
 
 
 def _has(pid: int, probe: Probe, relative: int) -> bool:

@@ -78,6 +78,11 @@ def has_ended(folder: str) -> bool:
         return True
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still by a signal of job control. Raises OSError where it is gone."""
+    return read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1] == b"T"
+
+
 def parse_status(raw: bytes) -> dict[str, str]:
     """`/proc/PID/status` as key -> text."""
     result = {}

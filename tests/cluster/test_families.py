@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,18 +22,20 @@ NODES = (0, 1, 2)
 # Forks as many children as it is told, says their pids, and then does what comes on stdin, a line each.
 PARENT = """
 import os, select, signal, sys
-children = []
-for _ in range(int(sys.argv[1])):
+def fork(kept=()):
     pid = os.fork()
     if pid == 0:
-        os.close(0)  # else its ghost reads what is meant for the parent
+        for number in {0, 1, 2} - set(kept):  # with 0 its ghost would read what is meant for the parent
+            os.close(number)
         def tell(number, frame):
             with open(f"{sys.argv[2]}/{os.getpid()}.new", "w") as file:
                 print(os.getppid(), os.getpgrp(), os.getsid(0), file=file)
             os.rename(file.name, file.name[:-4])
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, tell)
         while True: signal.pause()
-    children.append(pid)
+    return pid
+children = [fork({1, 2}) for _ in range(int(sys.argv[1]))]
 got = []
 signal.signal(signal.SIGCHLD, lambda number, frame: got.append(number))
 print(*children, flush=True)
@@ -54,6 +55,8 @@ for line in sys.stdin:
         elif words[0] == "kill":
             os.kill(int(words[1]), int(words[2]))
             print("killed", flush=True)
+        elif words[0] == "fork":
+            print(fork(map(int, words[1:])), flush=True)
         elif words[0] == "any":
             print(os.wait()[0], flush=True)
         elif words[0] == "sigchld":
@@ -69,15 +72,17 @@ for line in sys.stdin:
 class Family:
     """A parent and its children, driven line by line."""
 
-    def __init__(self, it, count: int = 1) -> None:
+    def __init__(self, it, count: int = 1, user: int | None = None) -> None:
         self.it = it
         self.folder = it.mount.with_suffix(".ids")
         self.folder.mkdir(exist_ok=True)
+        self.folder.chmod(0o777)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(count), self.folder],
+            ["/usr/bin/python3", "-c", PARENT, str(count), self.folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            user=user,
         )
         self.children = [int(word) for word in self.process.stdout.readline().split()]
 
@@ -94,6 +99,12 @@ class Family:
         """What the parent answers."""
         print(line, file=self.process.stdin, flush=True)
         return self.process.stdout.readline().strip()
+
+    def fork(self, kept: str = "") -> int:
+        """A child that is made where the parent is now."""
+        self.children.append(int(self.ask(f"fork {kept}")))
+        wait_until(lambda: (self.it.mount / f"procs/{self.children[-1]}/node").exists(), "the child should show")
+        return self.children[-1]
 
     def ids(self, child: int) -> list[int]:
         """What a child says of its parent, process group and session."""
@@ -122,18 +133,18 @@ def it(session_folder):
         yield made
 
 
-def check(family: Family) -> None:
+def check(family: Family, user: int = 0) -> None:
     """Everything that parents and children do to each other, at their places."""
     parent, (child, *others) = family.process.pid, family.children
     assert family.ask(f"poll {child}") == "0 0"
     assert family.ids(child) == [parent, os.getpgrp(), os.getsid(0)]
     family.ask("sigchld")
     os.kill(child, 19)
-    assert family.ask(f"changes {child}") == f"{child} {os.CLD_STOPPED} 19 0"
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_STOPPED} 19 {user}"
     os.kill(child, 18)
-    assert family.ask(f"changes {child}") == f"{child} {os.CLD_CONTINUED} 18 0"
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_CONTINUED} 18 {user}"
     assert family.ask(f"kill {child} 10") == "killed"
-    assert family.ask(f"changes {child}") == f"{child} {os.CLD_KILLED} 10 0"
+    assert family.ask(f"changes {child}") == f"{child} {os.CLD_KILLED} 10 {user}"
     assert family.ask(f"wait {child}") == f"{child} -10"
     assert family.ask(f"wait {child}") == "10"  # ECHILD
     assert int(family.ask("sigchld")) >= 1
@@ -203,3 +214,82 @@ def test_children_of_a_lost_parent_are_inits(session_folder):
         (child,) = family.children
         assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1] == "1"
         os.kill(child, 9)
+
+
+@pytest.mark.parametrize("route", [(0, 1), (0, MASTER), (0, 1, 0), (0, 1, MASTER, 0), (0, 1, 2, 0)], ids=str)
+def test_a_parent_leaves_children_that_it_forked_on_a_node(it, route):
+    with Family(it, 1) as family:
+        family.move(family.process.pid, route[0])
+        first, second, third = (family.fork() for _ in range(3))
+        os.kill(third, 15)  # waited for after the moves
+        for node in route[1:]:
+            family.move(family.process.pid, node)
+            assert family.ask(f"poll {first}") == "0 0"
+            assert family.ids(first) == [family.process.pid, os.getpgrp(), os.getsid(0)]
+        assert family.ask(f"wait {third}") == f"{third} -15"
+        assert [place_of(it, pid) for pid in (first, second)] == [route[0]] * 2
+        family.children = [first, second, family.children[0]]
+        check(family)
+
+
+@pytest.mark.parametrize("route", [(0, 1), (0, MASTER), (0, 1, 0), (0, MASTER, 2)], ids=str)
+def test_a_child_forked_on_a_node_leaves_its_parent(it, route):
+    with Family(it, 0) as family:
+        family.move(family.process.pid, route[0])
+        child = family.fork()
+        family.fork()
+        for node in route[1:]:
+            family.move(child, node)
+            assert family.ask(f"poll {child}") == "0 0"
+            assert family.ids(child) == [family.process.pid, os.getpgrp(), os.getsid(0)]
+        check(family)
+
+
+def test_a_parent_whose_child_has_its_pipes_is_refused_by_name(it):
+    with Family(it, 0) as family:
+        family.move(family.process.pid, 0)
+        child = family.fork("1")
+        assert echo(it, family.process.pid, "nodes/1/migrate").returncode
+        assert f"process {child}, which stays, has its fd 1, too" in it.read("nodes/1/migrate").splitlines()[-1]
+        assert echo(it, child, "nodes/1/migrate").returncode
+        assert "fd 1 is a pipe to another process" in it.read("nodes/1/migrate").splitlines()[-1]
+        check(family)
+
+
+def test_a_users_parent_leaves_its_children_and_comes_back(it):
+    with Family(it, 0, user=65534) as family:
+        family.move(family.process.pid, 0)
+        child = family.fork()
+        for node in (1, 0, MASTER, 0):
+            family.move(family.process.pid, node)
+            assert family.ids(child)[0] == family.process.pid
+        family.move(child, 2)
+        family.move(child, 0)
+        check(family, 65534)
+
+
+def state(pid: int) -> str:
+    """The letter of its state on the master."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+@pytest.mark.parametrize(("parent", "child"), [(0, MASTER), (0, 1), (0, 0), (MASTER, 0)])
+def test_a_parents_sigkill_and_sigstop_reach_its_child_elsewhere(it, parent, child):
+    with Family(it, 2) as family:
+        first, second = family.children
+        family.move(family.process.pid, parent)
+        family.move(first, child)
+        family.move(second, child)
+        family.ask("sigchld")
+        assert family.ask(f"kill {first} 19") == "killed"
+        assert family.ask(f"changes {first}") == f"{first} {os.CLD_STOPPED} 19 0"
+        wait_until(lambda: state(first) == "T", "it should be stopped where it is")
+        assert family.ask(f"kill {first} 18") == "killed"
+        assert family.ask(f"changes {first}") == f"{first} {os.CLD_CONTINUED} 18 0"
+        assert family.ids(first)[0] == family.process.pid
+        assert family.ask(f"poll {first}") == "0 0"
+        assert family.ask(f"kill {first} 9") == "killed"
+        assert family.ask(f"wait {first}") == f"{first} -9"
+        wait_until(lambda: not Path(f"/proc/{first}").exists(), "it should end where it is")
+        assert family.ask(f"poll {second}") == "0 0"
+        assert family.ids(second)[0] == family.process.pid

@@ -100,6 +100,10 @@ void take_ids(int sid, int pgid, uint32_t uid, uint32_t gid)
 
 /* ---- death ---- */
 
+#define KEPT_MAX 1000
+
+static pid_t kept[KEPT_MAX]; /* see keep() */
+static int kept_count;
 static pid_t *owed; /* were waited for on the node, and have not ended here yet */
 static int owed_count, owed_room;
 
@@ -113,6 +117,9 @@ void reap_owed(void)
 /* The real parent, on its node, has waited for this one. */
 void reap(pid_t pid)
 {
+	for (int i = kept_count - 1; i >= 0; i--)
+		if (kept[i] == pid)
+			kept[i] = kept[--kept_count];
 	if (waitpid(pid, NULL, WNOHANG | __WALL) != 0)
 		return;
 	if (owed_count == owed_room) {
@@ -125,11 +132,6 @@ void reap(pid_t pid)
 }
 
 /* ---- children that stayed here when their parent left ---- */
-
-#define KEPT_MAX 1000
-
-static pid_t kept[KEPT_MAX];
-static int kept_count;
 
 /* Their parent, on its node, waits for what stands for them there; here they stay zombies until it has. */
 void look_at_kept(void)
@@ -148,10 +150,26 @@ void look_at_kept(void)
 	}
 }
 
+static void keep_one(pid_t pid)
+{
+	for (int i = 0; i < kept_count; i++)
+		if (kept[i] == pid)
+			return;
+	if (kept_count < KEPT_MAX)
+		kept[kept_count++] = pid;
+}
+
 void keep(const struct ctl *m, size_t text)
 {
-	kept_count = text / sizeof(*kept) < KEPT_MAX ? text / sizeof(*kept) : KEPT_MAX;
-	memcpy(kept, m->text, kept_count * sizeof(*kept));
+	int count = text / sizeof(*kept);
+	pid_t pid;
+
+	if (!m->a)
+		kept_count = 0;
+	for (int i = 0; i < count; i++) {
+		memcpy(&pid, m->text + i * sizeof(pid), sizeof(pid));
+		keep_one(pid);
+	}
 	look_at_kept();
 }
 
@@ -204,6 +222,9 @@ void bear(const struct ctl *m, size_t text, int fd)
 		return;
 	}
 	owed_count = kept_count = 0;
+	/* Where the environment, which the child has as well, says that it is: the engine looks there on the way home. */
+	if (fd != control.fd && dup2(fd, control.fd) >= 0)
+		fd = control.fd;
 	if (fd > 0)
 		syscall(SYS_close_range, 0, fd - 1, 0);
 	syscall(SYS_close_range, fd + 1, ~0u, 0);

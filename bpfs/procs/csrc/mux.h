@@ -43,7 +43,7 @@ enum ctl_type {
 	C_REAP = 11,  /* a: pid of a child's ghost, which the real parent has waited for */
 	C_IDS = 12,   /* a: session, b: process group, c: uid, d: gid */
 	C_ARGUMENTS = 13, /* text: command line */
-	C_KEEP = 14,  /* text: pids (int32_t) of the job's children that are here: tell of them, and leave them to be waited for */
+	C_KEEP = 14,  /* text: pids (int32_t) of children: tell of them, and leave them to be waited for; a: beside those of before */
 	/* ghost -> master */
 	C_READY = 32,
 	C_SIGNAL = 33,      /* a: signo, b: si_code, c: si_pid, d: si_uid, value: si_value */
