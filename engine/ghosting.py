@@ -127,7 +127,8 @@ def become_placeholder(frozen: Frozen, image: Image, init: int) -> None:
     try:
         _prepare(frozen, [], [])
         arguments[1] = b"%d" % passed.control
-        _exec(frozen, passed.program, [*environment, b"BPFS_CONTROL=%d" % passed.control], arguments, lambda: None)
+        environment.append(b"BPFS_CONTROL=%d" % passed.control)
+        _exec(frozen, passed.program, environment, arguments, lambda: None, "placeholder")
     except OSError:
         with contextlib.suppress(OSError):  # it has ended
             passed.take_back()
@@ -178,8 +179,9 @@ def _prepare(frozen: Frozen, cloexec: list[int], closed: list[int]) -> None:
 
 
 def _exec(
-    frozen: Frozen, exe: int, environment: list[bytes], arguments: list[bytes], gone: Callable[[], object]
-) -> None:
+    frozen: Frozen, exe: int, environment: list[bytes], arguments: list[bytes], gone: Callable[[], object],
+    what: str = "ghost",
+) -> None:  # fmt: skip
     injection = frozen.open_injection()
     base = injection.base + HEAL_STRINGS
     data, argv, envp = exec_block(base + 16, arguments, environment)
@@ -187,7 +189,7 @@ def _exec(
     ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
     calls = Calls(injection)
     calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
-    calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label="running another program")
+    calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label=f"running the {what}")
     injection.others = [thread.tid for thread in frozen.threads[1:]]
     if procfs.own_bytes(frozen.pid) >= _LARGE:
         injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)
