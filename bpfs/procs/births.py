@@ -237,7 +237,7 @@ class Births:
             return
         if record.state == "T":
             work = self._pass_on(parent, record.pid, child, signal.SIGSTOP)
-        elif record.code & 0x7F == signal.SIGKILL:
+        elif record.code < 0 or record.code & 0x7F == signal.SIGKILL:  # nobody saw how it ended: not by order
             work = self._pass_on(parent, record.pid, child, signal.SIGKILL)
         else:
             return

@@ -31,6 +31,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -44,6 +45,7 @@
 #define CLIENTS 2048
 #define BUCKETS 4096
 #define RECEIVE_BUFFER (16 << 20)
+#define INITIAL_PIDNS 0xEFFFFFFC /* linux/proc_ns.h: PROC_PID_INIT_INO */
 #define PID_IN_PIDNS 0x8004b708u /* linux/nsfs.h, since 6.11 */
 #define PID_FROM_PIDNS 0x8004b706u
 
@@ -304,6 +306,8 @@ static void tell_stood(struct job *job, char state)
 {
 	struct record r = { .kind = RECORD_STOOD, .pid = job->pid, .state = state, .code = job->code };
 
+	if (state == 'Z' && job->code < 0 && outer(job->client, job->pid) > 0)
+		return; /* noticed late, and followed by another already */
 	put(job->client, &r, "");
 }
 
@@ -365,6 +369,8 @@ static void look(struct job *job, int64_t now, bool changed)
 		return;
 	}
 	job->placeholder = !strncmp(s.comm, PLACEHOLDER, sizeof(PLACEHOLDER) - 1);
+	if (s.state == 'Z' && s.threads <= 1 && !job->ended)
+		end(job, s.code);
 	if (job->placeholder) {
 		job->reported = false; /* a job that has left, and is stood for; or it has always been one */
 		if (s.state == 'T' && !s.comm[sizeof(PLACEHOLDER) - 1] && print_of(&s) != job->print)
@@ -372,8 +378,6 @@ static void look(struct job *job, int64_t now, bool changed)
 		job->print = print_of(&s);
 		return;
 	}
-	if (s.state == 'Z' && s.threads <= 1 && !job->ended)
-		end(job, s.code);
 	if (changed || !job->reported || print_of(&s) != job->print)
 		tell(job, &s);
 	if (job->ended) {
@@ -505,11 +509,19 @@ static void set_filter(int fd)
 	setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof(program));
 }
 
+/* Elsewhere the kernel drops the order to tell, but not what it tells to others who listen, with numbers of theirs. */
+static bool speaks_here(void)
+{
+	struct stat namespace;
+
+	return stat("/proc/self/ns/pid", &namespace) == 0 && namespace.st_ino == INITIAL_PIDNS;
+}
+
 static void listen_to_kernel(void)
 {
 	struct sockaddr_nl address = { .nl_family = AF_NETLINK, .nl_groups = CN_IDX_PROC };
 	int size = RECEIVE_BUFFER;
-	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_CONNECTOR);
+	int fd = speaks_here() ? socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_CONNECTOR) : -1;
 
 	if (fd < 0)
 		return;
