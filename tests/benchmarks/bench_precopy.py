@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +42,9 @@ class Writer(Subject):
         return Pace(pages / lasted * 1e9, took / max(pages, 1), longest / 1e6)
 
 
-@contextmanager
-def writer(it: VirtualCluster, program: Path, size: int) -> Iterator[Writer]:
-    """A writer with `size` bytes."""
-    with subprocess.Popen(
-        [program, str(size), str(PAGES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    ) as process:
-        one = Writer(process, it)
-        try:
-            assert one.line() == b"ready\n"
-            yield one
-        finally:
-            process.kill()
+def writer(it: VirtualCluster, program: Path, size: int) -> AbstractContextManager[Writer]:
+    """A writer with `size` bytes, ready."""
+    return Writer.running(it, program, str(size), str(PAGES))
 
 
 @dataclass(slots=True)

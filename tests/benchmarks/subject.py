@@ -10,8 +10,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Self
 
 from tests.cluster.virtual import VirtualCluster, cluster
 
@@ -40,6 +41,18 @@ def stage(nodes: int = 2, *options: str) -> Iterator[tuple[VirtualCluster, Path]
 class Subject:
     """One running subject."""
 
+    @classmethod
+    @contextmanager
+    def running(cls, it: VirtualCluster, *command: str | Path) -> Iterator[Self]:
+        """One that is ready; killed in the end."""
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+            one = cls(process, it)
+            try:
+                assert one.line() == b"ready\n"
+                yield one
+            finally:
+                process.kill()
+
     def __init__(self, process: subprocess.Popen[bytes], it: VirtualCluster) -> None:
         self._process = process
         self._it = it
@@ -66,18 +79,9 @@ class Subject:
         return time.perf_counter() - start
 
 
-@contextmanager
-def subject(it: VirtualCluster, folder: Path, size: int) -> Iterator[Subject]:
+def subject(it: VirtualCluster, folder: Path, size: int) -> AbstractContextManager[Subject]:
     """A subject with `size` bytes of memory of its own, ready."""
-    with subprocess.Popen(
-        [folder / "subject", str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    ) as process:
-        one = Subject(process, it)
-        try:
-            assert one.line() == b"ready\n"
-            yield one
-        finally:
-            process.kill()
+    return Subject.running(it, folder / "subject", str(size))
 
 
 def last_move(it: VirtualCluster, node: int) -> dict[str, float]:

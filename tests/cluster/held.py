@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.moving import echo
 from tests.cluster.virtual import VirtualCluster, children, comm, wait_until
+
+
+@contextmanager
+def holding(gates: Path) -> Iterator[None]:
+    """Clusters that are started in this context hold their moves at these gates; a module may have others as well."""
+    os.environ["BPFS_HOLD"] = str(gates)
+    try:
+        yield
+    finally:
+        os.environ.pop("BPFS_HOLD", None)
 
 
 def kill_workers(daemon: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bpfs import kernel
+from tests.cluster.held import holding
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
@@ -37,15 +38,11 @@ def gates(session_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
-    os.environ["BPFS_HOLD"] = str(gates)
-    try:
-        with cluster(session_folder / "errors", nodes=4) as made:
-            made.write("nodes/2/state", "down")
-            made.write("nodes/3/state", "unavailable")
-            made.write("nodes/1/mode", "000")
-            yield made
-    finally:
-        os.environ.pop("BPFS_HOLD", None)
+    with holding(gates), cluster(session_folder / "errors", nodes=4) as made:
+        made.write("nodes/2/state", "down")
+        made.write("nodes/3/state", "unavailable")
+        made.write("nodes/1/mode", "000")
+        yield made
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from tests.cluster.held import Interrupted, kill_workers
+from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import check_counting, counting, finish, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, set_link, wait_until
 
@@ -45,12 +45,8 @@ def gates(session_folder):
 
 @pytest.fixture(scope="module")
 def it(session_folder, gates):
-    os.environ["BPFS_HOLD"] = str(gates)
-    try:
-        with cluster(session_folder / "faults", "--lease", "3", *AHEAD, nodes=NODES) as made:
-            yield made
-    finally:
-        os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
+    with holding(gates), cluster(session_folder / "faults", "--lease", "3", *AHEAD, nodes=NODES) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -140,12 +136,8 @@ def test_the_ghost_is_killed(it, gates, counter, route, phase):
 
 @pytest.fixture(scope="module")
 def wired(session_folder, gates):
-    os.environ["BPFS_HOLD"] = str(gates)
-    try:
-        with cluster(session_folder / "wired", "--lease", "3", "--netns", *AHEAD, nodes=3) as made:
-            yield made
-    finally:
-        os.environ.pop("BPFS_HOLD", None)  # the other cluster of this module has the same
+    with holding(gates), cluster(session_folder / "wired", "--lease", "3", "--netns", *AHEAD, nodes=3) as made:
+        yield made
 
 
 CUTS = [((-1, 1), 1), ((0, 1), 1), ((0, 1), 0), ((0, -1), 0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.linux import procfs, userfaultfd
-from tests.cluster.held import Interrupted, kill_workers
+from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 from tests.engine.moves import Victim, until
@@ -39,12 +38,8 @@ def gates(session_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
     subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
-    os.environ["BPFS_HOLD"] = str(gates)
-    try:
-        with cluster(session_folder / "precopy", "--precopy", "1M", nodes=2) as made:
-            yield made
-    finally:
-        os.environ.pop("BPFS_HOLD", None)
+    with holding(gates), cluster(session_folder / "precopy", "--precopy", "1M", nodes=2) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
