@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgpack
 
@@ -20,12 +20,10 @@ from engine.checkpoint import Chain, Checkpoint, Writer
 from engine.image import Image
 from engine.linux import process_vm, procfs
 from engine.linux.credentials import EVERYTHING, Credentials, acting_as
+from engine.operation import TOKEN_SIZE, Reply
 from engine.restarting import adapt, renumber
 from engine.stream import Stream, accept, connect
 
-Reply = dict[str, Any]
-
-TOKEN_SIZE: Final = 32
 _TIMEOUT_S: Final = 60.0
 _BUFFER: Final = 1 << 20
 

@@ -1,0 +1,224 @@
+"""A worker's operations on the machine that a process comes to: engine/worker.py."""
+
+import contextlib
+import secrets
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+import msgpack
+
+from engine import image as img
+from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, sentence
+from engine.restore import Builder
+from engine.spawn import Relative
+from engine.staging import Child, Ghost, Keep, Stage
+from engine.stream import RECEIVE, Aborted, Stream, accept, widen
+from engine.target import Target, place_child, seize_ghost
+
+_RECEIVE_TIMEOUT_S: Final = 60.0
+_LAST_WORD_S: Final = 5.0  # a source that says nothing for so long after its copy was whole is asked by the daemon
+
+
+class Destination:
+    """Operations on the machine that the process comes to."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._target: Target | None = None
+        self._listener: socket.socket | None = None
+        self._token = b""
+        self._builder: Builder | None = None
+        self._stream: Stream | None = None  # to the source's worker, once the copy is whole, or memory has come ahead
+        self._stage: Stage | None = None  # that memory
+
+    def prepare(self, request: Reply, fds: list[int]) -> Reply:
+        """Make the stopped child, or seize the ghost, and listen."""
+        if self._target is not None:
+            raise OSError(16, f"{ORDER}: a process is being built already")
+        place = request["place"]
+        listener = _listen(request["address"])
+        try:
+            if "init" in place:
+                pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
+                terminal, front = str(request.get("terminal", "")), bool(request.get("front", True))
+                self._target = place_child(
+                    int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front,
+                    [Relative(*child) for child in request.get("children", [])],
+                )  # fmt: skip
+            else:
+                self._target = seize_ghost(int(place["ghost"]))
+                self._target.staged = self._stage.spans if self._stage is not None else []
+        except BaseException:
+            listener.close()
+            raise
+        return self._expect_source(listener)
+
+    def listen(self, request: Reply, fds: list[int]) -> Reply:
+        """Before `stage` where the process comes home: its ghost is not held before its `prepare`."""
+        self._close_listener()
+        return self._expect_source(_listen(request["address"]))
+
+    def _expect_source(self, listener: socket.socket) -> Reply:
+        self._listener, self._token = listener, secrets.token_bytes(TOKEN_SIZE)
+        return {"port": listener.getsockname()[1], "token": self._token}
+
+    def stage(self, request: Reply, fds: list[int]) -> Reply:
+        """Take memory that comes ahead, into what `prepare` made or into the ghost `ghost`, until all of it is there.
+
+        `receive`, with `ahead`, goes on with the same connection.
+        """
+        if self._listener is None or self._stage is not None:
+            raise OSError(22, f"{ORDER}: prepare or listen first")
+        if self._target is None and "ghost" not in request:
+            raise OSError(22, f"{ORDER}: there is no process to fill")
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        self._stage = Stage(Child(self._target) if self._target is not None else Ghost(int(request["ghost"])))
+        try:
+            stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+            self._stream = stream
+            self._stage.receive(stream)
+        except BaseException:
+            self.undo()
+            raise
+        return {"bytes": self._stage.received}
+
+    def receive(self, request: Reply, fds: list[int]) -> Reply:
+        """Take the image and build the process, stopped. fds: as `externals` refers to them.
+
+        `ahead`: on the connection of `stage`, and with what has come there.
+        `part`: all but what comes after the memory, for which `complete` has to be called.
+        """
+        if self._target is None or self._listener is None or self._builder is not None:
+            raise OSError(22, f"{ORDER}: prepare first")
+        externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
+        ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        ahead = bool(request.get("ahead")) and self._stage is not None
+        try:
+            stream = self._stream if ahead and self._stream is not None else None
+            if stream is None:
+                stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+        except BaseException:
+            self.undo()
+            raise
+        self._stream = stream
+        try:
+            with self._telling(stream):
+                total = self._build(stream, externals, ghost_fds, ahead)
+                if not request.get("part"):
+                    self._complete(stream)
+        finally:
+            self._close_listener()
+        return {"bytes": total}
+
+    def complete(self, request: Reply, fds: list[int]) -> Reply:
+        """Build what `receive` has left: the descriptors, the threads with their ids."""
+        stream = self._stream
+        if self._builder is None or stream is None:
+            raise OSError(22, f"{ORDER}: receive first")
+        with self._telling(stream):
+            self._complete(stream)
+        return {}
+
+    def _complete(self, stream: Stream) -> None:
+        assert self._builder is not None
+        self._builder.complete()
+        stream.send(img.frame(img.HELD, b""))
+
+    @contextlib.contextmanager
+    def _telling(self, stream: Stream) -> Iterator[None]:
+        """What fails in this context is undone, and the source's worker is told."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, OSError) and not isinstance(error, Aborted):
+                _tell(stream, error.errno or 5, sentence(error))
+            stream.close()
+            self.undo()
+            raise
+
+    def follow(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for the source's own word that it is gone, and let the copy run; `running` tells whether it came."""
+        if self._stream is None:
+            raise OSError(22, f"{ORDER}: nothing is built")
+        self._stream.wait_at_most(_LAST_WORD_S)
+        try:
+            img.read_frame(self._stream.receive, (img.GO,), 0)
+        except Aborted:
+            raise
+        except OSError:
+            return {"running": False}
+        return {"running": True} | self.resume(request, fds)
+
+    def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool) -> int:
+        assert self._target is not None
+        before = None
+        if ahead and self._stage is not None:
+            _, body = img.read_frame(stream.receive, (img.KEEP,), img.MAX_META)
+            before = (self._stage, Keep.unpacked(body))
+        _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
+        image = img.decode(body)
+        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before)
+        builder.begin()
+        builder.pages(stream.receive_into)
+        _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
+        if int.from_bytes(end, "little") != image.total:
+            raise img.ImageError("the number of bytes differs")
+        return image.total
+
+    def resume(self, request: Reply, fds: list[int]) -> Reply:
+        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply."""
+        builder, target = self._builder, self._target
+        if builder is None or target is None:
+            raise OSError(22, f"{ORDER}: nothing is built")
+        files = {} if target.home else builder.take_files()
+        hostpid = builder.resume()
+        builder.close()
+        self._builder = self._target = self._stage = None
+        self._close_stream()
+        return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
+
+    def discard(self, request: Reply, fds: list[int]) -> Reply:
+        """Undo; with `errno` and `text` for a source's worker that waits."""
+        if self._stream is not None and "errno" in request:
+            _tell(self._stream, int(request["errno"]), str(request["text"]))
+        self.undo()
+        return {}
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def undo(self) -> bool:
+        """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
+        self._close_listener()
+        self._close_stream()
+        builder, target, stage = self._builder, self._target, self._stage
+        self._builder = self._target = self._stage = None
+        if stage is not None:
+            stage.discard(target)
+        if builder is not None:
+            builder.close()
+        if target is not None:
+            target.discard()
+        return target is not None or stage is not None
+
+
+def _listen(address: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family, backlog=8)
+    widen(listener, RECEIVE)
+    return listener
+
+
+def _tell(stream: Stream, code: int, text: str) -> None:
+    """What `_read_verdict` will raise over there."""
+    with contextlib.suppress(OSError):
+        stream.send(img.frame(img.ERROR, msgpack.packb({"errno": code, "text": text})))

@@ -1,0 +1,362 @@
+"""A worker's operations on the machine that a process leaves: engine/worker.py."""
+
+import contextlib
+import errno
+import functools
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Final
+
+import msgpack
+
+from engine import dump, faults, note, tracking
+from engine import image as img
+from engine.descriptors import look
+from engine.freeze import Frozen, abandon, freeze
+from engine.ghosting import Passed, become_ghost, become_placeholder
+from engine.linux import procfs, ptrace
+from engine.onexec import Armed, end
+from engine.operation import ORDER, Reply
+from engine.precopy import Rounds
+from engine.runner import ProcessGone
+from engine.stream import Stream, connect
+from engine.tracking import Unwatchable
+
+_HELD_TIMEOUT_S: Final = 60.0
+
+
+class Source:
+    """Operations on the machine that the process leaves."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._frozen: Frozen | None = None
+        self._armed: Armed | None = None
+        self._settled = False
+        self._inspection: dump.Inspection | None = None
+        self._image: img.Image | None = None
+        self._passed: Passed | None = None
+        self._stream: Stream | None = None  # to the worker that holds the copy
+        self._rounds: Rounds | None = None  # in which memory goes ahead
+        self.afterwards: Callable[[], object] | None = None
+        self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
+
+    def _held(self) -> Frozen:
+        if self._frozen is None:
+            raise OSError(22, f"{ORDER}: no process is frozen")
+        return self._frozen
+
+    def look(self, request: Reply, fds: list[int]) -> Reply:
+        """Say what will have to be relayed, of a process that runs: a forecast."""
+        bare = bool((request.get("unlike") or {}).get("bare"))
+        return {"externals": look(int(request["pid"]), bare, bool(request.get("at_home")))}
+
+    def obstacles(self, request: Reply, fds: list[int]) -> Reply:
+        """Say why a process cannot move; it runs on."""
+        family, at_home = bool(request.get("family")), bool(request.get("at_home"))
+        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home)}
+
+    def freeze(self, request: Reply, fds: list[int]) -> Reply:
+        """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
+
+        `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
+        """
+        if self._frozen is not None:
+            raise OSError(16, f"{ORDER}: a process is frozen already")
+        limit = request.get("unless")
+        if limit is not None and (own := procfs.own_bytes(int(request["pid"]))) >= limit:
+            return {"large": own}
+        writing = bool(request.get("writing"))
+        self._frozen = freeze(int(request["pid"]), wait=not writing)
+        self._settled = not writing
+        return self.inspect(request, fds) if request.get("inspect") else {}
+
+    def watch(self, request: Reply, fds: list[int]) -> Reply:
+        """Begin to send memory ahead, to a destination that is at its `stage`; `watched` tells whether that can be.
+
+        Where not (`why`), the process is as before, and moves without.
+        """
+        if self._frozen is not None or self._rounds is not None:
+            raise OSError(16, f"{ORDER}: a process is held already")
+        pid = int(request["pid"])
+        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")))
+        if refusals:
+            return {"watched": False, "why": refusals[0]}
+        try:
+            watch = tracking.begin(pid)
+        except Unwatchable as error:
+            return {"watched": False, "why": str(error.strerror)}
+        try:
+            stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+            stream.send(request["token"])
+            self._rounds = Rounds(pid, watch, stream)
+        except BaseException:
+            watch.close()
+            raise
+        return {"watched": True}
+
+    def copy(self, request: Reply, fds: list[int]) -> Reply:
+        """Send memory ahead for `seconds`. Returns how far the rounds are: engine/precopy.py, `Progress`."""
+        if self._rounds is None:
+            raise OSError(22, f"{ORDER}: nothing is watched")
+        return asdict(self._rounds.advance(float(request["seconds"])))
+
+    def unwatch(self, request: Reply, fds: list[int]) -> Reply:
+        """Give up the rounds; the process runs on, and is as it was."""
+        self._end_rounds()
+        return {}
+
+    def _end_rounds(self) -> bool:
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.close()
+        return rounds is not None
+
+    def arm(self, request: Reply, fds: list[int]) -> Reply:
+        """Seize a process that is to be stopped at its next exec; `look` at it."""
+        if self._frozen is not None or self._armed is not None:
+            raise OSError(16, f"{ORDER}: a process is held already")
+        self._armed = Armed(int(request["pid"]))
+        return self.look(request, fds)
+
+    def wait_exec(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for that exec; the process is frozen and settled then.
+
+        With the arguments of `inspect` that comes next, whose work is done before it comes.
+        """
+        if self._armed is None:
+            raise OSError(22, f"{ORDER}: nothing is armed")
+        armed, self._armed = self._armed, None
+        self._frozen = armed.wait(self._control)
+        self._settled = True
+        self.afterwards = functools.partial(self._inspect_ahead, request)
+        return {}
+
+    def _inspect_ahead(self, request: Reply) -> None:
+        with contextlib.suppress(OSError):  # `inspect` will meet it again, and say so
+            seen = self.inspect(request, [])
+            if self.afterwards is not None:
+                self.afterwards()
+            self._seen = (_question(request), seen)
+        self.afterwards = None
+
+    def end(self, request: Reply, fds: list[int]) -> Reply:
+        """End the frozen process: `message` on its standard error, exit with `code`."""
+        frozen = self._held()
+        self._forget()
+        end(frozen, int(request["code"]), bytes(request["message"]))
+        note.erase()
+        return {}
+
+    def inspect(self, request: Reply, fds: list[int]) -> Reply:
+        """Wait for the stops; say what it is, what must be relayed and why it cannot move.
+
+        `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
+        `close`: sockets that cannot move are closed on the way.
+        `unlike`: of engine/facts.py, where the destination is another kind of machine.
+        `family`: the daemon looks after the children that stay.
+        `at_home`: it leaves the master.
+        """
+        frozen = self._held()
+        (question, answer), self._seen = self._seen, ({}, {})
+        if answer and question == _question(request):
+            return answer
+        if not self._settled:
+            frozen.settle()
+            self._settled = True
+        self._inspection = dump.inspect(
+            frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
+            bool(request.get("at_home")), self._rounds,
+        )  # fmt: skip
+        if request.get("moving") and not self._inspection.refusals:
+            self.afterwards = self._build_ahead
+        return {
+            "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals":
+            self._inspection.externals,
+        }  # fmt: skip
+
+    def _build_ahead(self) -> None:
+        assert self._inspection is not None
+        with contextlib.suppress(OSError):  # `send` will meet it again, and say so
+            self._image = dump.build(self._inspection)
+
+    def send(self, request: Reply, fds: list[int]) -> Reply:
+        """Stream the image to the destination's worker; wait until it holds.
+
+        fds: ghost program and control socket, where the process is going to become a ghost.
+        `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
+        """
+        if self._inspection is None:
+            raise OSError(22, f"{ORDER}: inspect first")
+        if self._inspection.refusals:
+            return {
+                "ok": False,
+                "errno": 95,
+                "text": self._inspection.refusals[0],
+                "refusals": self._inspection.refusals,
+            }
+        stream = self._open_stream(request)
+        try:
+            image = self._image = self._image or dump.build(self._inspection)
+            if request.get("ahead") and self._inspection.keep is not None:
+                self._inspection.leave_out(image)
+                stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
+            try:
+                total, ms = dump.write(self._inspection, image, stream.send)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                with contextlib.suppress(img.ImageError, ConnectionResetError):
+                    _read_verdict(stream)  # it may have said why
+                raise error from None
+            if len(fds) == 2:  # while the destination is still at work
+                self._passed = Passed(self._held(), image, fds[0], fds[1])
+            _read_verdict(stream)
+        except BaseException:
+            stream.close()
+            raise
+        self._stream = stream
+        return {"bytes": total, "ms": ms}
+
+    def _open_stream(self, request: Reply) -> Stream:
+        if self._rounds is not None and request.get("ahead"):
+            stream, self._rounds.stream = self._rounds.stream, None
+            if stream is not None:
+                return stream
+        stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+        try:
+            stream.send(request["token"])
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def release(self, request: Reply, fds: list[int]) -> Reply:
+        """Let it run on here."""
+        frozen = self._held()
+        if not self._settled:
+            frozen.settle()
+        self._take_back()
+        self._forget()
+        frozen.release(int(request.get("errno", 0)))
+        return {}
+
+    def become_ghost(self, request: Reply, fds: list[int]) -> Reply:
+        """Run the ghost in its place. fds, unless `send` had them: ghost program, control socket.
+
+        `go`: tell the copy that it may run.
+        """
+        frozen = self._held()
+        if self._inspection is None or (self._passed is None and len(fds) != 2):
+            raise OSError(22, f"{ORDER}: become_ghost wants an inspected process and two descriptors")
+        with self._last_word(request) as gone:
+            self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
+            table = self._inspection.descriptors.table
+            cloexec = [number for entry in table for number, closes in entry["fds"] if closes]
+            closed = self._inspection.descriptors.closed
+            become_ghost(frozen, cloexec, closed, self._passed, list(request.get("env", [])), gone)
+        self._forget()
+        note.erase()
+        return {}
+
+    def vanish(self, request: Reply, fds: list[int]) -> Reply:
+        """Kill the frozen source: it lives elsewhere now. Where relatives stay, it becomes a placeholder instead.
+
+        `go`: tell the copy that it may run. `init`: nodeinit's pid as we see it; without it nothing stands for it.
+        """
+        frozen = self._held()
+        init = int(request.get("init", 0))
+        with self._last_word(request) as gone:
+            if init and self._inspection is not None and self._image is not None and self._inspection.is_needed(init):
+                become_placeholder(frozen, self._image, init)
+                self._inspection.end_stand_ins(init)
+            else:
+                self._frozen = None
+                self._kill(frozen, gone)
+        self._forget()
+        note.erase()
+        return {}
+
+    def _kill(self, frozen: Frozen, gone: Callable[[], None]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(frozen.pid, signal.SIGKILL)
+        faults.hold("vanish")
+        # It will never run again. That its memory is given back, 30 ms a GB, need not be waited for.
+        if self._inspection is not None and not any(e.get("locks") for e in self._inspection.descriptors.table):
+            gone()
+        for thread in reversed(frozen.threads):  # the leader's end is reported last
+            with contextlib.suppress(OSError):
+                while os.WIFSTOPPED(ptrace.wait(thread.tid)):
+                    pass
+        frozen.close()
+
+    @contextlib.contextmanager
+    def _last_word(self, request: Reply) -> Iterator[Callable[[], None]]:
+        """The source ends in this context. Its copy, which must be there up to that moment, is told whether it did: by
+        a word, or by the end of the connection alone.
+
+        Gives what says the word as soon as the source is sure to run no more; else it is said at the end.
+        """
+        stream, self._stream = self._stream, None
+        said: list[bool] = []
+
+        def gone() -> None:
+            if stream is not None and request.get("go") and not said:
+                said.append(True)
+                with contextlib.suppress(OSError):  # the daemon will tell it
+                    stream.send(img.frame(img.GO, b""))
+
+        try:
+            if stream is not None and stream.has_ended():
+                raise OSError(32, "the worker that holds the copy is gone")
+            yield gone
+            gone()
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def _take_back(self) -> None:
+        if self._passed is not None:
+            with contextlib.suppress(OSError):  # killed meanwhile
+                self._passed.take_back()
+
+    def _forget(self) -> None:
+        self._frozen, self._inspection, self._settled = None, None, False
+        self._image = self._passed = self.afterwards = None
+        self._seen = ({}, {})
+        self._end_rounds()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def explain(self, reply: Reply) -> None:
+        """Give the true reason of a failure: whatever fails because the process has ended (its files of /proc are
+        empty or gone), fails because of that.
+        """
+        if self._frozen is not None and not reply["ok"] and procfs.has_ended(self._frozen.live):
+            reply["errno"], reply["text"] = errno.ESRCH, str(ProcessGone(self._frozen.pid).strerror)
+
+    def undo(self) -> bool:
+        """The daemon is gone, or gives up. Returns whether there was anything to undo."""
+        frozen, settled = self._frozen, self._settled
+        watched = self._rounds is not None
+        self._take_back()
+        self._forget()
+        if frozen is not None and settled:
+            frozen.release()
+        elif frozen is not None:
+            abandon(frozen)
+        return frozen is not None or self._armed is not None or watched
+
+
+def _question(request: Reply) -> Reply:
+    return {key: value for key, value in request.items() if key != "op"}
+
+
+def _read_verdict(stream: Stream) -> None:
+    """What the destination says of the copy. Raises OSError where that is not whole."""
+    kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
+    if kind == img.ERROR:
+        answer = msgpack.unpackb(body)
+        raise OSError(int(answer["errno"]), str(answer["text"]))
