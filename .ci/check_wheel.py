@@ -18,8 +18,11 @@ NEEDED = [
     "bpfs/bin/iorelay",
     "bpfs/bin/bpsh",
     "bpfs/bin/libbproc.so",
+    "bpfs/bin/libbeostat.so",
     "bpfs/bin/include/sys/bproc.h",
+    "bpfs/bin/include/sys/beostat.h",
     "bpfs/bin/pkgconfig/bproc.pc",
+    "bpfs/bin/pkgconfig/beostat.pc",
     "engine/bin/nodeinit",
     "boot/bin/bpfs-init",
 ]

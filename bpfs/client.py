@@ -185,6 +185,16 @@ class Node:
         return int(self.read("cpus"))
 
     @property
+    def busy(self) -> tuple[float, ...]:
+        """Of each processor, the share of the last seconds that it was busy, 0 to 1."""
+        return tuple(map(float, self.read("busy").split()))
+
+    @property
+    def heard(self) -> float:
+        """When it was last heard of, seconds since 1970; 0 where it never was."""
+        return float(self.read("heard") or 0)
+
+    @property
     def uptime(self) -> float:
         """Seconds since it started."""
         return float(self.read("uptime").split()[0])

@@ -1,8 +1,8 @@
 """Figures of this machine or node, for `nodes/N/load` and its neighbours: proc_loadavg(5), proc_meminfo(5),
-proc_uptime(5).
+proc_uptime(5), proc_stat(5).
 
-A look costs one read of an open file. A sample is worth sending when the load has changed by more than people care
-for, or when anything has and the last one is old: so a node at rest sends nothing but heartbeats.
+A look costs two reads of open files. A sample is worth sending when the load or what a processor does has changed by
+more than people care for, or when anything has and the last one is old: so a node at rest sends nothing but heartbeats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,62 @@ LOAD_STEP, LOAD_SHARE = 0.05, 0.03
 MEMORY_STEP = 1024
 """kB by which a figure of memory must have changed to be a change."""
 
-MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "SwapTotal", "SwapFree")
+BUSY_STEP, BUSY_NOISE = 0.25, 0.1
+"""By how much what a processor is busy must have changed to be worth a message at once, and to be a change."""
+
+BUSY_OVER = 1.0
+"""Least seconds over which it is told how busy a processor is: a tick is 10 ms."""
+
+IDLE_FIELDS = (4, 5)
+"""Places of idle and iowait in a `cpuN` line of /proc/stat, its number being the first."""
+
+MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "SwapTotal", "SwapFree")
+
+Ticks = tuple[tuple[int, ...], ...]
+
+
+class Processors:
+    """What the processors that this process may use have done, and how busy they have been of late."""
+
+    def __init__(self) -> None:
+        self._stat = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
+        self.ticks: Ticks = ()
+        self.busy: tuple[float, ...] = ()
+        self._since: tuple[float, Ticks] = (0.0, ())
+
+    def look(self) -> None:
+        """Read the counters anew. The first time, `busy` is that of the whole time since the machine started."""
+        # The lines of processors come first; one has less than 128 bytes.
+        text = os.pread(self._stat, 128 * (1 + (os.cpu_count() or 1)), 0).decode()
+        mine = os.sched_getaffinity(0)
+        lines = (line.split() for line in text.splitlines() if line.startswith("cpu") and line[3:4].isdigit())
+        found = ((int(words[0][3:]), *map(int, words[1:9])) for words in lines)
+        self.ticks = tuple(ticks for ticks in found if ticks[0] in mine)
+        now, (then, before) = time.monotonic(), self._since
+        if now - then >= BUSY_OVER or len(before) != len(self.ticks):
+            old = {ticks[0]: ticks for ticks in before}
+            self.busy = tuple(_busy(ticks, old.get(ticks[0])) for ticks in self.ticks)
+            self._since = (now, self.ticks)
+
+    def close(self) -> None:
+        """Give the open file back."""
+        os.close(self._stat)
+
+
+def _busy(ticks: tuple[int, ...], before: tuple[int, ...] | None) -> float:
+    passed = [new - old for new, old in zip(ticks[1:], before[1:] if before else [0] * 8, strict=True)]
+    # The kernel's count of idle time may go back by some ticks.
+    whole, idle = sum(passed), sum(passed[place - 1] for place in IDLE_FIELDS)
+    return round(min(max(1 - idle / whole, 0.0), 1.0), 2) if whole > 0 else 0.0
+
+
+def _clock() -> float:
+    """MHz of the first processor, 0 where the kernel does not say. Not asked for often: each line is a measurement."""
+    with open("/proc/cpuinfo", "rb", buffering=0) as file:
+        for line in file.read(4096).decode(errors="replace").splitlines():
+            if line.startswith("cpu MHz"):
+                return float(line.partition(":")[2])
+    return 0.0
 
 
 class Sampler:
@@ -33,11 +88,17 @@ class Sampler:
     def __init__(self) -> None:
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._processors = Processors()
+        self._mhz = _clock()
         self._last: Sample | None = None
         self._full = 0.0
 
     def take(self) -> Sample:
         """A whole sample now."""
+        self._processors.look()
+        return self._make()
+
+    def _make(self) -> Sample:
         self._full = time.monotonic()
         self._last = Sample(
             load=os.pread(self._load, 256, 0).decode().strip(),
@@ -45,6 +106,9 @@ class Sampler:
             cpus=len(os.sched_getaffinity(0)),
             uptime=round(time.clock_gettime(time.CLOCK_BOOTTIME), 2),
             kernel=os.uname().release,
+            mhz=self._mhz,
+            processors=self._processors.ticks,
+            busy=self._processors.busy,
         )
         return self._last
 
@@ -54,15 +118,22 @@ class Sampler:
         if last is None:
             return self.take()
         load = os.pread(self._load, 256, 0).decode().strip()
+        self._processors.look()
         urgent = any(_differ(a, b) for a, b in zip(_figures(load), _figures(last.load), strict=True))
+        urgent |= not self._as_busy(last, BUSY_STEP)
         if not urgent and time.monotonic() - self._full < FULL_EVERY:
             return None
-        new = self.take()
+        new = self._make()
         near = all(abs(a[1] - b[1]) < MEMORY_STEP for a, b in zip(new.memory, last.memory, strict=True))
-        if near and new.cpus == last.cpus and _figures(load) == _figures(last.load):
+        near &= new.cpus == last.cpus and self._as_busy(last, BUSY_NOISE)
+        if near and _figures(load) == _figures(last.load):
             self._last = last
             return None
         return new
+
+    def _as_busy(self, last: Sample, step: float) -> bool:
+        busy = self._processors.busy
+        return len(busy) == len(last.busy) and all(abs(a - b) < step for a, b in zip(busy, last.busy, strict=True))
 
     def _memory(self) -> tuple[tuple[str, int], ...]:
         found = dict.fromkeys(MEMORY_KEYS, 0)
@@ -76,6 +147,7 @@ class Sampler:
         """Give the open files back."""
         os.close(self._load)
         os.close(self._meminfo)
+        self._processors.close()
 
 
 def _figures(load: str) -> list[float]:

@@ -24,6 +24,7 @@ def test_nodes(plain_tree: Path) -> None:
     assert (node.state, node.mode, node.owner, node.group) == ("unavailable", 0o110, "nobody", "nogroup")
     assert node.load == (0.25, 0.5, 1.0)
     assert node.memory == {"total": 1024, "free": 512}
+    assert (node.busy, node.heard) == ((0.25, 1.0), 1700000000.25)
     assert (node.cpus, node.uptime, node.kernel, node.address) == (2, 12.5, "6.1.0", "10.0.0.6")
     assert cluster.nodes[-1].state == "up"
     assert cluster.current == cluster.nodes[-1]

@@ -6,6 +6,7 @@ Formats, modes and errors are described in bpfs(5); a test holds page and tables
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
@@ -124,8 +125,12 @@ class NodeFiles:
             File("load", "as /proc/loadavg of the node", read=partial(_figure, lambda it: value(it.load.strip()))),
             File("memory", "key value, in kB", read=partial(_figure, lambda it: key_values(it.memory))),
             File("cpus", "how many processors", read=partial(_figure, lambda it: value(it.cpus))),
+            File("mhz", "their clock", read=partial(_figure, lambda it: value(f"{it.mhz:g}") if it.mhz else "")),
+            File("stat", "as the lines cpuN of /proc/stat", read=partial(_figure, _processors)),
+            File("busy", "a line a processor: the share of the last seconds that it was busy", read=_busy),
             File("uptime", "seconds since it started", read=partial(_figure, lambda it: f"{it.uptime:.2f}\n")),
             File("kernel", "the release of its kernel", read=partial(_figure, lambda it: value(it.kernel))),
+            File("heard", "seconds since 1970 when it was last heard of", read=_heard),
             File("address", "its address", read=lambda node: value(node.address), sized=True),
             File(
                 "events",
@@ -180,6 +185,20 @@ def _status(nodes: NodeTable) -> str:
 
 def _reason(node: Node) -> str:
     return value(node.reason) if node.reason else ""
+
+
+def _processors(sample: Sample) -> str:
+    return lines(f"cpu{number} {' '.join(map(str, ticks))}" for number, *ticks in sample.processors)
+
+
+def _busy(node: Node) -> str:
+    # The master's own as well: it is always of the last seconds, however seldom somebody reads.
+    return lines(f"{share:.2f}" for share in node.sample.busy) if node.sample else ""
+
+
+def _heard(node: Node) -> str:
+    when = time.time() if node.number == MASTER else node.heard
+    return f"{when:.2f}\n" if when else ""
 
 
 @cache

@@ -44,6 +44,7 @@ class Node:
     mode: int = DEFAULT_MODE
     address: str = ""  # where its engine workers listen and connect from; empty until first seen
     since: float = field(default_factory=time.time)  # when the state changed, seconds since the epoch
+    heard_last: float = 0.0  # when the last session heard of it for the last time, seconds since the epoch; 0: never
     sample: Sample | None = None  # the last figures, kept when the node goes down
     barred: bool = False  # the administrator wants it down
     reserved: bool = False  # the administrator wants it unavailable whenever it is there
@@ -58,6 +59,11 @@ class Node:
     def link(self) -> Link | None:
         """The link to its slave, or None."""
         return self.session.link if self.session is not None else None
+
+    @property
+    def heard(self) -> float:
+        """When it was last heard of, seconds since the epoch; 0 where it never was."""
+        return self.session.heard if self.session is not None else self.heard_last
 
     @property
     def holds_jobs(self) -> bool:

@@ -8,6 +8,7 @@ is over, whatever the network did to either direction.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -103,6 +104,11 @@ class Session:
         finally:
             self._end()
 
+    @property
+    def heard(self) -> float:
+        """When the slave was last heard, seconds since the epoch."""
+        return time.time() - (now() - self.link.heard)
+
     # -- what the slave says -----------------------------------------------------------------------
 
     def _heartbeat(self, message: Heartbeat) -> None:
@@ -182,6 +188,7 @@ class Session:
         self._ended.set()
         if node.session is not self:
             return  # a new one has taken over, and has dealt with the node
+        node.heard_last = self.heard
         node.session, node.init = None, 0
         reason = self._left or self.link.reason
         if node.state is not NodeState.DOWN:

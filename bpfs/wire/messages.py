@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 4
+VERSION = 5
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -151,6 +151,9 @@ class Sample(Message):
     cpus: int
     uptime: float  # seconds
     kernel: str
+    mhz: float  # clock of the first processor when the slave started; 0: not told
+    processors: tuple[tuple[int, ...], ...]  # a line `cpuN` of /proc/stat each: N, then ticks of 1/100 s, see proc(5)
+    busy: tuple[float, ...]  # of each of them, the share of the last seconds that it was not idle
 
 
 @_message(13)

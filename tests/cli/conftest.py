@@ -31,7 +31,7 @@ def plain_tree(tmp_path: Path) -> Path:
         texts = {"state": state, "mode": mode, "owner": owner, "group": group, "address": address}
         texts |= {"load": "0.25 0.50 1.00 2/345 6789", "reason": "" if state == "up" else "has not been seen yet"}
         texts |= {"memory": "total 1024\nfree 512", "cpus": "2", "uptime": "12.50", "kernel": "6.1.0", "migrate": ""}
-        texts["cache"] = ""
+        texts |= {"cache": "", "busy": "0.25\n1.00", "heard": "1700000000.25"}
         for name, text in texts.items():
             (node / name).write_text(f"{text}\n")
     (top / "status").write_text("".join(" ".join(map(str, row)).rstrip() + "\n" for row in NODES))

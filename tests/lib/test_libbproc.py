@@ -1,4 +1,4 @@
-"""libbproc: programs written for BProc compile against its header, in C and C++, and run on a real cluster."""
+"""libbproc and libbeostat: programs written for them compile, in C and C++, and run on a real cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 BIN = HERE.parents[1] / "bpfs" / "bin"
-HEADER = BIN / "include" / "sys" / "bproc.h"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def build(tmp_path_factory):
     def compiled(name: str) -> Path:
         program = folder / name
         options = subprocess.run(
-            ["pkg-config", "--cflags", "--libs", "bproc"],
+            ["pkg-config", "--cflags", "--libs", "bproc", "beostat"],
             env={**os.environ, "PKG_CONFIG_PATH": str(BIN / "pkgconfig")}, capture_output=True, text=True, check=True,
         ).stdout.split()  # fmt: skip
         source = str(HERE / f"{name}.c")
@@ -50,6 +49,11 @@ def run(program: Path, it, *words: object) -> subprocess.CompletedProcess[str]:
 
 def test_nodes_sets_rights_and_attributes(it, build):
     done = run(build("nodes"), it)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_figures(it, build):
+    done = run(build("figures"), it)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -80,9 +84,12 @@ def test_without_a_cluster(build):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_header_is_good_for_cplusplus(tmp_path):
+def test_the_headers_are_good_for_cplusplus(tmp_path):
     source = tmp_path / "it.cc"
-    source.write_text("#include <sys/bproc.h>\nint main() { return bproc_currnode() == BPROC_NODE_MASTER ? 0 : 1; }\n")
+    source.write_text(
+        "#include <sys/beostat.h>\n#include <sys/bproc.h>\n"
+        "int main() { return bproc_currnode() == BPROC_NODE_MASTER ? 0 : 1; }\n"
+    )
     command = ["g++", "-Wall", "-Werror", "-I", str(BIN / "include"), "-fsyntax-only", str(source)]
     try:
         subprocess.run(command, check=True)
@@ -97,12 +104,14 @@ def test_python_can_use_it_through_ctypes(it, monkeypatch):
     assert library.bproc_numnodes() == 3 and library.bproc_currnode() == -1
 
 
-def test_the_library_has_all_calls_of_the_header_and_no_others():
-    declared = set(re.findall(r"\b(_?bproc_\w+)\((?!\d\))", re.sub(r"#define.*", "", HEADER.read_text())))
-    symbols = subprocess.run(["nm", "-D", "--defined-only", BIN / "libbproc.so"], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["bproc", "beostat"])
+def test_each_library_has_all_calls_of_its_header_and_no_others(name):
+    header = (BIN / "include" / "sys" / f"{name}.h").read_text()
+    declared = set(re.findall(rf"\b(_?{name}_\w+)\((?!\d\))", re.sub(r"#define.*", "", header)))
+    symbols = subprocess.run(["nm", "-D", "--defined-only", BIN / f"lib{name}.so"], capture_output=True, text=True)
     assert declared == {line.split()[2] for line in symbols.stdout.splitlines()}
-    listed = set(re.findall(r"`((?:_?bproc|_bproc)_\w+)", (HERE.parents[1] / "bpfs/man/libbproc.3.md").read_text()))
-    assert declared <= listed
+    page = (HERE.parents[1] / f"bpfs/man/lib{name}.3.md").read_text()
+    assert declared <= set(re.findall(rf"`(_?{name}_\w+)", page))
 
 
 def test_attributes_by_hand(it):

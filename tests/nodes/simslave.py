@@ -32,7 +32,10 @@ from bpfs.wire.messages import (
 )
 
 KEY = b"0123456789abcdef" * 2
-SAMPLE = Sample("0.10 0.20 0.30 1/100 1234", (("MemTotal", 1 << 20), ("MemFree", 1 << 19)), 4, 1000.0, "6.1.0")
+SAMPLE = Sample(
+    "0.10 0.20 0.30 1/100 1234", (("MemTotal", 1 << 20), ("MemFree", 1 << 19)), 2, 1000.0, "6.1.0", 2400.0,
+    ((0, 10, 1, 5, 84, 0, 0, 0, 0), (1, 20, 2, 8, 70, 0, 0, 0, 0)), (0.16, 0.3),
+)  # fmt: skip
 
 
 class NoZygote:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 
 import trio
 
@@ -30,7 +31,7 @@ from bpfs.wire.messages import Sample
 
 def with_load(sample: Sample, load: str) -> Sample:
     """A sample with another load line."""
-    return Sample(load, sample.memory, sample.cpus, sample.uptime, sample.kernel)
+    return replace(sample, load=load)
 
 
 def obey(nodes: NodeTable, line: str) -> None:
