@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from tests.cluster.moving import echo, place
 from tests.cluster.virtual import VirtualCluster, cluster
 from tests.engine.moves import Victim, until
+from tests.engine.test_descriptors import KINDS, SCRIPT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -44,3 +48,23 @@ def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) 
         assert one.process.returncode == 0, one.text()
     finally:
         one.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_descriptor_of_a_stopped_program(it: VirtualCluster, tmp_path: Path, kind: str) -> None:
+    with (
+        open(tmp_path / "log", "w+b") as log,
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), kind, str(tmp_path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            os.waitpid(process.pid, os.WUNTRACED)
+            for node in JOURNEY:
+                done = echo(it, process.pid, f"nodes/{node}/migrate")
+                assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate")
+                assert place(it, process.pid) == str(node)
+            os.kill(process.pid, signal.SIGCONT)  # it has stayed stopped all the way
+            assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
