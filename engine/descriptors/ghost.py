@@ -12,8 +12,9 @@ import os
 import struct
 from collections.abc import Mapping
 
+from engine.descriptors import locks
 from engine.descriptors.model import Entry, boot_id
-from engine.linux import process_vm, statx
+from engine.linux import process_vm, procfs, statx
 
 _KEPT = ("file", "directory", "device")
 
@@ -82,19 +83,29 @@ class Ghost:
             status = statx.of_path(b"/proc/%d/fd/%d" % (self._pid, number))
             if status.ino != entry["ino"] or status.dev != entry["dev"]:
                 return False
-            with open(f"/proc/{self._pid}/fdinfo/{number}", "rb", buffering=0) as file:
-                flags = int(file.read(4096).split(b"\nflags:", 1)[1].split(b"\n", 1)[0], 8)
+            flags = int(self._info(number).split(b"\nflags:", 1)[1].split(b"\n", 1)[0], 8)
         except OSError:
             return False
         # What fcntl cannot change afterwards must be right already.
         fixed = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_PATH
         return not (flags ^ entry["flags"]) & fixed
 
+    def _info(self, number: int) -> bytes:
+        return procfs.read(f"/proc/{self._pid}/fdinfo/{number}")
+
     def _take(self, number: int, entry: Entry) -> int:
         fd = process_vm.pidfd_getfd(self._pidfd, number)
-        if "pos" in entry:
+        if "pos" in entry and not entry["flags"] & os.O_PATH:
             os.lseek(fd, entry["pos"], os.SEEK_SET)
+        self._take_locks(number, entry)
         return fd
+
+    def _take_locks(self, number: int, entry: Entry) -> None:
+        # POSIX locks, which the ghost has held all the time, go when it closes what else it has on the file.
+        held = [lock for lock in locks.of_info(self._info(number)) if lock[0] == "POSIX"]
+        known = entry.get("locks", [])
+        if held:
+            entry["locks"] = [*known, *(lock for lock in held if lock not in known)]
 
 
 def _lock_extproc(fd: int) -> None:

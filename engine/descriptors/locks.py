@@ -20,19 +20,27 @@ _F_RDLCK, _F_WRLCK = 0, 1
 
 
 def dump(probe: Probe) -> list[list[object]]:
-    """[kind, exclusive, start, length] of each lock on a description, from lines like
-
-    `lock:  1: POSIX  ADVISORY  WRITE 4711 fe:00:12345 0 EOF`.
+    """The locks on a description, as `of_info` gives them.
 
     Raises:
         Refusal: a lease or a kind of lock that we do not know.
     """
+    found = of_info(probe.info)
+    for kind, *_ in found:
+        if kind not in ("FLOCK", "POSIX", "OFDLCK"):
+            raise Refusal(f"has a {str(kind).lower()} on {os.fsdecode(probe.link)}")
+    return found
+
+
+def of_info(info: bytes) -> list[list[object]]:
+    """[kind, exclusive, start, length] of each lock, from lines of a fdinfo file like
+
+    `lock:  1: POSIX  ADVISORY  WRITE 4711 fe:00:12345 0 EOF`.
+    """
     found: list[list[object]] = []
-    for line in probe.info.split(b"\nlock:")[1:]:
+    for line in info.split(b"\nlock:")[1:]:
         words = line.split(b"\n", 1)[0].split()
         kind, mode, start, end = words[1], words[3], int(words[6]), words[7]
-        if kind not in (b"FLOCK", b"POSIX", b"OFDLCK"):
-            raise Refusal(f"has a {kind.decode().lower()} on {os.fsdecode(probe.link)}")
         length = 0 if end == b"EOF" else int(end) - start + 1
         found.append([kind.decode(), mode == b"WRITE", start, length])
     return found
