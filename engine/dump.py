@@ -214,6 +214,7 @@ def build(inspection: Inspection) -> Image:
         death_signal=asked.death_signal,
         subreaper=asked.subreaper,
         thp_disabled=asked.thp_disabled,
+        lock_future=asked.lock_future,
         oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
         descriptors=inspection.descriptors.table,
         frozen_ns=0,  # known when it is written

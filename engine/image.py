@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 4
+VERSION: Final = 5
 META: Final = 1
 END: Final = 2
 HELD: Final = 3
@@ -129,6 +129,7 @@ class Image:
     death_signal: int
     subreaper: int
     thp_disabled: int
+    lock_future: int  # of mlockall(2): 0, MCL_FUTURE, or that with MCL_ONFAULT
     oom_score_adj: int
     descriptors: list[dict[str, Any]]  # engine/descriptors' table
     frozen_ns: int  # how long it had been frozen when this was written

@@ -26,9 +26,10 @@ SPECIAL: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
 
 # VmFlags of proc(5) -> MADV_* of <asm-generic/mman-common.h>
 _ADVICE: Final = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+HUGE: Final = "ht"  # among VmFlags: pages of hugetlb
 WATCHED: Final = "uw"  # among VmFlags: a userfaultfd records writes, or answers them
 _UNMOVABLE: Final = {
-    "ht": "huge pages (hugetlb)", "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw":
+    "io": "device memory", "pf": "device memory", "um": "userfaultfd", "uw":
     "userfaultfd",
     "ss": "a shadow stack", "mm": "mixed device memory",
 }  # fmt: skip
@@ -68,6 +69,7 @@ class Survey:
         scratch = frozen.injection.base if frozen.injection else 0
         raw = procfs.read(f"{frozen.live}/smaps")
         self._vmas = procfs.parse_smaps(raw)
+        self._page_sizes = procfs.huge_page_sizes(raw) if HUGE.encode() in raw else {}
         for vma in self._vmas:
             if not (scratch and vma.start == scratch):
                 self._add(vma)
@@ -87,6 +89,17 @@ class Survey:
             if flag in vma.flags and vma.path not in SPECIAL and not (flag == WATCHED and self._watched):
                 self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
                 return
+        if HUGE in vma.flags and not vma.path.startswith("/SYSV"):
+            kind = nameless.huge_flags(vma, self._vmas, self._page_sizes[vma.start])
+            if kind is None:
+                self._refuse(f"it maps huge pages (hugetlb) of a file at {vma.start:#x} ({vma.path})")
+                return
+            flags, file = kind | MAP_ANONYMOUS | (MAP_SHARED if vma.shared else MAP_PRIVATE), -1
+            if vma.shared:  # of which our page tables may know less than there is
+                self.shared.append(vma)
+                self.whole.append((vma.start, vma.end))
+            self._describe(vma, flags, file)
+            return
         anonymous = vma.path == "" or vma.path.startswith(("[heap]", "[stack", "[anon:"))
         if anonymous:
             flags, file = MAP_PRIVATE | MAP_ANONYMOUS, -1
@@ -100,6 +113,9 @@ class Survey:
             if found is None:
                 return
             flags, file = found
+        self._describe(vma, flags, file)
+
+    def _describe(self, vma: Vma, flags: int, file: int) -> None:
         self._spans.append((vma.start, vma.end))
         if "gd" in vma.flags:
             flags |= MAP_GROWSDOWN
@@ -188,7 +204,7 @@ class Survey:
                 return []
             found = self._private(descriptor)
             runs = list(_clip(found, self._spans, self._cuts()))
-            runs += nameless.runs(self._frozen.pid, [vma for vma in self.shared if not self._is_carried(vma)])
+            runs += nameless.runs(self._frozen.pid, [vma for vma in self.shared if not self._is_elsewhere(vma)])
         finally:
             os.close(descriptor)
         runs += [(start, end - start) for start, end in self.whole]
@@ -204,7 +220,9 @@ class Survey:
             touched = procfs.touched(procfs.read(f"{self._frozen.live}/smaps"))
             return [run for start, end in touched for run in pagemap.private_entries(descriptor, start, end)]
 
-    def _is_carried(self, vma: Vma) -> bool:
+    def _is_elsewhere(self, vma: Vma) -> bool:
+        if HUGE in vma.flags:
+            return True
         index = self._index.get((vma.major, vma.minor, vma.inode, True), -1)
         return index >= 0 and (self.files[index].device, self.files[index].inode) in self._carried
 

@@ -18,7 +18,10 @@ _PAGE: Final = 4096
 _PROT_WRITE: Final = 2
 _MAP_SHARED: Final = 1
 _NOT_OURS: Final = ("/SYSV", "/secretmem")
-_UNNAMED: Final = ("/dev/zero (deleted)", "[anon_shmem:")
+_HUGE: Final = "/anon_hugepage (deleted)"
+_UNNAMED: Final = ("/dev/zero (deleted)", "[anon_shmem:", _HUGE)
+MAP_HUGETLB: Final = 0x40000
+_MAP_HUGE_SHIFT: Final = 26
 
 
 def is_nameless(vma: Vma) -> bool:
@@ -30,6 +33,16 @@ def is_plain(vma: Vma, every: Iterable[Vma]) -> bool:
     """Whether it is anonymous memory that is mapped in this one place: MAP_SHARED | MAP_ANONYMOUS makes it."""
     mapped = [other for other in every if other.inode == vma.inode and other.minor == vma.minor]
     return len(mapped) == 1 and vma.path.startswith(_UNNAMED)
+
+
+def huge_flags(vma: Vma, every: Iterable[Vma], page_size: int) -> int | None:
+    """The flags of mmap that make a mapping of huge pages, in bytes of its own size, anew.
+
+    None where they have a name, or are an object that is mapped in several places.
+    """
+    if vma.path != _HUGE or (vma.shared and not is_plain(vma, every)):
+        return None
+    return MAP_HUGETLB | (page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
 
 
 def describe(pid: int, vma: Vma) -> MappedFile:
@@ -91,8 +104,11 @@ def is_object(image: Image, region: Region) -> bool:
 
 
 def widened(image: Image, region: Region) -> int:
-    """The protection with which to map a region, so that its pages can be written."""
-    return region.prot | _PROT_WRITE if is_object(image, region) else region.prot
+    """The protection with which to map a region, so that its pages can be written.
+
+    Those of private memory can in any case (/proc/PID/mem), unless they are huge.
+    """
+    return region.prot | _PROT_WRITE if is_object(image, region) or region.flags & MAP_HUGETLB else region.prot
 
 
 def narrow(image: Image, protect: Callable[[int, int, int], Any]) -> None:

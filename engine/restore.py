@@ -16,7 +16,7 @@ from engine import binder, cpu, nameless, note, state, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
-from engine.image import Image, ImageError
+from engine.image import Image, ImageError, Region
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
 from engine.linux.libc import NR, syscall
@@ -37,6 +37,10 @@ _F_DUPFD_CLOEXEC: Final = 1030
 _TOP: Final = 0x7FFFFFFFF000
 
 _FILES_FOLLOWED: Final = 32  # descriptors that a daemon keeps of one process
+
+
+def _kind_of_memory(region: Region) -> str:
+    return "huge pages (hugetlb)" if region.flags & nameless.MAP_HUGETLB else "memory"
 
 
 class Builder:
@@ -180,7 +184,7 @@ class Builder:
         for r in self.image.regions:
             size = r.end - r.start
             fd = numbers[r.file] if r.file >= 0 else -1
-            what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else "memory"
+            what = os.fsdecode(self.image.files[r.file].path) if r.file >= 0 else _kind_of_memory(r)
             prot, flags = nameless.widened(self.image, r), r.flags | _MAP_FIXED_NOREPLACE
             if (r.start, r.end) not in kept:
                 calls.add("mmap", r.start, size, prot, flags, fd, r.offset, label=f"mapping {what}")
@@ -262,6 +266,8 @@ class Builder:
                 calls.add("mlock2", r.start, r.end - r.start, r.lock - 1, must=False)
             if r.sealed:
                 calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
+        if image.lock_future:
+            calls.add("mlockall", image.lock_future, must=False)
         self._place_descriptors(calls)
         if begins_in_root(image, target.pid):
             folder = os.fsdecode(image.files[image.cwd].path)

@@ -3,6 +3,7 @@ not.
 """
 
 import ctypes
+import errno
 import os
 import struct
 from typing import Any, Final
@@ -37,6 +38,10 @@ PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
 PR_TIMER_CREATE_RESTORE_IDS: Final = 77
 PR_SET_VMA: Final = 0x53564D41
+# <asm-generic/mman.h>
+_MS_INVALIDATE: Final = 2
+_MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
 
 _F_GETFD: Final = 1
 _IOPRIO_WHO_PROCESS: Final = 1
@@ -58,6 +63,7 @@ class Asked:
     timer_slack: int
     subreaper: int
     thp_disabled: int
+    lock_future: int
     personality: int
     altstack: bytes
     clear_tid: int
@@ -74,7 +80,8 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
     Raises:
         OSError: a call failed, or the process ended.
     """
-    calls = Calls(frozen.open_injection())
+    injection = frozen.open_injection()
+    calls = Calls(injection)
     unlike_default = int(frozen.status["SigCgt"], 16) | int(frozen.status["SigIgn"], 16)
     wanted = [n for n in range(1, SIGNALS + 1) if unlike_default >> (n - 1) & 1]
     actions = calls.data(bytes(ACTION_SIZE * len(wanted)))
@@ -97,6 +104,8 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
         calls.add("prctl", PR_GET_THP_DISABLE, 0, 0, 0, 0),
         calls.add("personality", 0xFFFFFFFF),
     ]
+    # The scratch was mapped like any memory of the process: mlockall(MCL_FUTURE) has locked it, and then this fails.
+    locked = calls.add("msync", injection.base, 4096, _MS_INVALIDATE, must=False)
     posix = _posix_timers(frozen)
     settings = calls.data(bytes(32 * len(posix)))
     overruns = []
@@ -119,6 +128,7 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
     asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (
         results[i] for i in numbers
     )
+    asked.lock_future = _lock_future(frozen, injection.base) if results[locked] == -errno.EBUSY else 0
     asked.cloexec = {fd: bool(results[i]) for fd, i in zip(doubtful, descriptors, strict=True)}
     asked.timers = [
         [
@@ -134,6 +144,11 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
         for i, t in enumerate(posix)
     ]
     return asked
+
+
+def _lock_future(frozen: Frozen, base: int) -> int:
+    scratch = next(vma for vma in procfs.parse_smaps(procfs.read(f"{frozen.live}/smaps")) if vma.start == base)
+    return _MCL_FUTURE | (_MCL_ONFAULT if "lf" in scratch.flags else 0)
 
 
 def _posix_timers(frozen: Frozen) -> list[procfs.PosixTimer]:

@@ -104,11 +104,11 @@ install_system() {
     PYTHON_FOUND=$python
 }
 
-# What tests run bpsh under, as people do who take it for rsh or ssh, and look at screens with: about 15 s where none is
-# there. Without them those tests are skipped.
+# What tests run bpsh under, as people do who take it for rsh or ssh, and look at screens with, and runtimes whose programs they
+# move: about 30 s where none is there. Without them those tests are skipped.
 install_test_tools() {
     LOG=$(mktemp)
-    (install_packages git rsync parallel pdsh clustershell tmux python3-numpy) || say "tests of what is missing will be skipped"
+    (install_packages git rsync parallel pdsh clustershell tmux python3-numpy golang-go default-jre-headless) || say "tests of what is missing will be skipped"
     rm -f "$LOG"
 }
 

@@ -18,7 +18,7 @@ NR = {
     "setpgid": 109,
     "setsid": 112, "setgroups": 116, "setresuid": 117, "setresgid": 119, "capset": 126, "rt_sigtimedwait": 128,
     "rt_sigqueueinfo": 129, "sigaltstack": 131, "personality": 135, "mlock2": 325, "prctl": 157, "arch_prctl": 158,
-    "gettid": 186,
+    "gettid": 186, "msync": 26, "mlockall": 151,
     "setfsuid": 122, "setfsgid": 123, "futex": 202, "sched_setaffinity": 203, "set_tid_address": 218,
     "restart_syscall": 219,
     "timer_create": 222, "timer_settime": 223, "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226,

@@ -8,6 +8,7 @@ from typing import Final
 
 _CHUNK: Final = 1 << 16
 _PAGE: Final = 4096
+_PRESENT: Final = (b"Rss:", b"Swap:", b"Shared_Hugetlb:", b"Private_Hugetlb:")
 
 
 def read(path: str, directory: int | None = None) -> bytes:
@@ -155,6 +156,18 @@ def parse_smaps(raw: bytes) -> list[Vma]:
     return found
 
 
+def huge_page_sizes(raw: bytes) -> dict[int, int]:
+    """Bytes of a page in the mappings of `/proc/PID/smaps` that have others than most: start -> size."""
+    found: dict[int, int] = {}
+    start = 0
+    for line in raw.splitlines():
+        if line[:1] in b"0123456789abcdef":
+            start = int(line.split(b"-", 1)[0], 16)
+        elif line.startswith(b"KernelPageSize:") and (size := int(line.split()[1]) << 10) != _PAGE:
+            found[start] = size
+    return found
+
+
 def touched(raw: bytes) -> list[tuple[int, int]]:
     """(start, end) of the mappings in `/proc/PID/smaps` that have pages in memory or in swap."""
     found: list[tuple[int, int]] = []
@@ -163,7 +176,7 @@ def touched(raw: bytes) -> list[tuple[int, int]]:
         if line[:1] in b"0123456789abcdef":
             first, last = line.split(b" ", 1)[0].split(b"-")
             span = (int(first, 16), int(last, 16))
-        elif line.startswith((b"Rss:", b"Swap:")) and line.split()[1] != b"0" and found[-1:] != [span]:
+        elif line.startswith(_PRESENT) and line.split()[1] != b"0" and found[-1:] != [span]:
             found.append(span)
     return found
 

@@ -1,12 +1,14 @@
-"""Each victim goes from the master to a node, on to another, and home, and finds everything as it left it."""
+"""Each victim, and programs of other runtimes, go from the master to a node, on to another, and home, and find all as it was."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,22 @@ def it(session_folder: Path) -> Iterator[VirtualCluster]:
     subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
     with cluster(session_folder / "journey", nodes=2) as made:
         yield made
+
+
+@contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many more huge pages in the machine's pool; without them the test is skipped."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    if not pool.exists():
+        pytest.skip("this kernel has no hugetlb")
+    before = int(pool.read_text())
+    try:
+        pool.write_text(str(before + count))
+        if int(pool.read_text()) < before + count:
+            pytest.skip(f"the kernel finds no {count} huge pages")
+        yield
+    finally:
+        pool.write_text(str(before))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +68,26 @@ def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) 
         one.close()
 
 
+@pytest.mark.parametrize("how", ["", "onfault"])
+def test_huge_pages_and_locks_of_what_comes_later(it: VirtualCluster, tmp_path: Path, how: str) -> None:
+    with huge_pages(8):  # source and copy have four each
+        test_there_and_on_and_home(it, tmp_path, f"huge {how}")
+
+
+def test_without_huge_pages_there_it_runs_on(it: VirtualCluster, tmp_path: Path) -> None:
+    with huge_pages(4):
+        one = Victim(VICTIMS / "bin/huge", tmp_path, close_fds=True)
+        try:
+            done = echo(it, one.pid, "nodes/0/migrate")
+            assert done.returncode == 1 and "Cannot allocate memory" in done.stderr
+            assert "mapping huge pages (hugetlb)" in it.read("nodes/0/migrate")
+            one.stop()
+            until(lambda: one.process.poll() is not None, "its end")
+            assert one.process.returncode == 0, one.text()
+        finally:
+            one.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_descriptor_of_a_stopped_program(it: VirtualCluster, tmp_path: Path, kind: str) -> None:
     with (
@@ -68,3 +106,46 @@ def test_every_kind_of_descriptor_of_a_stopped_program(it: VirtualCluster, tmp_p
             assert process.wait(60) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
+
+
+PROGRAMS = VICTIMS / "programs"
+
+
+def built(language: str, folder: Path) -> list[str]:
+    """The command that computes by steps in a language's runtime; its arguments are a file's name and a number of steps."""
+    if language == "numpy":
+        if subprocess.run(["/usr/bin/python3", "-c", "import numpy"], capture_output=True, check=False).returncode:
+            pytest.skip("no NumPy for /usr/bin/python3")
+        return ["/usr/bin/python3", str(PROGRAMS / "steps.py")]
+    tool = {"go": "go", "java": "java"}[language]
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool}")
+    if language == "java":
+        return ["java", "-Xmx64m", str(PROGRAMS / "Steps.java")]
+    cache = {"GOCACHE": str(folder / "cache"), "GO111MODULE": "off", "HOME": str(folder)}
+    subprocess.run(
+        ["go", "build", "-o", str(folder / "steps"), str(PROGRAMS / "steps.go")], check=True, env=os.environ | cache
+    )
+    return [str(folder / "steps")]
+
+
+@pytest.mark.parametrize("language", ["numpy", "go", "java"])
+def test_a_runtime_computes_the_same_on_the_way(it: VirtualCluster, tmp_path: Path, language: str) -> None:
+    command = built(language, tmp_path)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "4"}
+    stop = tmp_path / "stop"
+    one = Victim(Path(command[0]), tmp_path, command=[*command, str(stop)], env=environment)
+    try:
+        for node in JOURNEY:
+            done = echo(it, one.pid, f"nodes/{node}/migrate")
+            assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate") + one.text()
+            assert place(it, one.pid) == str(node)
+        one.stop()
+        until(lambda: one.process.poll() is not None, "its end")
+        steps = one.text().split()[0]
+        unmoved = subprocess.run(
+            [*command, str(tmp_path / "other"), steps], env=environment, capture_output=True, text=True, check=True
+        )
+        assert one.text() == unmoved.stdout and one.text().endswith(("true\n", "True\n"))
+    finally:
+        one.close()

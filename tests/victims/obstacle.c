@@ -61,8 +61,10 @@ int main(int argc, char **argv)
 		int fd = (int)skips(syscall(SYS_memfd_secret, 0));
 		CHECK(!ftruncate(fd, 4096) && mmap(0, 4096, 3, MAP_SHARED, fd, 0) != MAP_FAILED && !close(fd));
 	}
-	if (!strcmp(argv[2], "hugetlb"))
-		skips(mmap(0, 2 << 20, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE, -1, 0) == MAP_FAILED ? -1 : 0);
+	if (!strcmp(argv[2], "hugetlb")) {
+		int fd = (int)skips(memfd_create("huge", MFD_HUGETLB));
+		skips(mmap(0, 2 << 20, 3, MAP_SHARED | MAP_NORESERVE, fd, 0) == MAP_FAILED ? -1 : close(fd));
+	}
 	if (!strcmp(argv[2], "vfork") && !vfork()) {
 		ready(argc, argv);
 		while (!told_to_end())
