@@ -78,7 +78,8 @@ def _bound_rights(image: Image, limits: list[tuple[int, int]]) -> None:
     for which, (soft, hard) in enumerate(image.limits[: len(limits)]):
         most = limits[which][1] % 2**64
         image.limits[which] = [min(soft % 2**64, most), min(hard % 2**64, most)]
-    if sum(region.end - region.start for region in image.regions if region.lock) > _soft(limits, resource.RLIMIT_MEMLOCK):
+    locked = sum(region.end - region.start for region in image.regions if region.lock)
+    if locked > limits[resource.RLIMIT_MEMLOCK][0] % 2**64:
         for region in image.regions:
             region.lock = 0
     image.oom_score_adj = max(image.oom_score_adj, 0)
@@ -86,10 +87,6 @@ def _bound_rights(image: Image, limits: list[tuple[int, int]]) -> None:
         if thread.io_priority >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
             thread.io_priority = 0
         thread.policy = _bound_policy(thread.policy)
-
-
-def _soft(limits: list[tuple[int, int]], which: int) -> int:
-    return limits[which][0] % 2**64
 
 
 def _bound_policy(policy: bytes) -> bytes:

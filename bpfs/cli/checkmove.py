@@ -23,7 +23,7 @@ _ADVICE: Final = [
         (r"io_uring", "run it without io_uring (most programs have a switch for that)"),
         (r"userfaultfd", "run it without userfaultfd"),
         (r"secret", "run it without secret memory: nobody but itself can read that"),
-        (r"hugetlb", "map them without a file (MAP_ANONYMOUS), in one piece where shared; or run it with transparent ones"),
+        (r"hugetlb", "map them without a file (MAP_ANONYMOUS), in one piece where shared, or use transparent ones"),
         (r"maps the device|device memory|DAX", "it belongs to this machine's hardware: start it on the node"),
         (r"protection keys", "run it without memory protection keys"),
         (r"deleted file for sharing", "have it keep the file, or use anonymous memory"),

@@ -1,4 +1,4 @@
-"""Each victim, and programs of other runtimes, go from the master to a node, on to another, and home, and find all as it was."""
+"""Victims, and programs of other runtimes, go to a node, on to another, and home, and find all as they left it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ PROGRAMS = VICTIMS / "programs"
 
 
 def built(language: str, folder: Path) -> list[str]:
-    """The command that computes by steps in a language's runtime; its arguments are a file's name and a number of steps."""
+    """The command that computes by steps in a language's runtime; its arguments: a file's name, a number of steps."""
     if language == "numpy":
         if subprocess.run(["/usr/bin/python3", "-c", "import numpy"], capture_output=True, check=False).returncode:
             pytest.skip("no NumPy for /usr/bin/python3")

@@ -1,4 +1,4 @@
-"""Multiplies matrices, by OpenBLAS on several threads, until argv[1] appears or argv[2] steps are done; prints the steps and a digest.
+"""Multiplies matrices on OpenBLAS's threads until argv[1] appears or argv[2] steps are done; prints steps and digest.
 
 All entries are whole numbers below 2**53: the result does not depend on the order of the additions.
 """
