@@ -19,6 +19,7 @@ NEEDED = [
     "bpfs/bin/bpsh",
     "bpfs/bin/libbproc.so",
     "bpfs/bin/libbeostat.so",
+    "bpfs/bin/libnss_beo.so.2",
     "bpfs/bin/include/sys/bproc.h",
     "bpfs/bin/include/sys/beostat.h",
     "bpfs/bin/pkgconfig/bproc.pc",

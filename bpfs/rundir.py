@@ -94,6 +94,11 @@ class RunDir:
         return self.path / "control"
 
     @property
+    def hosts(self) -> Path:
+        """The names of nodes, for everybody to read (bpfs.hosts); the directory itself is root's only."""
+        return BASE / f"{escape(self.mount)}.hosts"
+
+    @property
     def watch(self) -> Path:
         """The socket of the virtual nodes' jobwatch."""
         return self.path / "watch"
@@ -188,6 +193,7 @@ class RunDir:
     def remove(self) -> None:
         """Remove the directory, and its parent when it was the last."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.hosts.unlink(missing_ok=True)
         try:
             BASE.rmdir()
         except OSError:

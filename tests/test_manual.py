@@ -13,7 +13,7 @@ from bpfs.config import KEYWORDS
 
 TOP = Path(__file__).resolve().parent.parent
 PAGES = {path.name.removesuffix(".md"): path for path in (TOP / "bpfs" / "man").glob("*.md")}
-COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")))
+COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")) and not name.startswith("lib"))
 
 
 VERBS = {

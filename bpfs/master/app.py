@@ -31,6 +31,7 @@ from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
 from bpfs.master.view import view
 from bpfs.nodes.clockwatch import ClockWatch
+from bpfs.nodes.names import NodeNames
 from bpfs.nodes.registry import MASTER
 from bpfs.nodes.settings import Settings
 from bpfs.pidspace import own_pids
@@ -133,6 +134,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
             await stack.enter_async_context(tree.mounted(cluster))
         nursery.start_soon(workers.keep_spare, name="spare worker")
         nursery.start_soon(clocks.run, name="clocks of nodes")
+        nursery.start_soon(NodeNames(cluster.nodes, rundir.hosts).run, name="names of nodes")
         nursery.start_soon(_sample, cluster, name="samples of the master")
         await nursery.start(control.serve, cluster, rundir.control, name="control socket")
         nursery.start_soon(Listener(cluster, port).run, name="cluster port")

@@ -26,6 +26,7 @@ from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
+from bpfs.slave.names import NamesFile
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Relay, open_relay
 from bpfs.slave.remote_tree import mounted
@@ -51,6 +52,7 @@ from bpfs.wire.messages import (
     KillAll,
     Leaving,
     Message,
+    Names,
     ReadClock,
     Ready,
     RelayAttach,
@@ -89,12 +91,14 @@ class Slave:
         self.jobs: Jobs | None = None
         self.births: BirthWatch | None = None
         self.view: NodeView | None = None
+        self.names = NamesFile(welcome, options.mount, link.peer_address)
         self.end: End = End.AFRESH
         self.handlers: dict[type[Message], Callable[[Any], Any]] = {
             EngineOpen: self.engines.open,
             EngineCall: self.engines.call,
             EngineClose: self.engines.close,
             FdClose: self.held.close,
+            Names: lambda message: self.names.hear(message, self.view.root if self.view is not None else None),
             FdWhere: self.held.where,
             Fence: self._fence,
             SetClock: self._set_clock,

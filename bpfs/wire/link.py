@@ -73,6 +73,8 @@ class Link:
         """Why the link ended; empty while it lives."""
         self.local_address = _address_of(sock)
         """The address by which the peer reaches this machine."""
+        self.peer_address = _address_of(sock, socket.socket.getpeername)
+        """The address by which this machine reaches the peer."""
         self._sock = sock
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[trio.lowlevel.Task, list[Frame | None]]] = {}
@@ -376,6 +378,9 @@ class Link:
             self._nursery.cancel_scope.cancel()
 
 
-def _address_of(sock: socket.socket) -> str:
-    name = sock.getsockname()
+def _address_of(sock: socket.socket, end: Callable[[socket.socket], object] = socket.socket.getsockname) -> str:
+    try:
+        name = end(sock)
+    except OSError:
+        return ""  # closed already
     return str(name[0]) if isinstance(name, tuple) else ""  # a socket pair has none

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 5
+VERSION = 6
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -271,6 +271,13 @@ class FdIsWhere(Message):
 
     offsets: tuple[int, ...]
     inodes: tuple[int, ...]
+
+
+@_message(28)
+class Names(Message):
+    """master -> slave: where nodes are; all of them the first time, what has changed since afterwards."""
+
+    addresses: tuple[tuple[int, str], ...]  # of nodes that have been seen, by number
 
 
 # -- jobs: 30-39 -----------------------------------------------------------------------------------
