@@ -40,8 +40,11 @@ DEFAULT_NODEPARALLEL = 16
 DEFAULT_COMMAND_LINE = "panic=10 quiet"
 """A node whose kernel panics starts again after 10 s."""
 DEFAULT_CACHE_SIZE = 1 << 30
-DEFAULT_PRECOPY = 32 << 20  # below it a freeze with all the memory is as short: tests/benchmarks/bench_precopy.py
 """Bytes of a node's object store: programs and libraries of a large job take a tenth of it."""
+DEFAULT_PRECOPY = 32 << 20  # below it a freeze with all the memory is as short: tests/benchmarks/bench_precopy.py
+DEFAULT_CONTENT_LIMIT = 64 << 20
+MOST_CONTENT = 192 << 20
+"""What is read into an image's description, whose most is engine.image.MAX_META, with room for the rest of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Config:
     prestage: list[str] = field(default_factory=list)  # what such nodes fetch when they come up
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
     precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
+    contentlimit: int = DEFAULT_CONTENT_LIMIT  # bytes of open files without a name that travel with a process
 
     @property
     def margin(self) -> float:
@@ -362,6 +366,12 @@ def _precopy(config: Config, args: list[str]) -> None:
     config.precopy = parse_precopy(args[0])
 
 
+def _contentlimit(config: Config, args: list[str]) -> None:
+    config.contentlimit = parse_size(args[0])
+    if config.contentlimit > MOST_CONTENT:
+        raise ValueError(f"contentlimit must be at most {MOST_CONTENT >> 20}M, not {args[0]}")
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -379,6 +389,9 @@ KEYWORDS = {
     "prestage": Keyword("PATH...", 1, 999, _prestage, "files and directories that such nodes fetch when they come up"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "precopy": Keyword("SIZE|off", 1, 1, _precopy, "memory of a process from which on it moves while it runs (32M)"),
+    "contentlimit": Keyword(
+        "SIZE", 1, 1, _contentlimit, "bytes of open, deleted files and memfds that move with a process (64M)"
+    ),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
     "bootpeers": Keyword("COUNT", 1, 1, _bootpeers, f"nodes that pass images on to others ({DEFAULT_BOOTPEERS})"),
@@ -414,16 +427,20 @@ def parse(text: str, name: str) -> Config:
     """
     config = Config()
     for number, line in enumerate(text.splitlines(), 1):
-        where = f"{name}:{number}"
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {str(error).lower()}") from None
-        if words:
-            _apply(config, words[0], words[1:], where)
+        apply_line(config, line, f"{name}:{number}")
     if config.pingtimeout is not None and config.pingtimeout <= config.lease:
         raise ConfigError(f"{name}: pingtimeout ({config.pingtimeout:g}) must be more than lease ({config.lease:g})")
     return config
+
+
+def apply_line(config: Config, line: str, where: str) -> None:
+    """Enter one line. Raises ConfigError, which begins with `where`."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {str(error).lower()}") from None
+    if words:
+        _apply(config, words[0], words[1:], where)
 
 
 def _apply(config: Config, name: str, args: list[str], where: str) -> None:

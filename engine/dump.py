@@ -10,7 +10,7 @@ from engine import cpu, facts, placeholders, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
-from engine.descriptors.model import Entry
+from engine.descriptors.model import CONTENT_LIMIT, Entry
 from engine.descriptors.relatives import kept_by_descendants
 from engine.freeze import Frozen, freeze, unseized
 from engine.image import Image
@@ -84,6 +84,7 @@ def inspect(
     family: bool = False,
     at_home: bool = False,
     rounds: Rounds | None = None,
+    contents: int = CONTENT_LIMIT,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -93,6 +94,7 @@ def inspect(
         family: children may stay behind where the daemon can look after them.
         at_home: it leaves the master.
         rounds: in which its memory was sent ahead.
+        contents: bytes of open files without a name that may travel.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -103,8 +105,9 @@ def inspect(
     survey = Survey(frozen, rounds.marks if rounds is not None else None)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
-        frozen.pid, tid=frozen.threads[0].tid, close=close, files_stay=files_stay, at_home=at_home
-    )
+        frozen.pid, tid=frozen.threads[0].tid, content_limit=contents, close=close, files_stay=files_stay,
+        at_home=at_home,
+    )  # fmt: skip
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
     if family and not at_home and refusals == []:
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
@@ -115,26 +118,28 @@ def inspect(
     return seen
 
 
-def forecast(pid: int, close: bool, at_home: bool) -> list[str]:
+def forecast(pid: int, close: bool, at_home: bool, contents: int = CONTENT_LIMIT) -> list[str]:
     """Obstacles that can be seen of a process that runs; the freeze may show others.
 
     Args:
-        close, at_home: as for `inspect`.
+        close, at_home, contents: as for `inspect`.
 
     Raises:
         OSError: it is gone.
     """
     running = unseized(pid)
     stat = procfs.parse_stat(procfs.read(f"{running.live}/stat"))
-    descriptors = inspect_descriptors(pid, close=close, at_home=at_home)
+    descriptors = inspect_descriptors(pid, content_limit=contents, close=close, at_home=at_home)
     return obstacles(running, stat, family=True) + Survey(running).refusals + descriptors.refusals
 
 
-def obstacles_of(pid: int, family: bool = False, at_home: bool = False) -> list[str]:
+def obstacles_of(
+    pid: int, family: bool = False, at_home: bool = False, contents: int = CONTENT_LIMIT
+) -> list[str]:
     """Every obstacle of a process that nobody holds; it is stopped for a moment to look, if that is possible.
 
     Args:
-        family, at_home: as for `inspect`.
+        family, at_home, contents: as for `inspect`.
 
     Raises:
         OSError: there is no such process.
@@ -145,10 +150,11 @@ def obstacles_of(pid: int, family: bool = False, at_home: bool = False) -> list[
         # Held by another tracer: what it is made of can be seen all the same.
         frozen = unseized(pid)
         stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
-        found = obstacles(frozen, stat, family) + Survey(frozen).refusals + inspect_descriptors(pid).refusals
+        descriptors = inspect_descriptors(pid, content_limit=contents)
+        found = obstacles(frozen, stat, family) + Survey(frozen).refusals + descriptors.refusals
         return [str(error.strerror), *found]
     try:
-        return inspect(frozen, family=family, at_home=at_home).refusals
+        return inspect(frozen, family=family, at_home=at_home, contents=contents).refusals
     finally:
         frozen.release()
 

@@ -15,6 +15,7 @@ import msgpack
 from engine import dump, faults, note, tracking
 from engine import image as img
 from engine.descriptors import look
+from engine.descriptors.model import CONTENT_LIMIT
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Passed, become_ghost, become_placeholder
 from engine.linux import procfs, ptrace
@@ -57,7 +58,7 @@ class Source:
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
         family, at_home = bool(request.get("family")), bool(request.get("at_home"))
-        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home)}
+        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home, _contents(request))}
 
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
@@ -82,7 +83,7 @@ class Source:
         if self._frozen is not None or self._rounds is not None:
             raise OSError(16, f"{ORDER}: a process is held already")
         pid = int(request["pid"])
-        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")))
+        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")), _contents(request))
         if refusals:
             return {"watched": False, "why": refusals[0]}
         try:
@@ -159,6 +160,7 @@ class Source:
         `unlike`: of engine/facts.py, where the destination is another kind of machine.
         `family`: the daemon looks after the children that stay.
         `at_home`: it leaves the master.
+        `contents`: bytes of open files without a name that may travel.
         """
         frozen = self._held()
         (question, answer), self._seen = self._seen, ({}, {})
@@ -169,7 +171,7 @@ class Source:
             self._settled = True
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
-            bool(request.get("at_home")), self._rounds,
+            bool(request.get("at_home")), self._rounds, _contents(request),
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
@@ -348,6 +350,10 @@ class Source:
         elif frozen is not None:
             abandon(frozen)
         return frozen is not None or self._armed is not None or watched
+
+
+def _contents(request: Reply) -> int:
+    return int(request.get("contents", CONTENT_LIMIT))
 
 
 def _question(request: Reply) -> Reply:

@@ -73,6 +73,7 @@ def test_master_waits_longer_than_any_lease():
         ("lease nan", "f:1: lease must be seconds from 0.1 to 86400, not 'nan'"),
         ("lease 30\npingtimeout 30", "f: pingtimeout (30) must be more than lease (30)"),
         ("mount bpfs", "f:1: the mount point must be an absolute path, not 'bpfs'"),
+        ("contentlimit 1G", "f:1: contentlimit must be at most 192M, not 1G"),
         ('key "half', "f:1: no closing quotation"),
     ],
 )

@@ -11,8 +11,16 @@ from errno import EPERM
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
 from bpfs.cli.virtualdown import node_states, take_down
-from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_LEASE, DEFAULT_PRECOPY, parse_precopy, parse_size
-from bpfs.errors import BpfsError
+from bpfs.config import (
+    DEFAULT_CACHE_SIZE,
+    DEFAULT_LEASE,
+    DEFAULT_PRECOPY,
+    Config,
+    apply_line,
+    parse_precopy,
+    parse_size,
+)
+from bpfs.errors import BpfsError, ConfigError
 from bpfs.rundir import RunDir, chosen_mount
 
 PROG = "bpcluster"
@@ -67,6 +75,14 @@ def _precopy(text: str) -> int | None:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _line(text: str) -> str:
+    try:
+        apply_line(Config(), text, "its line")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(PROG, "Runs a cluster of virtual nodes on this machine.", _EPILOG)
     # After the verb it counts as well as before it.
@@ -106,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_PRECOPY,
         help="memory of a process from which on it moves while it runs, or `off` (default: 32M)",
     )
+    up.add_argument(
+        "--config",
+        metavar="LINE",
+        type=_line,
+        action="append",
+        default=[],
+        help="a line of bpmaster's configuration, as 'contentlimit 10M'; may be repeated",
+    )
     up.add_argument("--no-tree", action="store_true", help="do not mount the tree")
     up.add_argument("--verbose", action="store_true", help="log more")
     up.set_defaults(body=_up)
@@ -140,7 +164,7 @@ def _up(args: argparse.Namespace, mount: str) -> int:
     empty, exports = args.root == "empty", ("default", *args.export)
     options = UpOptions(
         mount, args.nodes, args.lease, args.netns, not args.no_tree, args.verbose, empty, exports, args.cachesize,
-        args.precopy,
+        args.precopy, tuple(args.config),
     )  # fmt: skip
     Up(options).run()
     return 0

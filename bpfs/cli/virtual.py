@@ -21,7 +21,7 @@ from pathlib import Path
 from bpfs import daemon, kernel, log
 from bpfs.cli import virtualnet
 from bpfs.cli.virtualdown import is_mounted, node_states, take_down
-from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_PRECOPY, Config
+from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_PRECOPY, Config, apply_line
 from bpfs.daemon import Ready, Started
 from bpfs.errors import BpfsError
 from bpfs.master.app import MasterOptions, serve
@@ -50,6 +50,7 @@ class UpOptions:
     exports: tuple[str, ...] = ()
     cachesize: int = DEFAULT_CACHE_SIZE
     precopy: int | None = DEFAULT_PRECOPY
+    config: tuple[str, ...] = ()  # lines of the configuration
 
 
 @contextmanager
@@ -135,6 +136,8 @@ class Up:
         config = Config(address=address, port=0, lease=options.lease, key=rundir.key, mount=options.mount)
         config.exports, config.cachesize = list(options.exports), options.cachesize
         config.precopy = options.precopy
+        for line in options.config:
+            apply_line(config, line, "--config")
 
         def body(ready: Ready) -> int:
             log.start("bpmaster", None, options.verbose)

@@ -13,17 +13,18 @@ import shlex
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, errno_name
-from bpfs.procs.ghosts import Ghosts, carefully
+from bpfs.procs.ghosts import carefully
 from bpfs.procs.migration import Figures, refuse, transfer
 from bpfs.procs.places import Engine, MasterPlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.rights import Rights, may_control, writes_itself
+from bpfs.procs.routes import Surroundings
 from bpfs.procs.table import read_identity
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_duration, parse_number
@@ -116,9 +117,10 @@ class _Record:
 class Checkpoints:
     """The checkpoints of all processes."""
 
-    def __init__(self, procs: Procs, ghosts: Ghosts, master: MasterPlace) -> None:
+    def __init__(self, procs: Procs, around: Surroundings, master: MasterPlace) -> None:
         self._procs = procs
-        self._ghosts = ghosts
+        self._ghosts = around.ghosts
+        self._contents = around.contents
         self._master = master
         self._records: dict[Process, _Record] = {}
 
@@ -196,7 +198,8 @@ class Checkpoints:
         proc.busy = f"checkpoint to {order.path}"
         ends = dict(self._ghosts.of(proc).stdio.ends) if proc.away else {}
         try:
-            size = await _Taking(self._procs.place(proc.place), self._master, proc, order, rights, figures).run(writer)
+            place = self._procs.place(proc.place)
+            size = await _Taking(place, self._master, proc, order, rights, figures, self._contents).run(writer)
             if order.every:
                 self._record(proc).saved = Saved(order.path, rights, ends)
         except BpfsError as error:
@@ -221,6 +224,7 @@ class _Taking:
     order: Order
     rights: Rights
     figures: Figures
+    contents: int  # bytes of files without a name that may be in the image
 
     async def run(self, writer: WriteRequest | None) -> int:
         """Takes it. Returns the size of the file. Raises BpfsError; the process runs on."""
@@ -246,13 +250,14 @@ class _Taking:
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> None:
         hostpid = await self.source.hostpid(self.proc)
+        looking: dict[str, Any] = {"contents": self.contents}
         self.figures.frozen = time.perf_counter()
         if writer is None:
-            refuse((await src.call("freeze", pid=hostpid, inspect=True))["refusals"])
+            refuse((await src.call("freeze", pid=hostpid, inspect=True, **looking))["refusals"])
             return
         await src.call("freeze", pid=hostpid, writing=True)
         await writer.answer()
-        refuse((await src.call("inspect"))["refusals"])
+        refuse((await src.call("inspect", **looking))["refusals"])
 
     async def _end(self, src: Engine, keeper: Engine, writer: WriteRequest | None) -> int:
         if not self.order.stop and writer is None:

@@ -47,6 +47,7 @@ class Surroundings:
 
     Attributes:
         precopy: bytes of memory from which on it is sent ahead; None: never.
+        contents: bytes of files without a name that may travel with a process.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
@@ -54,6 +55,7 @@ class Surroundings:
         self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, config: Config
     ) -> None:
         self.precopy = config.precopy
+        self.contents = config.contentlimit
         self.ghosts = ghosts
         self.blocks = blocks
         self.streams = streams
@@ -482,9 +484,13 @@ def relatives(pids: Iterable[int]) -> list[Relative]:
 
 def route(proc: Process, source: Place, destination: Place, around: Surroundings) -> Migration:
     """The migration from here to there."""
-    if isinstance(destination, NodePlace):
-        if isinstance(source, NodePlace):
-            return Hop(proc, source, destination, around)
-        return Leave(proc, source, destination, around)
-    assert isinstance(source, NodePlace)
-    return Return(proc, source, destination, around)
+    migration: Migration
+    if not isinstance(source, NodePlace):
+        assert isinstance(destination, NodePlace)
+        migration = Leave(proc, source, destination, around)
+    elif isinstance(destination, NodePlace):
+        migration = Hop(proc, source, destination, around)
+    else:
+        migration = Return(proc, source, destination, around)
+    migration.looking["contents"] = around.contents
+    return migration

@@ -43,7 +43,7 @@ class Procs:
         self._onexec = OnExec(self, around)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
         self._under_way: set[Migration] = set()
-        self.checkpoints = Checkpoints(self, around.ghosts, self._master)
+        self.checkpoints = Checkpoints(self, around, self._master)
         self.restarts = Restarts(self, around, self._master)
         self.losses = Losses(self)
         around.ghosts.rescue = self.losses.rescue
@@ -204,7 +204,9 @@ class Procs:
         async with place.engine() as engine:
             try:
                 hostpid = await place.hostpid(proc)
-                reply = await engine.call("obstacles", pid=hostpid, family=True, at_home=not proc.away)
+                reply = await engine.call(
+                    "obstacles", pid=hostpid, family=True, at_home=not proc.away, contents=self._around.contents
+                )
             except BpfsError as error:
                 return [error.sentence]
         return list(reply["refusals"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.cluster.moving import echo, move
 from tests.cluster.virtual import TOP, VirtualCluster, cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -27,7 +28,7 @@ sys.stdin.readline()
 
 @pytest.fixture(scope="module")
 def it(session_folder):
-    with cluster(session_folder / "checkmove", nodes=1) as made:
+    with cluster(session_folder / "checkmove", "--config", "contentlimit 100K", nodes=1) as made:
         yield made
 
 
@@ -60,6 +61,43 @@ def test_one_that_can_move(it):
     finally:
         process.kill()
         process.wait()
+
+
+# A deleted file, which gets smaller when a line comes, and is read when another comes.
+NAMELESS = """
+import sys, tempfile
+file = tempfile.TemporaryFile()
+file.write(bytes(100_000) + b"end" * 1000)
+file.flush()
+print("ready", flush=True)
+sys.stdin.readline()
+file.seek(0)
+file.truncate(3)
+print("less", flush=True)
+sys.stdin.readline()
+print(file.read(), flush=True)
+"""
+
+
+def test_the_limit_of_what_has_no_name_is_the_configuration_s(it):
+    command = [sys.executable, "-c", NAMELESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdin is not None
+            assert process.stdout.readline() == "ready\n"
+            assert "103000 bytes that would have to travel (limit: 102400 more)" in check_move(it, process.pid).stdout
+            for path, line in (("nodes/0/migrate", str(process.pid)), (f"procs/{process.pid}/checkpoint", "/tmp/none")):
+                done = echo(it, line, path)
+                assert done.returncode == 1 and "not supported" in done.stderr
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "less\n"
+            move(it, process.pid, 0)
+            move(it, process.pid, -1)
+            out, _ = process.communicate("\n", timeout=60)
+            assert out == f"{bytes(3)!r}\n"
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("pid", "code", "words"), [(0x3FFFFF, 1, "there is no process"), ("x", 2, "not a process id")])
