@@ -8,6 +8,7 @@ from typing import Final
 
 import msgpack
 
+from engine import faults
 from engine import image as img
 from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, sentence
 from engine.restore import Builder
@@ -88,6 +89,7 @@ class Destination:
 
         `ahead`: on the connection of `stage`, and with what has come there.
         `part`: all but what comes after the memory, for which `complete` has to be called.
+        `follow`: go on at once with that.
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
@@ -110,7 +112,8 @@ class Destination:
                     self._complete(stream)
         finally:
             self._close_listener()
-        return {"bytes": total}
+        received = {"bytes": total}
+        return received | self.follow(request, []) if request.get("follow") else received
 
     def complete(self, request: Reply, fds: list[int]) -> Reply:
         """Build what `receive` has left: the descriptors, the threads with their ids."""
@@ -149,6 +152,7 @@ class Destination:
             raise
         except OSError:
             return {"running": False}
+        faults.hold("follow")
         return {"running": True} | self.resume(request, fds)
 
     def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool) -> int:

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine.freeze import Frozen
@@ -82,31 +82,100 @@ class Passed:
         injection.set_heal([])
 
 
-def become_ghost(
-    frozen: Frozen,
-    cloexec: list[int],
-    closed: list[int],
-    passed: Passed,
-    environment: list[bytes],
-    gone: Callable[[], object],
-) -> None:
-    """Exec the ghost inside the process and let it run.
+class Exec:
+    """An exec inside a frozen process that has been made ready: what it takes lies in its scratch, nothing of the
+    process has changed yet.
 
     Args:
-        cloexec: descriptors of the process that are close-on-exec: the ghost keeps them open.
+        what: the program in words.
+        image: what the process is elsewhere.
+        program: descriptor of the process.
+        cloexec: its descriptors that are close-on-exec: the new program keeps them open.
         closed: those that it does not keep.
+    """
+
+    def __init__(
+        self, what: str, frozen: Frozen, image: Image, program: int, arguments: list[bytes], environment: list[bytes],
+        cloexec: Sequence[int] = (), closed: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._frozen, self._image, self._cloexec, self._closed = frozen, image, cloexec, closed
+        injection = frozen.open_injection()
+        base = injection.base + HEAL_STRINGS
+        data, argv, envp = exec_block(base + 16, arguments, environment)
+        process_vm.write(frozen.pid, base, struct.pack("<QQ", ALL_SIGNALS, 0) + data)
+        self._calls = calls = Calls(injection)
+        for fd in closed:
+            calls.add("fcntl", fd, _F_SETFD, _FD_CLOEXEC, label=f"descriptor {fd}")
+        for fd in cloexec:
+            calls.add("fcntl", fd, _F_SETFD, 0, must=False)
+        zero = calls.data(bytes(32))
+        for which in range(3):
+            calls.add("setitimer", which, zero, 0)
+        # What the image carries must not reach the ghost as well, which would forward it. Later arrivals stay.
+        for info in image.threads[0].pending + image.shared_pending:
+            calls.add("rt_sigtimedwait", calls.data(struct.pack("<Q", 1 << (info[0] - 1))), 0, zero, 8, must=False)
+        calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
+        calls.add("execveat", program, base + 8, argv, envp, _AT_EMPTY_PATH, label=f"running the {what}")
+        calls.make_ready()
+
+    def run(self, gone: Callable[[], object]) -> None:
+        """Exec, and let the new program run.
+
+        Args:
+            gone: called as soon as the old program is sure to run no more.
+
+        Raises:
+            OSError: it did not come to the exec; the process is still frozen.
+        """
+        frozen = self._frozen
+        injection = frozen.open_injection()
+        ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
+        injection.others = [thread.tid for thread in frozen.threads[1:]]
+        if procfs.own_bytes(frozen.pid) >= _LARGE:
+            injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)
+        try:
+            self._calls.run_until_exec()
+        except OSError:
+            with contextlib.suppress(OSError):  # it has ended
+                ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD)
+                self._undo()
+            raise
+        finally:
+            injection.while_waiting = None
+        gone()
+        _let_go(frozen)
+
+    def _undo(self) -> None:
+        """The process goes on here, with what was taken from it for the new program's sake."""
+        calls = Calls(self._frozen.open_injection())
+        for fd in self._closed:
+            calls.add("fcntl", fd, _F_SETFD, 0, must=False)
+        for fd in self._cloexec:
+            calls.add("fcntl", fd, _F_SETFD, _FD_CLOEXEC, must=False)
+        for which, setting in enumerate(self._image.itimers):
+            calls.add("setitimer", which, calls.data(setting), 0, must=False)
+        pid = self._image.pid
+        for info in self._image.threads[0].pending:
+            calls.add("rt_tgsigqueueinfo", pid, self._image.threads[0].tid, info[0], calls.data(info), must=False)
+        for info in self._image.shared_pending:
+            calls.add("rt_sigqueueinfo", pid, info[0], calls.data(info), must=False)
+        calls.run()
+
+
+def ghost_exec(frozen: Frozen, image: Image, passed: Passed, environment: list[bytes], closed: list[int]) -> Exec:
+    """The exec of the ghost, made ready.
+
+    Args:
+        image: with the table of its descriptors.
         passed: what it needs of ours; it finds the number of its control socket in `BPFS_CONTROL`, its death signal
             in `BPFS_DEATHSIG`.
         environment: the rest of its environment.
-        gone: called as soon as the old program is sure to run no more.
-
-    Raises:
-        OSError: it did not come to the exec; the process is still frozen.
+        closed: descriptors that the ghost does not keep.
     """
-    _prepare(frozen, cloexec, closed)
-    death = b"BPFS_DEATHSIG=%d" % passed.death_signal
+    cloexec = [number for entry in image.descriptors for number, closes in entry["fds"] if closes]
+    more = [b"BPFS_DEATHSIG=%d" % passed.death_signal, b"BPFS_CONTROL=%d" % passed.control]
     arguments = procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
-    _exec(frozen, passed.program, [*environment, death, b"BPFS_CONTROL=%d" % passed.control], arguments, gone)
+    return Exec("ghost", frozen, image, passed.program, arguments, [*environment, *more], cloexec, closed)
 
 
 def become_placeholder(frozen: Frozen, image: Image, init: int) -> None:
@@ -125,10 +194,9 @@ def become_placeholder(frozen: Frozen, image: Image, init: int) -> None:
         os.close(program)
         os.close(reports)
     try:
-        _prepare(frozen, [], [])
         arguments[1] = b"%d" % passed.control
         environment.append(b"BPFS_CONTROL=%d" % passed.control)
-        _exec(frozen, passed.program, environment, arguments, lambda: None, "placeholder")
+        Exec("placeholder", frozen, image, passed.program, arguments, environment).run(lambda: None)
     except OSError:
         with contextlib.suppress(OSError):  # it has ended
             passed.take_back()
@@ -159,50 +227,6 @@ def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, 
     for fd in (ours, inner, other):
         calls.add("close", fd)
     return exe, calls.run()[duplicate]
-
-
-def _prepare(frozen: Frozen, cloexec: list[int], closed: list[int]) -> None:
-    calls = Calls(frozen.open_injection())
-    for fd in closed:
-        calls.add("fcntl", fd, _F_SETFD, _FD_CLOEXEC)
-    for fd in cloexec:
-        calls.add("fcntl", fd, _F_SETFD, 0, must=False)
-    for which in range(3):
-        calls.add("setitimer", which, calls.data(bytes(32)), 0)
-    # What the image carries must not reach the ghost as well, which would forward it. Later arrivals stay.
-    zero = calls.data(bytes(16))
-    for info in ptrace.queued_signals(frozen.threads[0].tid, shared=False) + ptrace.queued_signals(
-        frozen.threads[0].tid, shared=True
-    ):
-        calls.add("rt_sigtimedwait", calls.data(struct.pack("<Q", 1 << (info[0] - 1))), 0, zero, 8, must=False)
-    calls.run()
-
-
-def _exec(
-    frozen: Frozen, exe: int, environment: list[bytes], arguments: list[bytes], gone: Callable[[], object],
-    what: str = "ghost",
-) -> None:  # fmt: skip
-    injection = frozen.open_injection()
-    base = injection.base + HEAL_STRINGS
-    data, argv, envp = exec_block(base + 16, arguments, environment)
-    process_vm.write(frozen.pid, base, struct.pack("<QQ", ALL_SIGNALS, 0) + data)
-    ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
-    calls = Calls(injection)
-    calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
-    calls.add("execveat", exe, base + 8, argv, envp, _AT_EMPTY_PATH, label=f"running the {what}")
-    injection.others = [thread.tid for thread in frozen.threads[1:]]
-    if procfs.own_bytes(frozen.pid) >= _LARGE:
-        injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)
-    done: list[bool] = []
-    try:
-        calls.run_until_exec(lambda: done.append(True))
-    except OSError:
-        if not done:
-            ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD)
-        raise
-    finally:
-        injection.while_waiting = None
-    _let_go(frozen)
 
 
 def _on_change(link: str, then: Callable[[], object]) -> Callable[[], object]:

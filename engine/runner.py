@@ -370,26 +370,28 @@ class Calls:
         """Bytes of data that still fit."""
         return HEAL_STRINGS - _DATA - len(self._data)
 
-    def run_until_exec(self, on_exec: Callable[[], object]) -> None:
-        """Run a short batch whose last call is an exec, to the exec's event stop.
+    def make_ready(self) -> None:
+        """Write what `run_until_exec` will run; nothing runs yet."""
+        self._write_data()
+        self._write_rows(self._last_part())
+
+    def run_until_exec(self) -> None:
+        """Run a batch that is ready and whose last call is an exec, to the exec's event stop.
 
         Raises:
             OSError: a call failed; the process is still the old one.
         """
-        inj = self._injection
-        if self._data:
-            process_vm.write(inj.pid, inj.base + _DATA, bytes(self._data))
-        table = inj.base + _TABLE
-        process_vm.write(inj.pid, table, b"".join(self._rows))
-        inj.start_table(table, len(self._rows))
-        if inj.run_to_exec():
-            on_exec()
-            return
-        raw = process_vm.read(inj.pid, table, len(self._rows) * _ROW)
-        for i, label in enumerate(self._labels):
-            result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
-            if is_error(result):
-                raise OSError(-result, f"{label}: {error_text(result)}")
+        last = self._last_part()
+        for first in range(0, last, MAX_ROWS):
+            self._run_part(first)
+        if last:
+            self._write_rows(last)
+        self._injection.start_table(self._injection.base + _TABLE, len(self._rows) - last)
+        if not self._injection.run_to_exec():
+            self._take_results(last)
+
+    def _last_part(self) -> int:
+        return (len(self._rows) - 1) // MAX_ROWS * MAX_ROWS
 
     def reserve_block(self) -> int:
         """Address of a struct msghdr for receiving descriptors."""
@@ -404,18 +406,29 @@ class Calls:
 
     def run(self) -> list[int]:
         """Run all; returns the raw results. Raises OSError naming the first call that failed and must not."""
-        inj = self._injection
-        if self._data:
-            process_vm.write(inj.pid, inj.base + _DATA, bytes(self._data))
+        self._write_data()
         for first in range(0, len(self._rows), MAX_ROWS):
-            part = self._rows[first : first + MAX_ROWS]
-            table = inj.base + _TABLE
-            process_vm.write(inj.pid, table, b"".join(part))
-            inj.run_table(table, len(part))
-            raw = process_vm.read(inj.pid, table, len(part) * _ROW)
-            for i in range(len(part)):
-                result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
-                self.results.append(result)
-                if is_error(result) and part[i][4]:
-                    raise OSError(-result, f"{self._labels[first + i]}: {error_text(result)}")
+            self._run_part(first)
         return self.results
+
+    def _write_data(self) -> None:
+        if self._data:
+            process_vm.write(self._injection.pid, self._injection.base + _DATA, bytes(self._data))
+
+    def _write_rows(self, first: int) -> None:
+        rows = b"".join(self._rows[first : first + MAX_ROWS])
+        process_vm.write(self._injection.pid, self._injection.base + _TABLE, rows)
+
+    def _run_part(self, first: int) -> None:
+        self._write_rows(first)
+        self._injection.run_table(self._injection.base + _TABLE, min(len(self._rows) - first, MAX_ROWS))
+        self._take_results(first)
+
+    def _take_results(self, first: int) -> None:
+        inj, part = self._injection, self._rows[first : first + MAX_ROWS]
+        raw = process_vm.read(inj.pid, inj.base + _TABLE, len(part) * _ROW)
+        for i, one in enumerate(part):
+            result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
+            self.results.append(result)
+            if is_error(result) and one[4]:
+                raise OSError(-result, f"{self._labels[first + i]}: {error_text(result)}")

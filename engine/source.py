@@ -17,7 +17,7 @@ from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.model import CONTENT_LIMIT
 from engine.freeze import Frozen, abandon, freeze
-from engine.ghosting import Passed, become_ghost, become_placeholder
+from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace
 from engine.onexec import Armed, end
 from engine.operation import ORDER, Reply
@@ -40,6 +40,7 @@ class Source:
         self._inspection: dump.Inspection | None = None
         self._image: img.Image | None = None
         self._passed: Passed | None = None
+        self._ready: Exec | None = None  # of the ghost
         self._stream: Stream | None = None  # to the worker that holds the copy
         self._rounds: Rounds | None = None  # in which memory goes ahead
         self.afterwards: Callable[[], object] | None = None
@@ -188,8 +189,9 @@ class Source:
     def send(self, request: Reply, fds: list[int]) -> Reply:
         """Stream the image to the destination's worker; wait until it holds.
 
-        fds: ghost program and control socket, where the process is going to become a ghost.
+        fds: ghost program and control socket, where the process is going to become a ghost; `env` is the ghost's.
         `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
+        `depart`: go on at once with `become_ghost` or `vanish`, whose arguments have come as well.
         """
         if self._inspection is None:
             raise OSError(22, f"{ORDER}: inspect first")
@@ -213,13 +215,26 @@ class Source:
                     _read_verdict(stream)  # it may have said why
                 raise error from None
             if len(fds) == 2:  # while the destination is still at work
-                self._passed = Passed(self._held(), image, fds[0], fds[1])
+                self._make_ghost_ready(image, request, fds)
             _read_verdict(stream)
         except BaseException:
             stream.close()
             raise
         self._stream = stream
-        return {"bytes": total, "ms": ms}
+        sent = {"bytes": total, "ms": ms}
+        faults.hold("held")
+        match request.get("depart"):
+            case "become_ghost":
+                return sent | self.become_ghost(request, [])
+            case "vanish":
+                return sent | self.vanish(request, [])
+        return sent
+
+    def _make_ghost_ready(self, image: img.Image, request: Reply, fds: list[int]) -> None:
+        assert self._inspection is not None
+        frozen, closed = self._held(), self._inspection.descriptors.closed
+        self._passed = self._passed or Passed(frozen, image, fds[0], fds[1])
+        self._ready = ghost_exec(frozen, image, self._passed, list(request.get("env", [])), closed)
 
     def _open_stream(self, request: Reply) -> Stream:
         if self._rounds is not None and request.get("ahead"):
@@ -245,19 +260,19 @@ class Source:
         return {}
 
     def become_ghost(self, request: Reply, fds: list[int]) -> Reply:
-        """Run the ghost in its place. fds, unless `send` had them: ghost program, control socket.
+        """Run the ghost in its place. fds and `env`, unless `send` had them: ghost program, control socket.
 
         `go`: tell the copy that it may run.
         """
-        frozen = self._held()
-        if self._inspection is None or (self._passed is None and len(fds) != 2):
+        self._held()
+        if self._inspection is None or (self._ready is None and len(fds) != 2):
             raise OSError(22, f"{ORDER}: become_ghost wants an inspected process and two descriptors")
         with self._last_word(request) as gone:
-            self._passed = self._passed or Passed(frozen, self._image or dump.build(self._inspection), fds[0], fds[1])
-            table = self._inspection.descriptors.table
-            cloexec = [number for entry in table for number, closes in entry["fds"] if closes]
-            closed = self._inspection.descriptors.closed
-            become_ghost(frozen, cloexec, closed, self._passed, list(request.get("env", [])), gone)
+            if self._ready is None:
+                self._image = self._image or dump.build(self._inspection)
+                self._make_ghost_ready(self._image, request, fds)
+            assert self._ready is not None
+            self._ready.run(gone)
         self._forget()
         note.erase()
         return {}
@@ -306,6 +321,7 @@ class Source:
         def gone() -> None:
             if stream is not None and request.get("go") and not said:
                 said.append(True)
+                faults.hold("go")
                 with contextlib.suppress(OSError):  # the daemon will tell it
                     stream.send(img.frame(img.GO, b""))
 
@@ -325,7 +341,7 @@ class Source:
 
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled = None, None, False
-        self._image = self._passed = self.afterwards = None
+        self._image = self._passed = self._ready = self.afterwards = None
         self._seen = ({}, {})
         self._end_rounds()
         if self._stream is not None:

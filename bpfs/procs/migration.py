@@ -10,6 +10,8 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
   it has just seen the exec, or the end. Where it cannot (it died, the connection broke, a fence was waited for), the
   master says it, once it knows; the destination takes the first word that comes, and there is none after it. An engine
   that failed to end its source never says it; where one dies after its word, the destination's answer tells;
+* where a process is small, neither engine asks the master between the image and the copy's first step (`_go_straight`):
+  the source ends it when the destination says that its copy is whole;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
@@ -25,7 +27,7 @@ import errno
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -33,7 +35,7 @@ from typing import Any, TypeVar
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, EngineRefused
 from bpfs.procs import faults
 from bpfs.procs.places import CALL_TIMEOUT, Engine, Place
 from bpfs.procs.process import ExitStatus, Process, ProcState
@@ -45,6 +47,7 @@ CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
 MB = 1 << 20
 FRESH = 0.002  # seconds after the destination said that its copy is whole within which it need not be asked again
 SLICE = 0.2  # seconds of copying ahead between two reports
+STRAIGHT = 32 * MB  # bytes of an image that are on their way before anybody can think better of it
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
@@ -190,7 +193,7 @@ class Migration(ABC):
     async def _move(self, src: Engine, dst: Engine, look: Look | None, stop: Stop, release: Release) -> None:
         try:
             with trio.CancelScope() as self._scope:
-                await self._make(src, dst, look, stop)
+                straight = await self._make(src, dst, look, stop)
             scope, self._scope = self._scope, None
             if scope.cancel_called:
                 raise BpfsError(errno.ECANCELED, f"the move of process {self.proc.pid} was cancelled")
@@ -201,7 +204,7 @@ class Migration(ABC):
                 await self._undo(release(known), dst)
             raise
         with trio.CancelScope(shield=True):
-            await self._commit(src, dst, release)
+            await self._commit(src, dst, release, straight)
 
     def cancel(self) -> bool:
         """Calls the move off. Returns False where it is too late for that."""
@@ -236,9 +239,21 @@ class Migration(ABC):
         """Holds stdio still, while the image is on its way."""
         return
 
+    goes_straight = False  # the engines may do without the master from the image on
+    ghost_environment: Sequence[bytes] = ()  # of the ghost, where the source's engine makes one
+
     def ghost_fds(self) -> list[int]:
         """Descriptors of which the source's engine makes the ghost, where it does."""
         return []
+
+    def departure(self) -> dict[str, Any]:
+        """What `send` is told of the end of the source, where it goes straight; it may come any time from now on."""
+        return {}
+
+    async def has_departed(self, refused: bool) -> bool:
+        """Whether the source has ended all the same, though its engine refused to end it, or is not heard any more."""
+        del refused
+        return False
 
     @abstractmethod
     async def depart(self, src: Engine, go: bool) -> None:
@@ -273,37 +288,36 @@ class Migration(ABC):
         self.proc.progress = f"{phase.value} for node {self.destination.number}"
         await faults.hold(phase.value)
 
-    async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> None:
+    async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> Landing | None:
+        """All that can be called off. Returns where the image is to go, where the engines do the rest by themselves."""
         await self._enter(Phase.PREPARE)
         summary = await (self.make_ready(dst, look, stop) if look else stop())
         if "large" in summary:
             await self._copy_ahead(src, dst)
             summary = await stop()
         landing = await self.land(dst, summary)
+        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not _is_watched_closely():
+            return landing
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
         self.figures.whole = time.perf_counter()
         self._check_alive()
+        return None
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
-        await transfer(
-            lambda: src.call(
-                "send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead
-            ),
-            lambda: self._receive(dst, landing),
-            self.figures,
-        )
+        await transfer(lambda: self._send(src, landing), lambda: self._receive(dst, landing), self.figures)
 
-    async def _receive(self, dst: Engine, landing: Landing, part: bool = False) -> dict[str, Any]:
+    async def _send(self, src: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+        return await src.call(
+            "send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead,
+            env=self.ghost_environment, **more,
+        )  # fmt: skip
+
+    async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         return await dst.call(
-            "receive",
-            landing.fds,
-            externals=landing.externals,
-            ghost_fds=landing.ghost_fds,
-            timeout_s=RECEIVE_TIMEOUT,
-            ahead=self._ahead,
-            part=part,
-        )
+            "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
+            timeout_s=RECEIVE_TIMEOUT, ahead=self._ahead, **more,
+        )  # fmt: skip
 
     # -- ahead of them -----------------------------------------------------------------------------------------
 
@@ -378,13 +392,16 @@ class Migration(ABC):
         if self.proc.doom is not None:
             raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
 
-    async def _commit(self, src: Engine, dst: Engine, release: Release) -> None:
+    async def _commit(self, src: Engine, dst: Engine, release: Release, straight: Landing | None) -> None:
         self.proc.landing = True
-        await self._enter(Phase.DEPART)
+        await self._enter(Phase.DEPART if straight is None else Phase.TRANSFER)
         try:
-            if time.perf_counter() - self.figures.whole > FRESH:
-                await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
-            reply = await self._hand_over(src, dst)
+            if straight is not None:
+                reply = await self._go_straight(src, dst, straight)
+            else:
+                if time.perf_counter() - self.figures.whole > FRESH:
+                    await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
+                reply = await self._hand_over(src, dst)
         except BpfsError as error:
             self.fail(error)
             await self._undo(release(error), dst)
@@ -401,6 +418,45 @@ class Migration(ABC):
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = self.figures.running or time.perf_counter()
         await self.arrived(reply)
+
+    async def _go_straight(self, src: Engine, dst: Engine, landing: Landing) -> dict[str, Any] | None:
+        """Transfer, departure and resume, with no word of ours in between.
+
+        Returns, raises:
+            As `_hand_over`.
+        """
+        left: list[bool] = []
+        refused: list[bool] = []
+        arrived: list[dict[str, Any]] = []
+
+        async def send() -> dict[str, Any]:
+            try:
+                reply = await self._send(src, landing, **self.departure())
+            except EngineRefused:
+                refused.append(True)
+                raise
+            left.append(True)
+            with trio.CancelScope(shield=True):  # the copy may run already
+                await self.departed()
+            return reply
+
+        async def receive() -> dict[str, Any]:
+            reply = await self._receive(dst, landing, follow=True)
+            self.figures.running = time.perf_counter()
+            arrived.append(reply)
+            return reply
+
+        try:
+            await transfer(send, receive, self.figures)
+        except BpfsError:
+            if not left:
+                if not (arrived and arrived[0]["running"]) and not await self.has_departed(bool(refused)):
+                    raise
+                await self.departed()  # the source's engine died right after
+        if arrived and arrived[0]["running"]:
+            return arrived[0]
+        self.figures.running = 0.0
+        return None
 
     async def _hand_over(self, src: Engine, dst: Engine) -> dict[str, Any] | None:
         """Ends the source, whose engine then tells the destination's that the copy may run.
@@ -454,6 +510,11 @@ class Migration(ABC):
                 await call
         except (BpfsError, trio.TooSlowError) as error:
             _log.info("process %d: %s after a failed move: %s", self.proc.pid, what, error)
+
+
+def _is_watched_closely() -> bool:
+    """Whether a test holds one of the phases that are ours to tell apart only where we take part in them."""
+    return any(faults.is_held(phase.value) for phase in (Phase.TRANSFER, Phase.DEPART, Phase.RESUME))
 
 
 def refuse(refusals: list[str]) -> None:

@@ -17,9 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from bpfs import log
 from bpfs.config import Config
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, EngineRefused
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
 from bpfs.procs.ghost import Ghost
@@ -35,6 +37,8 @@ from bpfs.wire import messages
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
 from engine.linux import procfs
+
+UNTRACED_WITHIN = 10.0  # seconds in which a dying engine lets go of a process
 
 _log = log.get("procs")
 
@@ -204,6 +208,7 @@ class Leave(ToNode):
     def __init__(self, proc: Process, source: Place, destination: NodePlace, around: Surroundings) -> None:
         super().__init__(proc, source, destination, around)
         self.looking["at_home"] = True
+        self.ghost_environment = around.environment
         self._stdio = Stdio()
         self._program = -1  # of the ghost to be
         self._control: tuple[socket.socket, socket.socket] | None = None  # of the ghost to be: our end and its own
@@ -238,11 +243,24 @@ class Leave(ToNode):
     async def depart(self, src: Engine, go: bool) -> None:
         self._around.ghosts.expect(self.proc, self.destination.number)
         try:
-            await src.call("become_ghost", env=self._around.environment, go=go)
-        except BpfsError:
-            # The worker may have died right after the exec: what the process is now decides.
-            if not self._around.is_ghost(self.proc.pid):
+            await src.call("become_ghost", go=go)
+        except BpfsError as error:
+            if not await self.has_departed(isinstance(error, EngineRefused)):
                 raise
+
+    goes_straight = True
+
+    def departure(self) -> dict[str, Any]:
+        self._around.ghosts.expect(self.proc, self.destination.number)
+        return {"depart": "become_ghost", "go": True}
+
+    async def has_departed(self, refused: bool) -> bool:
+        # The worker may have died right after the exec, or be in it, unheard: what the process is then decides.
+        if not refused:
+            with trio.move_on_after(UNTRACED_WITHIN):
+                while _is_traced(self.proc.pid):
+                    await trio.sleep(0.002)
+        return self._around.is_ghost(self.proc.pid)
 
     async def departed(self) -> None:
         assert self._attached is not None and self._control is not None
@@ -353,8 +371,8 @@ class Return(Migration):
         reply = await dst.call("listen", address=address)
         return Landing(address, reply["port"], reply["token"]), {"ghost": self.proc.pid}
 
-    async def _receive(self, dst: Engine, landing: Landing, part: bool = False) -> dict[str, Any]:
-        reply = await super()._receive(dst, landing, self._has_tids_of_nodes)
+    async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+        reply = await super()._receive(dst, landing, part=self._has_tids_of_nodes, **more)
         if self._has_tids_of_nodes:
             # Threads that it has made on a node keep their ids, which the kernel does not give away here. Nobody else
             # can make a process with such an id meanwhile: not before all of the memory has come.
@@ -469,6 +487,13 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
             return error.code != errno.ESRCH
         await engine.call("release")
     return True
+
+
+def _is_traced(pid: int) -> bool:
+    try:
+        return procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"] != "0"
+    except (OSError, KeyError):
+        return False
 
 
 def relatives(pids: Iterable[int]) -> list[Relative]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.linux import procfs
 from tests.cluster.moving import echo
 from tests.cluster.virtual import VirtualCluster, children, comm, wait_until
 
@@ -23,12 +24,13 @@ def holding(gates: Path) -> Iterator[None]:
         os.environ.pop("BPFS_HOLD", None)
 
 
-def kill_workers(daemon: int) -> None:
-    """kill -9 of all engine workers of a daemon."""
-    for zygote in children(daemon):
-        if comm(zygote) == "bpfs-zygote":
-            for worker in children(zygote):
-                os.kill(worker, signal.SIGKILL)
+def kill_workers(daemon: int, *others: int) -> None:
+    """kill -9 of all engine workers of a daemon, and of these processes; they are dead afterwards."""
+    workers = [one for zygote in children(daemon) if comm(zygote) == "bpfs-zygote" for one in children(zygote)]
+    for one in [*others, *workers]:
+        os.kill(one, signal.SIGKILL)
+    for one in workers:
+        wait_until(lambda one=one: procfs.has_ended(f"/proc/{one}"), f"worker {one} should end")
 
 
 class Interrupted:

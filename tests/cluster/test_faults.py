@@ -96,6 +96,46 @@ def test_the_source_worker_dies_after_the_kill(it, gates, counter, route):
     expect_one_copy(it, counter, move.destination)
 
 
+# What the engines do by themselves: the copy is whole; the source has ended, which is not told yet; it is.
+STRAIGHT = ["held", "go", "follow"]
+
+
+@pytest.mark.parametrize("phase", STRAIGHT)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_engine_workers_die_by_themselves(it, gates, counter, phase, side):
+    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+    kill_workers(daemon(it, getattr(move, side)))
+    done = move.go_on()
+    if side == "destination" and phase != "held":
+        assert counter.wait(60) == -signal.SIGKILL
+        return
+    assert (done == 0) == (phase != "held")
+    expect_one_copy(it, counter, move.destination if done == 0 else move.source)
+
+
+@pytest.mark.parametrize("phase", STRAIGHT)
+def test_the_destination_dies_meanwhile(it, gates, counter, phase):
+    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+    slave = it.slave(move.destination)
+    kill_workers(slave, slave)
+    done = move.go_on()
+    if phase == "held":
+        assert done != 0
+        expect_one_copy(it, counter, move.source)
+    else:
+        assert counter.wait(60) == -signal.SIGKILL
+    it.wait_state(move.destination, "up")
+
+
+@pytest.mark.parametrize("phase", STRAIGHT)
+def test_the_process_is_killed_meanwhile(it, gates, counter, phase):
+    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+    counter.kill()
+    move.go_on()
+    assert counter.wait(60) == -signal.SIGKILL
+    wait_until(lambda: not processes_of(it, counter.pid), f"left over: {processes_of(it, counter.pid)}")
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("route", ["leave", "hop"])
 def test_the_destination_dies(it, gates, counter, route, phase):
@@ -162,3 +202,16 @@ def test_the_network_is_cut(wired, gates, counter, route, cut, phase):
         assert (done == 0) == (cut == move.source)
         expect_one_copy(wired, counter, move.destination if done == 0 else move.source)
     wired.wait_state(cut, "up")
+
+
+@pytest.mark.parametrize("phase", ["held", "go"])
+def test_the_network_is_cut_meanwhile(wired, gates, counter, phase):
+    """The word that the copy may run does not get through; the node, which is fenced, takes the only copy with it."""
+    move = Interrupted(wired, gates, counter, (-1, 1), phase)
+    set_link(wired.leg(1), up=False)
+    try:
+        move.go_on()
+    finally:
+        set_link(wired.leg(1), up=True)
+    assert counter.wait(60) == -signal.SIGKILL
+    wired.wait_state(1, "up")

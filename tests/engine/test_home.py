@@ -101,8 +101,9 @@ def test_a_ghost_program_that_cannot_run_leaves_the_process_as_it_was(
 ) -> None:
     one = victim("memory")
 
-    def held() -> tuple[list[str], int]:
-        return sorted(os.listdir(f"/proc/{one.pid}/fd")), os.stat(f"/proc/{one.pid}/fd").st_uid
+    def held() -> tuple[dict[str, str], int]:
+        folder = Path(f"/proc/{one.pid}/fdinfo")
+        return {file.name: file.read_text() for file in folder.iterdir()}, os.stat(folder).st_uid
 
     before = held()
     (tmp_path / "no-program").write_text("")
