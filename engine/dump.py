@@ -173,7 +173,6 @@ def _correct(table: list[Entry], cloexec: dict[int, bool]) -> None:
 def build(inspection: Inspection) -> Image:
     """The image but its pages; injects one batch of calls. Raises OSError."""
     frozen, survey, stat = inspection.frozen, inspection.survey, inspection.stat
-    frozen.vmas = frozen.vmas or procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
     asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
     _correct(inspection.descriptors.table, asked.cloexec)
     status = frozen.status

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from operator import attrgetter, itemgetter
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -140,15 +141,14 @@ T = TypeVar("T")
 _NESTED: Final[dict[str, type]] = {"files": MappedFile, "regions": Region, "threads": ThreadState}
 
 
-def _plain(item: Any) -> list[Any]:
-    return [getattr(item, name) for name in item.__slots__]
+_plain: Final = {kind: attrgetter(*(f.name for f in fields(kind))) for kind in _NESTED.values()}
 
 
 def encode(image: Image) -> bytes:
     """The META body."""
     body = {name: getattr(image, name) for name in Image.__slots__}
-    for name in _NESTED:
-        body[name] = [_plain(item) for item in body[name]]
+    for name, kind in _NESTED.items():
+        body[name] = list(map(_plain[kind], body[name]))
     packed: bytes = msgpack.packb(body)
     return packed
 
@@ -185,13 +185,21 @@ _FIELDS: Final[dict[type, list[tuple[str, type | None]]]] = {
 }
 
 
+# Of each kind, the types of its fields of basic type, and what picks those out of all: there may be thousands of it.
+_EXPECTED: Final = {kind: tuple(basic for _, basic in known if basic) for kind, known in _FIELDS.items()}
+_pick: Final = {
+    kind: itemgetter(*(i for i, (_, basic) in enumerate(known) if basic)) for kind, known in _FIELDS.items()
+}
+
+
 def _typed(kind: type[T], values: list[Any]) -> T:
-    expected = _FIELDS[kind]
-    if len(values) != len(expected):
+    known = _FIELDS[kind]
+    if len(values) != len(known):
         raise ImageError("fields are missing, or unknown")
-    for (name, basic), value in zip(expected, values, strict=True):
-        if basic is not None and type(value) is not basic:
-            raise ImageError(f"{name} is a {type(value).__name__}")
+    if _pick[kind](tuple(map(type, values))) != _EXPECTED[kind]:
+        for (name, basic), value in zip(known, values, strict=True):
+            if basic is not None and type(value) is not basic:
+                raise ImageError(f"{name} is a {type(value).__name__}")
     return kind(*values)
 
 

@@ -68,7 +68,7 @@ class Survey:
         self._carried: Container[tuple[int, int]] = ()
         scratch = frozen.injection.base if frozen.injection else 0
         raw = procfs.read(f"{frozen.live}/smaps")
-        self._vmas = procfs.parse_smaps(raw)
+        self._vmas = frozen.vmas = procfs.parse_smaps(raw)
         self._page_sizes = procfs.huge_page_sizes(raw) if HUGE.encode() in raw else {}
         for vma in self._vmas:
             if not (scratch and vma.start == scratch):
@@ -85,10 +85,11 @@ class Survey:
         if vma.path in SPECIAL:
             self.special.append([vma.path, vma.start, vma.end])
             return
-        for flag, what in _UNMOVABLE.items():
-            if flag in vma.flags and vma.path not in SPECIAL and not (flag == WATCHED and self._watched):
-                self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
-                return
+        if not vma.flags.isdisjoint(_UNMOVABLE):
+            for flag, what in _UNMOVABLE.items():
+                if flag in vma.flags and not (flag == WATCHED and self._watched):
+                    self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
+                    return
         if HUGE in vma.flags and not vma.path.startswith("/SYSV"):
             kind = nameless.huge_flags(vma, self._vmas, self._page_sizes[vma.start])
             if kind is None:
@@ -124,11 +125,10 @@ class Survey:
         if "dp" in vma.flags:
             flags = flags & ~MAP_PRIVATE | MAP_DROPPABLE
         name = vma.path[6:-1].encode() if vma.path.startswith("[anon:") else b""
-        advice = [
-            value
-            for flag, value in _ADVICE.items()
-            if flag in vma.flags and not (flag in ("wf", "dd") and "dp" in vma.flags)
-        ]
+        advice = []
+        if not vma.flags.isdisjoint(_ADVICE):
+            implied = ("wf", "dd") if "dp" in vma.flags else ()
+            advice = [value for flag, value in _ADVICE.items() if flag in vma.flags and flag not in implied]
         lock = (2 if "lf" in vma.flags else 1) if "lo" in vma.flags else 0
         offset = vma.offset if file >= 0 else 0
         region = Region(vma.start, vma.end, vma.prot, flags, file, offset, advice, lock, name, "sl" in vma.flags)

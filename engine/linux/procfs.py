@@ -1,9 +1,10 @@
 """proc(5): what the engine reads of a stopped process, parsed."""
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 _CHUNK: Final = 1 << 16
@@ -114,46 +115,43 @@ class Vma:
         return self.path.endswith(" (deleted)")
 
 
-def _parse_line(line: str) -> Vma:
-    span, perms, offset, device, rest = line.split(" ", 4)
-    first, last = span.split("-")
-    inode, _, path = rest.partition(" ")
-    major, minor = device.split(":")
-    prot = (perms[0] == "r") | (perms[1] == "w") << 1 | (perms[2] == "x") << 2
-    path = path.strip()
-    if "\\" in path:
-        path = path.replace("\\012", "\n")
-    return Vma(
-        int(first, 16),
-        int(last, 16),
-        prot,
-        perms[3] == "s",
-        int(offset, 16),
-        int(major, 16),
-        int(minor, 16),
-        int(inode),
-        path,
-    )
+# What `show_map_vma` of fs/proc/task_mmu.c prints; VmFlags end a mapping's lines in smaps.
+_HEAD: Final = r"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)\n"
+_maps: Final = re.compile(_HEAD, re.MULTILINE)
+_smaps: Final = re.compile(_HEAD + r"(?:[A-Z].*\n)*?VmFlags: ?(.*)\n", re.MULTILINE)
+
+
+@lru_cache(maxsize=256)
+def _flags(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+def _parse_mappings(form: re.Pattern[str], raw: bytes) -> list[Vma]:
+    found = []
+    for first, last, perms, offset, major, minor, inode, path, *flags in form.findall(os.fsdecode(raw)):
+        if path == "[vsyscall]":
+            continue
+        prot = (perms[0] == "r") | (perms[1] == "w") << 1 | (perms[2] == "x") << 2
+        if "\\" in path:
+            path = path.replace("\\012", "\n")
+        vma = Vma(
+            int(first, 16), int(last, 16), prot, perms[3] == "s", int(offset, 16), int(major, 16), int(minor, 16),
+            int(inode), path,
+        )  # fmt: skip
+        if flags:
+            vma.flags = _flags(flags[0])
+        found.append(vma)
+    return found
 
 
 def parse_maps(raw: bytes) -> list[Vma]:
     """`/proc/PID/maps` without the vsyscall page."""
-    return [_parse_line(line) for line in os.fsdecode(raw).splitlines() if not line.endswith("[vsyscall]")]
+    return _parse_mappings(_maps, raw)
 
 
 def parse_smaps(raw: bytes) -> list[Vma]:
     """`/proc/PID/smaps`: the same with VmFlags."""
-    found: list[Vma] = []
-    skip = False
-    for line in os.fsdecode(raw).splitlines():
-        if line.startswith("VmFlags:"):
-            if not skip:
-                found[-1].flags = frozenset(line[8:].split())
-        elif line[0] in "0123456789abcdef":  # field names start with a capital
-            skip = line.endswith("[vsyscall]")
-            if not skip:
-                found.append(_parse_line(line))
-    return found
+    return _parse_mappings(_smaps, raw)
 
 
 def huge_page_sizes(raw: bytes) -> dict[int, int]:
