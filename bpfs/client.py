@@ -421,6 +421,19 @@ class Cluster:
         nodes = [Candidate(status.number, status.state, status.address) for status in self.status()]
         return expand(spec, nodes, current=self.current.number)
 
+    @property
+    def libraries(self) -> list[str]:
+        """The files and directories that nodes without files of their own fetch when they come up."""
+        return _read(self.mount / "libraries").splitlines()
+
+    def change_libraries(self, verb: str, path: str = "") -> None:
+        """Changes that list: `add` (and have nodes fetch it now) or `delete` a path, or `clear` it.
+
+        Raises:
+            BpfsError: EACCES; ENOENT: it is not there, or not in the list.
+        """
+        _write(self.mount / "libraries", f"{verb} {path}".rstrip(), f"{path or 'libraries'}: cannot {verb}")
+
     def move(self, node: int) -> None:
         """Moves this very process; it returns there. Raises as `Node.migrate` does."""
         self.nodes[node].migrate(os.getpid())

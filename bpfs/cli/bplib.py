@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bplib: what nodes without files of their own keep of the master's libraries and programs, with BProc's options.
+"""bplib: the libraries that nodes without files of their own have before they need them, with BProc's options.
 
-BProc kept a list of libraries; here a node keeps whatever it has used, by content, and forgets what it does not use.
-Everything is a write to or a read of /bpfs/nodes/N/cache.
+The list is /bpfs/libraries; what a node keeps, by content, whoever asked for it, is /bpfs/nodes/N/cache.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from bpfs.errors import BpfsError
 PROG = "bplib"
 
 _EPILOG = """\
-Without -S it is about all nodes that are up and have no files of their own.
-Exit code: 0; 1 when a node refused or failed, which is named on stderr; 2 for a wrong command line.
+Without -S it is about the cluster's list, and about all nodes that are up; with -S about what those nodes keep now.
+Exit code: 0; 1 when the cluster or a node refused or failed, which stderr says; 2 for a wrong command line.
 """
 
 _COLUMNS = ("objects", "bytes", "limit", "hits", "misses", "fetched_bytes", "evicted")
@@ -35,30 +34,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(PROG, "Shows and changes what nodes keep of the master's files.", _EPILOG)
-    parser.add_argument("-S", "--slave", dest="nodes", metavar="NODES", help="on these nodes")
-    parser.add_argument("--json", action="store_true", help="with -l: an array of objects")
+    parser = make_parser(PROG, "Shows and changes what libraries nodes have before they need them.", _EPILOG)
+    parser.add_argument("-S", "--slave", dest="nodes", metavar="NODES", help="on these nodes, now, not in the list")
+    parser.add_argument("--json", action="store_true", help="with -l: an array")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-a", "--add", metavar="PATH", nargs="+", help="fetch files, or all below directories, now")
-    what.add_argument("-d", "--delete", metavar="PATH", nargs="+", help="not supported: see -c")
-    what.add_argument("-l", "--list", action="store_true", help="how much each node keeps, and how often it helped")
-    what.add_argument("-c", "--clear", action="store_true", help="drop whatever is not in use")
+    what.add_argument(
+        "-a", "--add", metavar="PATH", nargs="+", help="files, or all below directories: now, and when a node comes up"
+    )
+    what.add_argument("-d", "--delete", metavar="PATH", nargs="+", help="take them out of the list")
+    what.add_argument("-l", "--list", action="store_true", help="the list; with -S how much each node keeps")
+    what.add_argument("-c", "--clear", action="store_true", help="empty the list, and drop whatever is not in use")
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     cluster = Cluster(options.mount)
-    if options.delete:
-        raise BpfsError(
-            EOPNOTSUPP, "there is no list to delete from: nodes forget what they do not use (-c: all of it)"
-        )
-    nodes = chosen(cluster, options.nodes)
+    if options.nodes is not None:
+        return _on_nodes(chosen(cluster, options.nodes), options)
+    if options.list:
+        print(json.dumps(cluster.libraries) if options.json else "\n".join(cluster.libraries))
+        return 0
+    if options.clear:
+        cluster.change_libraries("clear")
+        return _tell(chosen(cluster, None), ["purge"])
+    return _change(cluster, "add" if options.add else "delete", options.add or options.delete)
+
+
+def _change(cluster: Cluster, verb: str, paths: list[str]) -> int:
+    """Each path; those that stand for themselves on `-` come a line each from stdin, as with BProc."""
+    names = [name for path in paths for name in (sys.stdin.read().splitlines() if path == "-" else [path])]
+    code = 0
+    for name in names:
+        try:
+            cluster.change_libraries(verb, os.path.abspath(name))
+        except OSError as refused:
+            print(f"{PROG}: {refused}", file=sys.stderr)
+            code = EXIT_ERROR
+    return code
+
+
+def _on_nodes(nodes: list[Node], options: argparse.Namespace) -> int:
     if options.list:
         return _list(nodes, options.json)
-    if not nodes:
-        raise BpfsError(EOPNOTSUPP, "all nodes that are up have files of their own: they keep none of the master's")
-    verbs = ["purge"] if options.clear else [f"prestage {os.path.abspath(path)}" for path in options.add]
+    if options.delete:
+        raise BpfsError(EOPNOTSUPP, "nodes keep contents, not names, and forget what they do not use (-c: all of it)")
+    return _tell(nodes, ["purge"] if options.clear else [f"prestage {os.path.abspath(path)}" for path in options.add])
+
+
+def _tell(nodes: list[Node], verbs: list[str]) -> int:
     done = [apply(node, "cache", verb, PROG) for verb in verbs for node in nodes]
     return EXIT_ERROR if any(entry["error"] for entry in done) else 0
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from errno import EINVAL, EIO, EOPNOTSUPP
+from errno import ECONNRESET, EHOSTDOWN, EINVAL, EIO, ENOENT, EOPNOTSUPP
 
 import msgpack
 import trio
@@ -15,9 +15,10 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.master.cluster import Cluster
-from bpfs.nodes.registry import MASTER, Node
+from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.states import NodeState
 from bpfs.tree.entries import File, WriteRequest
+from bpfs.tree.formats import lines
 from bpfs.view.protocol import TOKEN_TIMEOUT
 from bpfs.view.start import start
 from bpfs.wire.messages import CacheCall, CacheReply, ViewOpen, ViewOpened
@@ -84,10 +85,18 @@ class View:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self.server = FileServer(cluster)
+        self._added: dict[str, None] = {}  # in order
+        self._deleted: set[str] = set()  # of the configuration's
+
+    @property
+    def names(self) -> list[str]:
+        """What nodes fetch when they come up: the configuration's, and what was added since."""
+        named = dict.fromkeys([*self._cluster.config.prestage, *self._added])
+        return [name for name in named if name not in self._deleted]
 
     def hear(self, node: Node, what: str) -> None:
-        """Has a node that came up fetch what the configuration says."""
-        paths = self._cluster.config.prestage
+        """Has a node that came up fetch what it should have before it needs it."""
+        paths = self.names
         if what == "state" and node.state is NodeState.UP and node.number != MASTER and paths:
             self._cluster.nursery.start_soon(self._prestage, node, tuple(paths), name=f"prestage of node {node.number}")
 
@@ -128,6 +137,54 @@ class View:
             mode=0o644,
         )
 
+    def libraries(self) -> File[NodeTable]:
+        """The file libraries: BProc's list."""
+        return File(
+            "libraries",
+            "what nodes fetch when they come up; write add PATH, delete PATH, clear",
+            read=lambda _: lines(self.names),
+            write=self._change,
+            mode=0o644,
+        )
+
+    async def _change(self, _nodes: NodeTable, request: WriteRequest) -> None:
+        verb, _, name = request.text.strip().partition(" ")
+        name = name.strip()
+        if (verb, bool(name)) not in (("add", True), ("delete", True), ("clear", False)):
+            raise BpfsError(EINVAL, "write add PATH, delete PATH or clear")
+        if verb == "clear":
+            self._added.clear()
+            self._deleted = set(self._cluster.config.prestage)
+        elif not name.startswith("/"):
+            raise BpfsError(EINVAL, f"{name!r} is no absolute path")
+        elif verb == "delete":
+            if name not in self.names:
+                raise BpfsError(ENOENT, f"{name} is not in the list")
+            self._added.pop(name, None)
+            self._deleted.add(name)
+        else:
+            await self._fetch_everywhere(name)
+            self._deleted.discard(name)
+            self._added[name] = None
+
+    async def _fetch_everywhere(self, name: str) -> None:
+        """Have all nodes that are up and keep the master's files fetch one; raises the first BpfsError of any."""
+        failed: list[BpfsError] = []
+
+        async def fetch(node: Node) -> None:
+            try:
+                await self._call(node, "prestage", name, FETCH_TIMEOUT)
+            except BpfsError as error:
+                if error.code not in (EOPNOTSUPP, EHOSTDOWN, ECONNRESET):  # own files; gone, and fetches later
+                    failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for node in self._cluster.nodes:
+                if node.state is NodeState.UP:
+                    nursery.start_soon(fetch, node)
+        if failed:
+            raise failed[0]
+
     async def _read(self, node: Node) -> str:
         if node.number == MASTER or node.session is None:
             return ""
@@ -161,6 +218,7 @@ async def view(cluster: Cluster) -> AsyncIterator[View]:
     it = View(cluster)
     cluster.handle(ViewOpen, it.open)
     cluster.node_entries.append(it.entry())
+    cluster.root_entries.append(it.libraries())
     cluster.nodes.listen(it.hear)
     try:
         yield it

@@ -13,6 +13,7 @@ from bpfs.nodes.registry import Node, NodeTable
 from bpfs.procs import kernelfiles
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.verbs import parse_move, parse_pid
+from bpfs.rundir import process_start
 from bpfs.tree.entries import Access, Collection, File, Table, WriteRequest
 from bpfs.tree.formats import parse_number
 
@@ -171,7 +172,11 @@ async def _state(proc: Process) -> str:
     await proc.wait_landed()
     if proc.copying or proc.state is ProcState.MIGRATING:
         return f"migrating: {proc.copying or proc.progress}\n"
-    return f"{proc.state.value}\n"
+    state = proc.state
+    # Nobody reports what is stopped at home, and the kernel knows.
+    if state is ProcState.RUNNING and not proc.away and process_start(proc.pid)[0] == "T":
+        state = ProcState.STOPPED
+    return f"{state.value}\n"
 
 
 async def _history(proc: Process) -> str:

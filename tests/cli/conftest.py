@@ -35,6 +35,7 @@ def plain_tree(tmp_path: Path) -> Path:
         for name, text in texts.items():
             (node / name).write_text(f"{text}\n")
     (top / "status").write_text("".join(" ".join(map(str, row)).rstrip() + "\n" for row in NODES))
+    (top / "libraries").touch()
     (top / "self").symlink_to("nodes/-1")
     (top / "master").symlink_to("nodes/-1")
     for pid, place in ((1234, "2"), (1300, "migrating")):

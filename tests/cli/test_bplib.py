@@ -20,9 +20,9 @@ def with_views(tree: Path, *nodes: int) -> None:
         (tree / f"nodes/{node}/cache").write_text(CACHE)
 
 
-def test_it_lists_nodes_with_a_view(plain_tree: Path) -> None:
+def test_it_lists_what_nodes_keep(plain_tree: Path) -> None:
     with_views(plain_tree, 1, 4)
-    head, *rows = [line.split() for line in bplib(plain_tree, "-l").stdout.splitlines()]
+    head, *rows = [line.split() for line in bplib(plain_tree, "-l", "-S", "1,4").stdout.splitlines()]
     assert head[:4] == ["node", "objects", "bytes", "limit"]
     assert [row[:6] for row in rows] == [[n, "3", "4096", "1000000", "7", "3"] for n in ("1", "4")]
     assert [row["node"] for row in json.loads(bplib(plain_tree, "-l", "--json", "-S", "4").stdout)] == [4]
@@ -30,16 +30,26 @@ def test_it_lists_nodes_with_a_view(plain_tree: Path) -> None:
 
 def test_it_fetches_and_clears(plain_tree: Path) -> None:
     with_views(plain_tree, 1, 4)
+    libraries = plain_tree / "libraries"
     assert bplib(plain_tree, "-S", "1", "-a", "/lib/libm.so.6").returncode == 0
     assert (plain_tree / "nodes/1/cache").read_text() == "prestage /lib/libm.so.6\n"
     assert bplib(plain_tree, "-c").returncode == 0
     assert [(plain_tree / f"nodes/{n}/cache").read_text() for n in (0, 1, 4)] == ["\n", "purge\n", "purge\n"]
+    assert libraries.read_text() == "clear\n"
+
+
+def test_the_list(plain_tree: Path) -> None:
+    libraries = plain_tree / "libraries"
+    libraries.write_text("/lib/a\n/lib/b\n")
+    assert bplib(plain_tree, "-l").stdout == "/lib/a\n/lib/b\n"
+    assert json.loads(bplib(plain_tree, "-l", "--json").stdout) == ["/lib/a", "/lib/b"]
+    assert bplib(plain_tree, "-a", "/lib/../lib/libm.so.6").returncode == 0
+    assert libraries.read_text() == "add /lib/libm.so.6\n"
+    assert bplib(plain_tree, "-d", "/lib/a").returncode == 0
+    assert libraries.read_text() == "delete /lib/a\n"
 
 
 def test_errors(plain_tree: Path) -> None:
-    run = bplib(plain_tree, "-c")
-    assert run.returncode == 1
-    assert run.stderr == "bplib: all nodes that are up have files of their own: they keep none of the master's\n"
-    run = bplib(plain_tree, "-d", "/lib/x")
-    assert (run.returncode, run.stderr.startswith("bplib: there is no list to delete from")) == (1, True)
+    run = bplib(plain_tree, "-S", "1", "-d", "/lib/x")
+    assert (run.returncode, run.stderr.startswith("bplib: nodes keep contents, not names")) == (1, True)
     assert bplib(plain_tree).returncode == 2

@@ -265,6 +265,16 @@ def test_what_travels_with_bpsh(it: VirtualCluster, tmp_path: Path) -> None:
     assert (run.stdout.split(), run.stderr) == ([str(tmp_path), "0037", "555", "4096", str(os.nice(0) + 5), "b"], "")
 
 
+def test_a_process_that_is_stopped_at_home_is_called_so(it: VirtualCluster) -> None:
+    with subprocess.Popen(["sleep", "100"]) as sleeper:
+        try:
+            for number, state in ((signal.SIGSTOP, "stopped\n"), (signal.SIGCONT, "running\n")):
+                sleeper.send_signal(number)
+                wait_until(lambda state=state: it.read(f"procs/{sleeper.pid}/state") == state, f"it is {state.strip()}")
+        finally:
+            sleeper.kill()
+
+
 def test_bpsh_says_why_a_node_cannot_be_had(it: VirtualCluster) -> None:
     shown(it, "bpctl", "-S", "3", "-s", "down")
     try:

@@ -298,6 +298,29 @@ def test_the_cache_is_shown_purged_and_filled(it, exported):
         it.write("nodes/-1/cache", "purge")
 
 
+def test_the_list_of_libraries(it, exported):
+    library, late = exported / "library", exported / "late"
+    library.write_text("a library\n" * 100)
+    it.write("libraries", f"add {library}")
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    assert all((it.rundir.node_cache(node) / "objects" / digest).exists() for node in range(2))
+    for text, error in (("add /no/such", "No such file"), ("add", "Invalid"), ("delete /x", "No such file")):
+        with pytest.raises(OSError, match=error):
+            it.write("libraries", text)
+    assert it.read("libraries") == f"{library}\n"
+    # A node that comes up fetches what it has not.
+    it.write("nodes/1/state", "down")
+    late.write_text("late\n" * 100)
+    it.write("libraries", f"add {late}")
+    it.write("nodes/1/state", "up")
+    stored = it.rundir.node_cache(1) / "objects" / hashlib.sha256(late.read_bytes()).hexdigest()
+    wait_until(stored.exists, "the node that came up has the library")
+    it.write("libraries", f"delete {library}")
+    assert it.read("libraries") == f"{late}\n"
+    it.write("libraries", "clear")
+    assert it.read("libraries") == ""
+
+
 def test_the_cache_keeps_to_its_limit(session_folder, exported):
     names = [exported / f"large-{n}" for n in range(6)]
     for n, name in enumerate(names):

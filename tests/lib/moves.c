@@ -20,7 +20,7 @@ static void ring(void)
 	CHECK(bproc_move(2) == 0 && bproc_move(BPROC_NODE_SELF) == 0);
 	CHECK(bproc_move(BPROC_NODE_MASTER) == 0 && bproc_currnode() == BPROC_NODE_MASTER);
 	CHECK(bproc_move(17) == -1 && errno == BE_INVALIDNODE);
-	CHECK(_bproc_move(0, 5) == -1 && errno == EINVAL);
+	CHECK(_bproc_move(0, 13) == -1 && errno == EINVAL);
 }
 
 static void forks(void)

@@ -79,6 +79,16 @@ def test_images(it, build, tmp_path):
     assert (back.returncode, back.stderr) == (55, "")
 
 
+def test_images_of_programs_that_have_not_run_yet(it, build, tmp_path):
+    out, image = tmp_path / "out", tmp_path / "image"
+    script = f'echo "$FROM $0 $$" >> {out}; exit 7'
+    done = run(build("execdump"), it, image, "/bin/sh", "-c", script, "zero")
+    assert (done.returncode, done.stderr) == (0, "") and not out.exists()
+    back = run(build("image"), it, "-", image)
+    assert (back.returncode, back.stderr) == (7, "")
+    assert out.read_text().split()[:2] == ["before", "zero"]
+
+
 def test_without_a_cluster(build):
     done = run(build("alone"), None)
     assert (done.returncode, done.stderr) == (0, "")

@@ -39,7 +39,7 @@ FILES = NodeFiles(
     NODES,
     cast(Administrator, None),
     [*PROCS.node_entries(), log_file(NodeLog()), ClockWatch(NODES).entry(), View(cast(Any, None)).entry()],
-    [PROCS.collection(), boot_directory(list)],
+    [PROCS.collection(), boot_directory(list), View(cast(Any, None)).libraries()],
 )
 NODE = Node(NodeId(1))
 PROCESS = Process(Pid(os.getpid()), read_identity(os.getpid()))

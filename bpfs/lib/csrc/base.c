@@ -17,6 +17,14 @@ int real_node(int node)
 	return bproc_currnode();
 }
 
+int unknown_flags(int flags)
+{
+	flags &= ~BPROC_DUMP_ALL;
+	if (flags)
+		errno = EINVAL;
+	return flags;
+}
+
 EXPORT const char *bproc_strerror(int error)
 {
 	static const char *const texts[] = {

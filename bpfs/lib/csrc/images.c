@@ -4,13 +4,17 @@
  */
 #define _GNU_SOURCE
 #include "lib.h"
+#include "../../cli/csrc/nodespec.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A file for the way between a descriptor and the names that the cluster takes. */
@@ -47,6 +51,46 @@ static long copy(int from, int to)
 	return total;
 }
 
+/* Only the name of such a file: nothing but an image may stand there when one is to be written. */
+static int spare_name(char *path)
+{
+	int file = spare_file(path);
+
+	if (file < 0)
+		return -1;
+	close(file);
+	return unlink(path);
+}
+
+/* Has the image of a process written into a file. A node's fork is known everywhere within milliseconds. */
+static int save(pid_t pid, const char *image)
+{
+	char path[PATH_ROOM];
+	int done;
+
+	if (bpfs_path(path, "procs/%d/checkpoint", (int)pid) < 0)
+		return -1;
+	for (int tries = 0; (done = bpfs_write(path, "%s\n", image)) < 0 && errno == ENOENT && tries < 100; tries++)
+		nanosleep(&(struct timespec){ .tv_nsec = 10000000 }, NULL);
+	return done;
+}
+
+/* Copies an image to a descriptor, and removes it. Returns its size, or -1. */
+static int take(const char *image, int fd)
+{
+	int file = open(image, O_RDONLY | O_CLOEXEC), why;
+	long total;
+
+	if (file < 0)
+		return -1;
+	total = copy(file, fd);
+	why = errno;
+	close(file);
+	unlink(image);
+	errno = why;
+	return (int)total;
+}
+
 /* When this very process was started, in clock ticks: the one that comes back from an image was started later. */
 static unsigned long long started(void)
 {
@@ -64,35 +108,12 @@ static unsigned long long started(void)
 
 EXPORT int bproc_dump(int fd, int flags)
 {
-	char spare[PATH_ROOM], path[PATH_ROOM];
+	char spare[PATH_ROOM];
 	unsigned long long before = started();
-	int file, why;
-	long total = -1;
 
-	if (flags) {
-		errno = EINVAL;
+	if (unknown_flags(flags) || no_cluster() < 0 || spare_name(spare) < 0 || save(getpid(), spare) < 0)
 		return -1;
-	}
-	if (no_cluster() < 0 || bpfs_path(path, "procs/%d/checkpoint", (int)getpid()) < 0)
-		return -1;
-	file = spare_file(spare);
-	if (file < 0)
-		return -1;
-	close(file);
-	unlink(spare); /* only its name is wanted, and only an image may stand there */
-	if (bpfs_write(path, "%s\n", spare) < 0)
-		return -1;
-	if (started() != before)
-		return 0;
-	file = open(spare, O_RDONLY | O_CLOEXEC);
-	if (file >= 0) {
-		total = copy(file, fd);
-		why = errno;
-		close(file);
-		unlink(spare);
-		errno = why;
-	}
-	return (int)total;
+	return started() != before ? 0 : take(spare, fd);
 }
 
 /* The pid in the last line about this image in procs/restart, and the end of that line. */
@@ -136,6 +157,17 @@ static void end_as(int pid, const char *image)
 	_exit(127);
 }
 
+/* What bproc_execdump has saved is stopped, and comes back so. */
+static void let_run(int pid)
+{
+	char path[PATH_ROOM], stat[1024], *letter;
+
+	if (bpfs_path(path, "procs/%d/stat", pid) == 0 && bpfs_read(path, stat, sizeof stat) > 0 &&
+	    (letter = strrchr(stat, ')')) && letter[1] == ' ' && letter[2] == 'T' &&
+	    bpfs_path(path, "procs/%d/signal", pid) == 0)
+		bpfs_write(path, "CONT\n");
+}
+
 EXPORT int bproc_undump(int fd)
 {
 	char spare[PATH_ROOM], path[PATH_ROOM];
@@ -160,77 +192,121 @@ EXPORT int bproc_undump(int fd)
 		errno = EIO;
 		return -1;
 	}
+	let_run(pid);
 	end_as(pid, spare);
 	return -1;
 }
 
-/* A process at its exec cannot be made an image of and go on here. */
-EXPORT int bproc_execdump(int fd, int flags, const char *cmd, char *const argv[], char *const envp[])
+/* The child that becomes the program: it stops at its exec, before its first instruction. */
+static void become(int fd, int failed, const char *cmd, char *const argv[], char *const envp[])
 {
-	(void)fd, (void)flags, (void)cmd, (void)argv, (void)envp;
-	errno = ENOSYS;
-	return -1;
+	sigset_t trap;
+	int why;
+
+	sigemptyset(&trap);
+	sigaddset(&trap, SIGTRAP); /* what stops it must not be blocked */
+	sigprocmask(SIG_UNBLOCK, &trap, NULL);
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0)
+		execve(cmd, argv, envp);
+	why = errno;
+	if (write(failed, &why, sizeof why) < 0)
+		_exit(126);
+	_exit(127);
 }
 
-/* -- libraries: what nodes without files of their own keep ------------------------------------------------------- */
-
-struct order {
-	const char *verb, *name;
-	int done, why;
-};
-
-static int tell(const struct bproc_node_info_t *info, void *of)
+/* Waits for that stop, and has it last without a tracer. Returns 0, or -1 with the errno of the exec. */
+static int stop_at_exec(pid_t child, int failed)
 {
-	struct order *order = of;
-	char path[PATH_ROOM];
+	int status, why;
 
-	if (strcmp(info->status, "up"))
-		return 0;
-	if (bpfs_path(path, "nodes/%d/cache", info->node) == 0 &&
-	    bpfs_write(path, "%s%s%s\n", order->verb, *order->name ? " " : "", order->name) == 0)
-		order->done++;
-	else if (errno != EOPNOTSUPP) /* that node has files of its own, and needs nothing */
-		order->why = errno;
+	if (read(failed, &why, sizeof why) == sizeof why) {
+		waitpid(child, NULL, 0);
+		errno = why;
+		return -1;
+	}
+	if (waitpid(child, &status, WUNTRACED) != child || !WIFSTOPPED(status) ||
+	    ptrace(PTRACE_DETACH, child, NULL, (void *)SIGSTOP) < 0 || waitpid(child, &status, WUNTRACED) != child ||
+	    !WIFSTOPPED(status)) {
+		errno = ECHILD; /* somebody else took it, or killed it */
+		return -1;
+	}
 	return 0;
 }
 
-static int tell_all(const char *verb, const char *name)
+EXPORT int bproc_execdump(int fd, int flags, const char *cmd, char *const argv[], char *const envp[])
 {
-	struct order order = { .verb = verb, .name = name };
+	char spare[PATH_ROOM];
+	int ends[2], result, why;
+	pid_t child;
 
-	if (each_node(tell, &order) < 0)
+	if (unknown_flags(flags) || fcntl(fd, F_GETFD) < 0 || no_cluster() < 0 || spare_name(spare) < 0 ||
+	    pipe2(ends, O_CLOEXEC) < 0)
 		return -1;
-	if (!order.why)
-		return 0;
-	errno = order.why;
-	return -1;
+	child = fork();
+	if (child == 0)
+		become(fd, ends[1], cmd, argv, envp);
+	why = errno;
+	close(ends[1]);
+	errno = why;
+	result = child < 0 ? -1 : stop_at_exec(child, ends[0]);
+	if (result == 0)
+		result = save(child, spare);
+	why = errno;
+	close(ends[0]);
+	if (child > 0) {
+		kill(child, SIGKILL);
+		waitpid(child, NULL, 0);
+	}
+	errno = why;
+	if (result < 0 || take(spare, fd) < 0)
+		return -1;
+	_exit(0);
+}
+
+/* -- libraries: what nodes without files of their own have before they need it ----------------------------------- */
+
+static int tell(const char *verb, const char *name)
+{
+	char path[PATH_ROOM];
+
+	if (no_cluster() < 0 || bpfs_path(path, "libraries") < 0)
+		return -1;
+	return bpfs_write(path, "%s %s\n", verb, name);
 }
 
 EXPORT int bproc_libadd(const char *name)
 {
-	if (!name || *name != '/') {
-		errno = EINVAL;
-		return -1;
-	}
-	return tell_all("prestage", name);
+	return tell("add", name);
+}
+
+EXPORT int bproc_libdel(const char *name)
+{
+	return tell("delete", name);
 }
 
 EXPORT int bproc_libclear(void)
 {
-	return tell_all("purge", "");
-}
-
-/* The cache knows contents, not names: what is not used any more goes by itself. */
-EXPORT int bproc_libdel(const char *name)
-{
-	(void)name;
-	errno = ENOSYS;
-	return -1;
+	return tell("clear", "");
 }
 
 EXPORT int bproc_liblist(char **list)
 {
-	(void)list;
-	errno = ENOSYS;
-	return -1;
+	char path[PATH_ROOM], *text, *more;
+	size_t length;
+
+	if (no_cluster() < 0 || bpfs_path(path, "libraries") < 0 || !(text = read_whole(path)))
+		return -1;
+	length = strlen(text);
+	more = realloc(text, length + 2);
+	if (!more) {
+		free(text);
+		return -1;
+	}
+	for (size_t i = 0; i < length; i++)
+		if (more[i] == '\n')
+			more[i] = 0;
+	more[length] = more[length + 1] = 0; /* an empty name ends the list */
+	*list = more;
+	return 0;
 }

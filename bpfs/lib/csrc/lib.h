@@ -40,6 +40,9 @@ int make_io(struct bproc_io_t *io, int iolen, int from);
 /* Whether io entries make sense. Returns 0, or -1 with EINVAL. */
 int check_io(const struct bproc_io_t *io, int iolen);
 
+/* Whether flags are others than BPROC_DUMP_*; sets errno to EINVAL then. */
+int unknown_flags(int flags);
+
 /* The lines of <mount>/status, one after the other. Returns -1 with errno; stops where `take` returns other than 0, and
  * returns that. */
 int each_node(int (*take)(const struct bproc_node_info_t *info, void *of), void *of);

@@ -37,13 +37,6 @@ static int stays(int node)
 	return node == bproc_currnode();
 }
 
-static int unknown_flags(int flags)
-{
-	if (flags)
-		errno = EINVAL;
-	return flags;
-}
-
 EXPORT int _bproc_move_io(int node, struct bproc_io_t *io, int iolen, int flags)
 {
 	int from = bproc_currnode();

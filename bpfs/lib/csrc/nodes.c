@@ -20,9 +20,6 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-#define ATTRIBUTE_NAME 63 /* most bytes of a name behind "bproc.", and of a value: LIBBPROC's limits */
-#define ATTRIBUTE_VALUE 64
-
 static unsigned int id_of(const char *name, int group)
 {
 	char *end;
@@ -301,7 +298,7 @@ EXPORT int bproc_notifier(void)
 
 static int attribute(char *path, char *full, size_t room, int node, const char *name)
 {
-	if (!name || !*name || strlen(name) > ATTRIBUTE_NAME) {
+	if (!name || !*name || strlen(name) > BPROC_XATTR_MAX_NAME_SIZE) {
 		errno = EINVAL;
 		return -1;
 	}
@@ -311,7 +308,7 @@ static int attribute(char *path, char *full, size_t room, int node, const char *
 
 EXPORT int bproc_getnodeattr(int node, char *name, void *value, int size)
 {
-	char path[PATH_ROOM], full[ATTRIBUTE_NAME + 8];
+	char path[PATH_ROOM], full[BPROC_XATTR_MAX_NAME_SIZE + 8];
 	ssize_t got;
 
 	if (attribute(path, full, sizeof full, node, name) < 0)
@@ -322,9 +319,9 @@ EXPORT int bproc_getnodeattr(int node, char *name, void *value, int size)
 
 EXPORT int bproc_setnodeattr(int node, char *name, void *value, int size)
 {
-	char path[PATH_ROOM], full[ATTRIBUTE_NAME + 8];
+	char path[PATH_ROOM], full[BPROC_XATTR_MAX_NAME_SIZE + 8];
 
-	if (size < 0 || size > ATTRIBUTE_VALUE) {
+	if (size < 0 || size > BPROC_XATTR_MAX_VALUE_SIZE) {
 		errno = EINVAL;
 		return -1;
 	}

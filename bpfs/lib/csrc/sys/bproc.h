@@ -16,11 +16,29 @@
 extern "C" {
 #endif
 
+#define BPROC_API_VERSION 4
+
 #define BPROC_NODE_MASTER (-1)
 #define BPROC_NODE_SELF (-2)
 #define BPROC_NODE_NONE (-3)
+#define BPROC_NODE_ANY (-4)
 
-#define BPROC_STATE_LEN 16
+#define BPROC_STATE_LEN 15
+
+/* What BProc had in an image beyond what the process changed. Here all flags give the same: files are named, and the
+ * node has their contents. */
+#define BPROC_DUMP_LIBS 1
+#define BPROC_DUMP_EXEC 2
+#define BPROC_DUMP_OTHER 4
+#define BPROC_DUMP_ALL 7
+
+/* Extended attributes of nodes/N. */
+#define BPROC_XATTR_PREFIX "bproc."
+#define BPROC_STATE_XATTR "bproc.state"
+#define BPROC_ADDR_XATTR "bproc.addr"
+#define BPROC_XATTR_MAX_NAME_SIZE 63
+#define BPROC_XATTR_MAX_VALUE_SIZE 64
+#define BPROC_XATTR_MAX 32
 
 /* Errors beyond those of errno.h. */
 #define BE_BASE 300
@@ -34,7 +52,7 @@ extern "C" {
 
 struct bproc_node_info_t {
 	int node;
-	char status[BPROC_STATE_LEN];
+	char status[BPROC_STATE_LEN + 1];
 	unsigned int mode, user, group;
 	struct sockaddr addr;
 	time_t atime, mtime;
@@ -63,7 +81,8 @@ struct bproc_version_t {
 #define BPROC_ARCH_X86_64 6
 
 /* What a process that is moved gets for a descriptor, on its node. */
-#define BPROC_IO_MAX 16
+#define BPROC_IO_MAX_LEN 16
+#define BPROC_IO_MAX BPROC_IO_MAX_LEN
 #define BPROC_IO_FILE 0
 #define BPROC_IO_SOCKET 1
 #define BPROC_IO_MEMFILE 2
