@@ -162,7 +162,10 @@ class Exec:
         calls.run()
 
 
-def ghost_exec(frozen: Frozen, image: Image, passed: Passed, environment: list[bytes], closed: list[int]) -> Exec:
+def ghost_exec(
+    frozen: Frozen, image: Image, passed: Passed, environment: list[bytes], closed: Sequence[int] = (),
+    arguments: Sequence[bytes] = (),
+) -> Exec:  # fmt: skip
     """The exec of the ghost, made ready.
 
     Args:
@@ -171,11 +174,12 @@ def ghost_exec(frozen: Frozen, image: Image, passed: Passed, environment: list[b
             in `BPFS_DEATHSIG`.
         environment: the rest of its environment.
         closed: descriptors that the ghost does not keep.
+        arguments: what ps(1) is to show; none: what it shows now.
     """
     cloexec = [number for entry in image.descriptors for number, closes in entry["fds"] if closes]
     more = [b"BPFS_DEATHSIG=%d" % passed.death_signal, b"BPFS_CONTROL=%d" % passed.control]
-    arguments = procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
-    return Exec("ghost", frozen, image, passed.program, arguments, [*environment, *more], cloexec, closed)
+    shown = [*arguments] or procfs.read(f"{frozen.live}/cmdline").split(b"\0")[:-1] or [b"ghost"]
+    return Exec("ghost", frozen, image, passed.program, shown, [*environment, *more], cloexec, closed)
 
 
 def become_placeholder(frozen: Frozen, image: Image, init: int) -> None:

@@ -17,7 +17,13 @@ _LOOK_S = 0.25  # between looks at the control socket while nothing happens
 
 
 class Armed:
-    """A process that is seized and runs on to its next exec."""
+    """A process that is seized and runs on to its next exec.
+
+    Attributes:
+        options: further ones of ptrace(2), for as long as it is held.
+    """
+
+    options = 0
 
     def __init__(self, pid: int) -> None:
         """Seize it.
@@ -32,7 +38,7 @@ class Armed:
             raise OSError(95, f"process {pid} has several threads: any of them might exec")
         # Blocked, so that sigtimedwait takes what waitpid is about to see.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        ptrace.seize(pid, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
+        ptrace.seize(pid, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC | self.options)
 
     def wait(self, control: socket.socket) -> Frozen:
         """Wait for the exec, however long it takes.
@@ -73,7 +79,7 @@ class Armed:
                 break
             pending.append(os.WSTOPSIG(status))
             ptrace.ptrace(ptrace.CONT, self.pid)
-        ptrace.ptrace(ptrace.SETOPTIONS, self.pid, 0, ptrace.O_TRACESYSGOOD)
+        ptrace.ptrace(ptrace.SETOPTIONS, self.pid, 0, ptrace.O_TRACESYSGOOD | self.options)
         for number in pending:
             os.kill(self.pid, number)  # it has them still to get, wherever it runs
         frozen = Frozen(self.pid)

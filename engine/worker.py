@@ -2,13 +2,15 @@
 
 Requests are msgpack maps with an `op`, replies `{"ok": True, …}` or `{"ok": False, "errno", "text", "refusals"}`. The
 end of the socket undoes what is under way: a source is released untouched, a half-built process is killed, a ghost is a
-ghost again. The operations: engine/source.py, engine/destination.py, engine/keeper.py.
+ghost again. The operations: engine/source.py, engine/destination.py, engine/keeper.py,
+engine/batch.py.
 """
 
 import os
 import socket
 from collections.abc import Callable
 
+from engine.batch import Copies, Original
 from engine.destination import Destination
 from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets
@@ -26,6 +28,7 @@ def serve(control: socket.socket) -> bool:
     clean = True
     source, destination = Source(control), Destination(control)
     keeper, giver = Keeper(control), Giver(control)
+    original, copies = Original(control), Copies()
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
         "hello": lambda request, fds: {"pid": os.getpid()},
         "look": source.look,
@@ -57,6 +60,13 @@ def serve(control: socket.socket) -> bool:
         "load_as": giver.load_as,
         "give": giver.give,
         "bear": bear_ghost,
+        "arm_template": original.arm_template,
+        "wait_template": original.wait_template,
+        "image": original.image,
+        "end_template": original.end_template,
+        "become_ghost_of": original.become_ghost_of,
+        "refuse": original.refuse,
+        "make": copies.make,
     }
     try:
         while (packet := packets.receive(control)) is not None:
@@ -78,7 +88,7 @@ def serve(control: socket.socket) -> bool:
     except OSError:
         clean = False  # the daemon is gone
     finally:
-        clean = not (source.undo() | destination.undo() | keeper.undo() | giver.undo()) and clean
+        clean = not (source.undo() | destination.undo() | keeper.undo() | giver.undo() | original.undo()) and clean
     return clean
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import Node, NodeTable
 from bpfs.procs import kernelfiles
+from bpfs.procs.batch import LINE_LIMIT
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.verbs import parse_move, parse_pid
 from bpfs.rundir import process_start
@@ -45,6 +46,14 @@ class ProcFiles:
                     write=self._restart,
                     mode=0o666,
                 ),
+                File(
+                    "onexec",
+                    "write TEMPLATE PID:NODE ...: what TEMPLATE execs runs on nodes, as these processes, which wait",
+                    read=lambda _: self._procs.batches.show(),
+                    write=self._batch,
+                    mode=0o666,
+                    limit=LINE_LIMIT,
+                ),
             ),
             member_access=lambda proc: Access(proc.identity.uid, proc.identity.gid, 0o555),
             member_key=lambda proc: (proc.pid, proc.identity.uid, proc.identity.gid),
@@ -53,6 +62,9 @@ class ProcFiles:
 
     async def _restart(self, _: NodeTable, request: WriteRequest) -> None:
         await self._procs.restarts.write(request)
+
+    async def _batch(self, _: NodeTable, request: WriteRequest) -> None:
+        await self._procs.batches.write(request)
 
     def _lookup(self, name: str) -> Process | None:
         try:

@@ -14,6 +14,7 @@ from bpfs.engines import Workers
 from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER, NodeTable
 from bpfs.procs import usage
+from bpfs.procs.batch import Batches
 from bpfs.procs.checkpoint import Checkpoints
 from bpfs.procs.exits import listening
 from bpfs.procs.losses import Losses
@@ -45,6 +46,7 @@ class Procs:
         self._under_way: set[Migration] = set()
         self.checkpoints = Checkpoints(self, around, self._master)
         self.restarts = Restarts(self, around, self._master)
+        self.batches = Batches(self, around, self._master)
         self.losses = Losses(self)
         around.ghosts.rescue = self.losses.rescue
 

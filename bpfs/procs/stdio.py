@@ -123,16 +123,25 @@ class Attached:
     terminal: str
 
 
+def new_stream() -> int:
+    """A number for a stream."""
+    return next(_streams)
+
+
+def plain(channels: Iterable[Channel]) -> list[list[Any]]:
+    """Channels as a message has them."""
+    return [[channel.number, int(channel.kind), channel.access, list(channel.externals)] for channel in channels]
+
+
 async def attach(place: NodePlace, streams: StreamBook, channels: list[Channel], uid: int, gid: int) -> Attached:
     """Has a node make ends for these channels and join them to a new stream.
 
     Raises:
         BpfsError: the node's errno; ETIMEDOUT.
     """
-    number = next(_streams)
-    plain = [[channel.number, int(channel.kind), channel.access, list(channel.externals)] for channel in channels]
+    number = new_stream()
     with streams.expect() as expected:
-        request = messages.RelayAttach(number, expected.token, plain, uid, gid)
+        request = messages.RelayAttach(number, expected.token, plain(channels), uid, gid)
         try:
             reply = await place.link.request(request, CALL_TIMEOUT)
             connection = await expected.wait_connected(CONNECT_TIMEOUT)

@@ -82,7 +82,7 @@ class EngineHost:
         """Handler: give a session its worker."""
         if message.session in self._sessions:
             raise BpfsError(EEXIST, f"engine session {message.session} is open already")
-        self._expect_jobs()
+        self.expect_jobs()
         try:
             self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
         except BpfsError as error:
@@ -111,9 +111,10 @@ class EngineHost:
         channel = self._sessions.pop(message.session, None)
         if channel is not None:
             channel.close()
-            self._expect_jobs()
+            self.expect_jobs()
 
-    def _expect_jobs(self) -> None:
+    def expect_jobs(self) -> None:
+        """Jobs come, or go."""
         if self.births is not None:
             self.births.look()
 

@@ -26,6 +26,7 @@ from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
+from bpfs.slave.makejob import JobMaker
 from bpfs.slave.names import NamesFile
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Relay, open_relay
@@ -51,6 +52,7 @@ from bpfs.wire.messages import (
     JobStatus,
     KillAll,
     Leaving,
+    MakeJob,
     Message,
     Names,
     ReadClock,
@@ -89,6 +91,7 @@ class Slave:
         self.held = HeldFds()
         self.engines = EngineHost(workers, self.held)
         self.jobs: Jobs | None = None
+        self.stdio: StdioHost | None = None
         self.births: BirthWatch | None = None
         self.view: NodeView | None = None
         self.names = NamesFile(welcome, options.mount, link.peer_address)
@@ -150,7 +153,7 @@ class Slave:
             _log.error("no tree on this node: %s", error)
 
     def _serve_stdio(self, relay: Relay, nursery: trio.Nursery) -> None:
-        stdio = StdioHost(relay, self.held, self.options, self.link)
+        stdio = self.stdio = StdioHost(relay, self.held, self.options, self.link)
         self.handlers |= {RelayAttach: stdio.attach, RelayDetach: stdio.detach}
         nursery.start_soon(stdio.watch, name="streams")
 
@@ -186,6 +189,9 @@ class Slave:
             JobStatus: jobs.status,
             DropPlaceholder: jobs.drop_placeholder,
         }
+        if self.stdio is not None:
+            maker = JobMaker(jobs.init, self.stdio, self.engines, self.workers, self.held)
+            self.handlers[MakeJob] = maker.make
         births = BirthWatch.start(jobs.init, self.options.watch, self.link)
         self.births = jobs.births = self.engines.births = births
 

@@ -6,12 +6,14 @@ import os
 from contextlib import suppress
 from errno import EINVAL
 
+import trio
+
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave.enginehost import HeldFds
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Ends, Relay, StreamBroke, make_channel_ends
 from bpfs.wire.link import Link
-from bpfs.wire.messages import Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
+from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
 from bpfs.wire.mux import ChanKind, Channel
 from bpfs.wire.streams import open_stream
 
@@ -27,6 +29,18 @@ class StdioHost:
 
     async def attach(self, message: RelayAttach) -> RelayAttached:
         """Handler: make a job's ends, join them to a new stream to its ghost, hold the job's ends for the engine."""
+        ends = await self.join(message)
+        try:
+            return self._hold(ends)
+        finally:
+            ends.close()
+
+    async def join(self, message: RelayAttach | MakeJob) -> Ends:
+        """Make a job's ends and join them to a new stream to its ghost; the job's ends are the caller's to close.
+
+        Raises:
+            BpfsError: there is no such stream then.
+        """
         try:
             ends = make_channel_ends(parse_channels(message.channels), message.uid, message.gid)
         except OSError as error:
@@ -34,20 +48,15 @@ class StdioHost:
         try:
             connection = await open_stream(self._options.host, self._options.port, message.token)
             await self._relay.attach(message.stream, connection, ends)
-            return self._hold(ends)
-        except OSError as error:
-            if isinstance(error, BpfsError):
+        except BaseException as error:
+            ends.close()
+            if not isinstance(error, OSError) or isinstance(error, BpfsError):
                 raise
             raise BpfsError(error.errno or EINVAL, f"no stream to the master: {error.strerror}") from None
-        finally:
-            ends.close()
+        return ends
 
     def _hold(self, ends: Ends) -> RelayAttached:
-        numbers = {external["key"]: channel.number for channel in ends.channels for external in channel.externals}
-        found = []
-        for key, fd in ends.job.items():
-            status = os.fstat(fd)
-            found.append([status.st_dev, status.st_ino, numbers[key]])
+        found = name_ends(ends)
         keys = tuple(ends.job)
         handles = tuple(self._held.hold(fd) for fd in ends.job.values())
         ends.job.clear()
@@ -57,12 +66,27 @@ class StdioHost:
         """Handler: close a stream and the relay's ends of it."""
         await self._relay.detach(message.stream)
 
+    async def drop(self, stream: int) -> None:
+        """Close a stream whose job has not come to be, even while we are cancelled."""
+        with trio.CancelScope(shield=True), suppress(BpfsError):
+            await self._relay.detach(stream)
+
     async def watch(self) -> None:
         """Tells the master which streams broke; never returns while iorelay lives."""
         async for event in self._relay.events:
             if isinstance(event, StreamBroke):
                 with suppress(LinkClosed):
                     self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
+
+
+def name_ends(ends: Ends) -> list[list[int]]:
+    """st_dev and st_ino of each of a job's ends, and the number of its channel."""
+    numbers = {external["key"]: channel.number for channel in ends.channels for external in channel.externals}
+    found = []
+    for key, fd in ends.job.items():
+        status = os.fstat(fd)
+        found.append([status.st_dev, status.st_ino, numbers[key]])
+    return found
 
 
 def parse_channels(table: Plain) -> list[Channel]:

@@ -165,15 +165,15 @@ class Tree(Protocol):
         """Has `listener` called with every change of what is `lasting`."""
 
 
-def one_line(data: bytes) -> str:
+def one_line(data: bytes, limit: int = TEXT_LIMIT) -> str:
     """The text of one write: one line of UTF-8, stripped.
 
     Raises:
-        BpfsError: EINVAL for nothing at all, more than one line, more than `TEXT_LIMIT` bytes, NUL, or bytes that are
+        BpfsError: EINVAL for nothing at all, more than one line, more than `limit` bytes, NUL, or bytes that are
         no UTF-8.
     """
-    if len(data) > TEXT_LIMIT:
-        raise BpfsError(EINVAL, f"{len(data)} bytes are more than a line of {TEXT_LIMIT}")
+    if len(data) > limit:
+        raise BpfsError(EINVAL, f"{len(data)} bytes are more than a line of {limit}")
     try:
         text = data.decode()
     except UnicodeDecodeError:

@@ -39,7 +39,7 @@ from inspect import isawaitable
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from bpfs.errors import BpfsError
-from bpfs.tree.base import Attributes, Caller, Changes, Path, WriteRequest
+from bpfs.tree.base import TEXT_LIMIT, Attributes, Caller, Changes, Path, WriteRequest
 
 T = TypeVar("T")
 Content: TypeAlias = str | bytes
@@ -87,6 +87,8 @@ class File(Entry[T]):
     read: Callable[[T], Content | Awaitable[Content]] | None = None
     write: Callable[[T, WriteRequest], Awaitable[None] | None] | None = None
     follow: Callable[[T], Stream] | None = None
+    limit: int = TEXT_LIMIT
+    """Bytes of the longest line that can be written, on the master."""
     blocks: bool = False
     """`read` waits: its size is unknown and ^C of the caller ends it."""
     sized: bool = False

@@ -283,7 +283,7 @@ class _Opened:
         """See `Handle`. The offset means nothing: a write is a verb, appended or not."""
         if self._entry.write is None:
             raise BpfsError(EACCES, f"/{'/'.join(self._path)} cannot be written")
-        request = WriteRequest(caller, one_line(data))
+        request = WriteRequest(caller, one_line(data, self._entry.limit))
         async with self._writing:
             await self.submit(request)
         return len(data)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 6
+VERSION = 7
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -465,6 +465,38 @@ class RelayAttached(Message):
     keys: tuple[int, ...]  # of the externals, in the order of `fds`
     ends: Plain  # a list an external: st_dev and st_ino of its end, number of its channel
     terminal: str  # path of the job's terminal on the node; empty where it has none
+
+
+@_message(55)
+class MakeJob(Message):
+    """master -> slave, request (reply JobMade): make a process of an image that many share, and let it run.
+
+    With its stdio as RelayAttach has it.
+    """
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    front: bool  # in its terminal's foreground on the master
+    stream: int
+    token: bytes
+    channels: Plain
+    uid: int
+    gid: int
+    image: bytes  # engine/batch.py
+    patches: Plain  # [offset, bytes] of what differs from one process to another
+    random: int  # offset of the bytes that shall be random; -1: none
+
+
+@_message(56)
+class JobMade(Message):
+    """slave -> master: it runs."""
+
+    hostpid: int
+    files: tuple[int, ...]  # numbers of its regular files, and as many
+    handles: tuple[int, ...]  # ... handles of the same open files
+    ends: Plain  # as in RelayAttached
 
 
 @_message(52)

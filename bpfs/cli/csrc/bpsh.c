@@ -197,19 +197,13 @@ static char *const *with_redirections(const struct options *options)
 	return argv;
 }
 
-int become(const struct options *options, int node, int rank)
+int prepare_command(const struct options *options, const char *rank, struct command *command)
 {
-	char text[4096];
-	const char *program = options->program;
-	char *const *argv = options->argv;
-
-	snprintf(text, sizeof text, "%d", rank);
-	setenv("BPROC_RANK", text, 1);
-	setenv("BPROC_PROGNAME", program, 1);
-	if (options->file[0] || options->file[1] || options->file[2]) {
-		argv = with_redirections(options);
-		program = "/bin/sh";
-	}
+	*command = (struct command){options->program, options->argv};
+	setenv("BPROC_RANK", rank, 1);
+	setenv("BPROC_PROGNAME", command->program, 1);
+	if (options->file[0] || options->file[1] || options->file[2])
+		*command = (struct command){"/bin/sh", with_redirections(options)};
 	for (int fd = 0; fd < 3; fd++)
 		if (options->null[fd] && !options->file[fd]) {
 			int null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -218,6 +212,29 @@ int become(const struct options *options, int node, int rank)
 				return EXIT_FAILED;
 			}
 		}
+	return 0;
+}
+
+int run_command(const struct command *command)
+{
+	execv(command->program, command->argv);
+	if (errno == ENOEXEC) { /* a script without an interpreter line, as execvp(3) does it */
+		size_t count = 0;
+		while (command->argv[count])
+			count++;
+		char **shell = must_alloc(NULL, (count + 2) * sizeof *shell);
+		shell[0] = "sh";
+		shell[1] = (char *)command->program;
+		memcpy(shell + 2, command->argv + 1, count * sizeof *shell);
+		execv("/bin/sh", shell);
+	}
+	complain("%s: %s", command->program, strerror(errno));
+	return EXIT_CANNOT_RUN;
+}
+
+int run_command_on(const struct options *options, int node, const struct command *command)
+{
+	char text[4096];
 
 	snprintf(text, sizeof text, "%s/nodes/%d/migrate", options->mount, node);
 	int fd = open(text, O_WRONLY | O_CLOEXEC);
@@ -235,19 +252,15 @@ int become(const struct options *options, int node, int rank)
 		return EXIT_FAILED;
 	}
 	close(fd);
-	execv(program, argv);
-	if (errno == ENOEXEC) { /* a script without an interpreter line, as execvp(3) does it */
-		size_t count = 0;
-		while (argv[count])
-			count++;
-		char **shell = must_alloc(NULL, (count + 2) * sizeof *shell);
-		shell[0] = "sh";
-		shell[1] = (char *)program;
-		memcpy(shell + 2, argv + 1, count * sizeof *shell);
-		execv("/bin/sh", shell);
-	}
-	complain("%s: %s", program, strerror(errno));
-	return EXIT_CANNOT_RUN;
+	return run_command(command);
+}
+
+/* Becomes the command of a single node. */
+static int become(const struct options *options, int node)
+{
+	struct command command;
+	int failed = prepare_command(options, "0", &command);
+	return failed ? failed : run_command_on(options, node, &command);
 }
 
 /* Whether ssh(1) would need a shell for this word. */
@@ -391,7 +404,7 @@ int main(int argc, char **argv)
 		     (!options.terminal || (isatty(0) && isatty(1) && isatty(2)));
 	/* The short way: a plain number needs no look at the cluster's status. */
 	if (single && strlen(spec) < 9 && spec[strspn(spec, "0123456789")] == 0 && *spec)
-		return become(&options, atoi(spec), 0);
+		return become(&options, atoi(spec));
 	if (nodespec_expand(options.mount, spec, &found, error, sizeof error) < 0) {
 		complain("%s", error);
 		return EXIT_FAILED;
@@ -401,6 +414,6 @@ int main(int argc, char **argv)
 		return EXIT_FAILED;
 	}
 	if (single && found.count == 1)
-		return become(&options, found.number[0], 0);
+		return become(&options, found.number[0]);
 	return run_many(&options, found.number, found.count);
 }

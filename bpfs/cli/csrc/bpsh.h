@@ -32,9 +32,20 @@ struct options {
 	size_t buffer;         /* -b: longest line that is kept whole, bytes of a read */
 };
 
-/* Arms the move for this process's next exec and turns into the command. Only returns, with an exit code, when that
- * failed; the reason is on stderr by then. */
-int become(const struct options *options, int node, int rank);
+/* What is to be exec'd. */
+struct command {
+	const char *program;
+	char *const *argv;
+};
+
+/* Gives this process environment and standard descriptors of the command with that rank; returns 0, or an exit code. */
+int prepare_command(const struct options *options, const char *rank, struct command *command);
+
+/* Turns into the command. Only returns, with an exit code, when that failed; the reason is on stderr by then. */
+int run_command(const struct command *command);
+
+/* The same, with the move to a node armed before. */
+int run_command_on(const struct options *options, int node, const struct command *command);
 
 /* Runs the command on several nodes at once; returns the exit code. */
 int run_many(const struct options *options, const int *node, size_t count);

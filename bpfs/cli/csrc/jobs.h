@@ -17,6 +17,7 @@ struct job {
 	size_t sent;            /* bytes of the current chunk */
 	struct stream stream[2];
 	int started, reaped, done;
+	int waits;              /* for the order that it is part of (batch.h) */
 	int timed_out, killed;
 	int status;             /* of wait(2) */
 	double begin, end;
@@ -31,6 +32,12 @@ void raise_file_limit(size_t count);
 
 /* Starts a command; returns -1, with its status set, when that failed. */
 int start_job(const struct options *options, struct job *job);
+
+/* Starts the template of an order; returns -1 when that failed. */
+int start_template(const struct options *options);
+
+/* Our ends of its standard descriptors. */
+void close_streams(struct job *job);
 
 /* Standard input: one chunk is on its way to all of them, and the next is read when the slowest has this one. */
 struct input {

@@ -5,6 +5,7 @@
  * commands, and standard input goes at the pace of the slowest.
  */
 #define _GNU_SOURCE
+#include "batch.h"
 #include "jobs.h"
 #include "nodespec.h"
 #include "signals.h"
@@ -30,7 +31,11 @@ static void reap(void)
 {
 	int status;
 	pid_t pid;
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (pid == template_job.pid) {
+			batch_ended(status);
+			continue;
+		}
 		for (size_t i = 0; i < job_count; i++)
 			if (jobs[i].pid == pid) {
 				jobs[i].pid = 0;
@@ -38,6 +43,7 @@ static void reap(void)
 				jobs[i].status = status;
 				jobs[i].end = now();
 			}
+	}
 }
 
 static int exit_code(const struct options *options, const struct job *job)
@@ -179,6 +185,25 @@ static void turn(const struct options *options, struct pollfd *ready, size_t sho
 		read_input();
 }
 
+static size_t least(size_t a, size_t b)
+{
+	return a < b ? a : b;
+}
+
+/* Starts the next `count` commands, together where that can be. Returns how many. */
+static size_t start_jobs(const struct options *options, struct job *first, size_t count)
+{
+	size_t together = 0, most = (size_t)batch_wanted(options, count), begun;
+	for (begun = 0; begun < (most ? most : count) && !interrupts; begun++) {
+		struct job *job = first + begun;
+		job->waits = most && job->node != MASTER;
+		together += start_job(options, job) == 0 && job->waits;
+	}
+	if (together)
+		batch_send(options);
+	return begun;
+}
+
 int run_many(const struct options *options, const int *node, size_t count)
 {
 	int worst = 0;
@@ -202,9 +227,12 @@ int run_many(const struct options *options, const int *node, size_t count)
 	if (options->sequential)
 		divider(options, &jobs[0]);
 	while (done < count) {
-		while (next < count && !interrupts && (!options->fanout || running < (size_t)options->fanout)) {
-			start_job(options, &jobs[next++]);
-			running++;
+		size_t most = options->fanout ? least((size_t)options->fanout, count) - running : count;
+		while (next < count && !interrupts && most && !batch_busy()) {
+			size_t begun = start_jobs(options, &jobs[next], least(most, count - next));
+			next += begun;
+			running += begun;
+			most -= begun;
 		}
 		if (interrupts && next < count) { /* what has not begun does not begin any more */
 			count = job_count = next;
@@ -229,7 +257,7 @@ int run_many(const struct options *options, const int *node, size_t count)
 		while (options->sequential && shown < count && jobs[shown].done)
 			if (++shown < count)
 				divider(options, &jobs[shown]);
-		if (done < count && (next == count || (options->fanout && running >= (size_t)options->fanout)))
+		if (done < count && (next == count || batch_busy() || (options->fanout && running >= (size_t)options->fanout)))
 			turn(options, ready, shown);
 	}
 	if (options->gather && !options->json)

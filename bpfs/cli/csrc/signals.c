@@ -2,6 +2,7 @@
  * See signals.h. */
 #define _GNU_SOURCE
 #include "signals.h"
+#include "batch.h"
 #include "jobs.h"
 #include "terminal.h"
 
@@ -21,6 +22,8 @@ static void signal_jobs(int number)
 	for (size_t i = 0; i < job_count; i++)
 		if (jobs[i].pid > 0)
 			kill(jobs[i].pid, number);
+	if (template_job.pid > 0)
+		kill(template_job.pid, number);
 }
 
 /* ^Z while the commands are apart: they stop and go on with us. */

@@ -2,6 +2,7 @@
  *
  * bpsh on several nodes: a command is started. */
 #define _GNU_SOURCE
+#include "batch.h"
 #include "jobs.h"
 #include "signals.h"
 #include "terminal.h"
@@ -28,7 +29,7 @@ void raise_file_limit(size_t count)
 	setrlimit(RLIMIT_NOFILE, &raised);
 }
 
-static void close_ours(struct job *job)
+void close_streams(struct job *job)
 {
 	close_input(job);
 	for (int i = 0; i < 2; i++) {
@@ -38,13 +39,33 @@ static void close_ours(struct job *job)
 	}
 }
 
+/* A template leaves room for the longest of the ranks that the cluster puts there. */
+static void __attribute__((noreturn)) turn_into_command(const struct options *options, const struct job *job)
+{
+	char rank[16];
+	struct command command;
+	snprintf(rank, sizeof rank, "%d", job == &template_job ? (int)job_count : job->rank);
+	int failed = prepare_command(options, rank, &command);
+	if (failed)
+		_exit(failed);
+	if (job == &template_job) {
+		batch_wait_template();
+		int code = run_command(&command);
+		_exit(code);
+	}
+	if (job->waits)
+		batch_wait(job);
+	_exit(run_command_on(options, job->node, &command));
+}
+
 static void __attribute__((noreturn)) child(const struct options *options, struct job *job, int ends[3], pid_t parent)
 {
 	forget_signals();
 	/* The exec would close them, but the cluster looks at us before it: a pipe with both ends here would have it
 	 * search every process of the machine for a third one. */
-	for (struct job *one = jobs; one <= job; one++)
-		close_ours(one);
+	for (size_t i = 0; i < job_count; i++)
+		close_streams(&jobs[i]);
+	close_streams(&template_job);
 	if (apart && terminal_enter(ends[1]) < 0)
 		_exit(EXIT_FAILED);
 	for (int fd = 0; fd < 3; fd++)
@@ -58,7 +79,7 @@ static void __attribute__((noreturn)) child(const struct options *options, struc
 	prctl(PR_SET_PDEATHSIG, SIGHUP);
 	if (getppid() != parent)
 		_exit(EXIT_FAILED);
-	_exit(become(options, job->node, job->rank));
+	turn_into_command(options, job);
 }
 
 /* Standard input of a command: a pipe of ours, or with --fanout its own view of the file that ours is. */
@@ -98,7 +119,8 @@ static int open_streams(const struct options *options, int in[2], int out[2][2])
 	return failed;
 }
 
-int start_job(const struct options *options, struct job *job)
+/* Opens what connects us, and forks. Returns the pid, or -1. */
+static pid_t start(const struct options *options, struct job *job)
 {
 	int in[2] = {-1, -1}, out[2][2] = {{-1, -1}, {-1, -1}};
 	int failed = (apart ? open_terminal : open_streams)(options, in, out);
@@ -115,17 +137,33 @@ int start_job(const struct options *options, struct job *job)
 		if (theirs[i] >= 0)
 			close(theirs[i]);
 	if (pid < 0)
-		close_ours(job);
+		close_streams(job);
 	int ours[] = {job->input, job->stream[0].fd, job->stream[1].fd};
 	for (int i = 0; i < 3; i++)
 		if (ours[i] >= 0)
 			fcntl(ours[i], F_SETFL, O_NONBLOCK); /* our end only: the other one is another description */
+	errno = why;
+	return pid;
+}
+
+int start_template(const struct options *options)
+{
+	pid_t pid = start(options, &template_job);
+	template_job.pid = pid > 0 ? pid : 0;
+	return pid > 0 ? 0 : -1;
+}
+
+int start_job(const struct options *options, struct job *job)
+{
+	pid_t pid = start(options, job);
+	int why = errno;
 	job->started = 1;
 	job->begin = now();
 	if (pid > 0) {
 		job->pid = pid;
 		return 0;
 	}
+	job->waits = 0;
 	complain("node %d: %s", job->node, strerror(why));
 	job->status = EXIT_FAILED << 8;
 	job->reaped = 1;
