@@ -89,6 +89,7 @@ class Config:
     nodeparallel: int = DEFAULT_NODEPARALLEL  # nodes whose steps run at once
     exports: list[str] = field(default_factory=list)  # what nodes without files of their own see; empty: the default
     prestage: list[str] = field(default_factory=list)  # what such nodes fetch when they come up
+    libraries: list[str] = field(default_factory=list)  # libraries, and folders whose libraries, they fetch as well
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
     precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
     contentlimit: int = DEFAULT_CONTENT_LIMIT  # bytes of open files without a name that travel with a process
@@ -336,10 +337,18 @@ def _export(config: Config, args: list[str]) -> None:
 
 
 def _prestage(config: Config, args: list[str]) -> None:
-    for path in args:
+    config.prestage += _fetched(args)
+
+
+def _libraries(config: Config, args: list[str]) -> None:
+    config.libraries += _fetched(args)
+
+
+def _fetched(paths: list[str]) -> list[str]:
+    for path in paths:
         if not path.startswith("/"):
             raise ValueError(f"what is to be fetched must be an absolute path, not {path!r}")
-    config.prestage += args
+    return paths
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -387,6 +396,7 @@ KEYWORDS = {
     "bootkey": Keyword("FILE", 1, 1, _bootkey, "the key that signs what nodes boot (default bootkey, beside key)"),
     "export": Keyword("PATH...", 1, 999, _export, "what nodes without files of their own see; `default`: programs"),
     "prestage": Keyword("PATH...", 1, 999, _prestage, "files and directories that such nodes fetch when they come up"),
+    "libraries": Keyword("PATH...", 1, 999, _libraries, "libraries, or folders with them, that such nodes fetch then"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "precopy": Keyword("SIZE|off", 1, 1, _precopy, "memory of a process from which on it moves while it runs (32M)"),
     "contentlimit": Keyword(

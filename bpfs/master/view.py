@@ -91,19 +91,21 @@ class View:
     @property
     def names(self) -> list[str]:
         """What nodes fetch when they come up: the configuration's, and what was added since."""
-        named = dict.fromkeys([*self._cluster.config.prestage, *self._added])
+        config = self._cluster.config
+        named = dict.fromkeys([*config.libraries, *config.prestage, *self._added])
         return [name for name in named if name not in self._deleted]
 
     def hear(self, node: Node, what: str) -> None:
         """Has a node that came up fetch what it should have before it needs it."""
-        paths = self.names
-        if what == "state" and node.state is NodeState.UP and node.number != MASTER and paths:
-            self._cluster.nursery.start_soon(self._prestage, node, tuple(paths), name=f"prestage of node {node.number}")
+        folders = self._cluster.config.libraries
+        orders = [("libraries" if name in folders else "prestage", name) for name in self.names]
+        if what == "state" and node.state is NodeState.UP and node.number != MASTER and orders:
+            self._cluster.nursery.start_soon(self._prestage, node, orders, name=f"prestage of node {node.number}")
 
-    async def _prestage(self, node: Node, paths: tuple[str, ...]) -> None:
-        for path in paths:
+    async def _prestage(self, node: Node, orders: list[tuple[str, str]]) -> None:
+        for verb, path in orders:
             try:
-                await self._call(node, "prestage", path, FETCH_TIMEOUT)
+                await self._call(node, verb, path, FETCH_TIMEOUT)
             except BpfsError as error:
                 if error.errno == EOPNOTSUPP:
                     return  # it has files of its own
@@ -153,8 +155,8 @@ class View:
         if (verb, bool(name)) not in (("add", True), ("delete", True), ("clear", False)):
             raise BpfsError(EINVAL, "write add PATH, delete PATH or clear")
         if verb == "clear":
+            self._deleted |= set(self.names)
             self._added.clear()
-            self._deleted = set(self._cluster.config.prestage)
         elif not name.startswith("/"):
             raise BpfsError(EINVAL, f"{name!r} is no absolute path")
         elif verb == "delete":

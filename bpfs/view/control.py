@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import threading
@@ -15,6 +16,7 @@ from bpfs.view.remote import Remote
 from bpfs.view.store import Store
 
 LINKS = 40  # as the kernel follows (MAXSYMLINKS)
+_LIBRARY = re.compile(r"\.so($|\.)")
 
 
 class Control:
@@ -34,6 +36,7 @@ class Control:
             "status": self._status,
             "purge": self._purge,
             "prestage": self._prestage,
+            "libraries": self._libraries,
         }
 
     def run(self) -> None:
@@ -55,7 +58,8 @@ class Control:
         store, it = self._store, self._store.statistics
         rows = {
             "objects": store.objects, "bytes": store.size, "limit": store.limit, "hits": it.hits,
-            "misses": it.misses, "fetched_bytes": it.fetched_bytes, "evicted": it.evicted, "damaged": it.damaged,
+            "misses": it.misses, "fetched_bytes": it.fetched_bytes, "peer_bytes": it.peer_bytes,
+            "given_bytes": it.given_bytes, "evicted": it.evicted, "damaged": it.damaged,
         }  # fmt: skip
         return "".join(f"{key} {value}\n" for key, value in rows.items())
 
@@ -66,6 +70,17 @@ class Control:
     def _prestage(self, path: str) -> str:
         with self._turn:  # there is one stream
             self._fetch(path, LINKS)
+        return ""
+
+    def _libraries(self, path: str) -> str:
+        with self._turn:
+            plain = os.path.dirname(self._plain(os.path.normpath(path) + "/."))
+            if not stat.S_ISDIR(self._remote.look(plain)[0][0]):
+                self._fetch(plain, LINKS)
+                return ""
+            for name, type_ in self._remote.names(plain)[0]:
+                if type_ << 12 == stat.S_IFREG and _LIBRARY.search(name):
+                    self._fetch(os.path.join(plain, name), LINKS)
         return ""
 
     def _fetch(self, path: str, links: int) -> None:

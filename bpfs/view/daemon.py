@@ -28,6 +28,7 @@ from bpfs.view.control import Control
 from bpfs.view.core import Core, Quick, Request, Slow
 from bpfs.view.fuse import Device, Op
 from bpfs.view.names import Names
+from bpfs.view.peers import Giver
 from bpfs.view.remote import Connector, Remote, Silent
 from bpfs.view.store import Store
 
@@ -40,9 +41,10 @@ _NODELESS = (Op.INTERRUPT, Op.INIT, Op.BATCH_FORGET, Op.FORGET, Op.DESTROY, Op.S
 class Daemon:
     """The daemon itself."""
 
-    def __init__(self, core: Core, connector: Connector, store: Store) -> None:
+    def __init__(self, core: Core, connector: Connector, store: Store, giver: Giver) -> None:
         self._core = core
         self._connector = connector
+        self._giver = giver
         self._changes = Changes(core)
         names, self._contents = Names(core, self._changes), Contents(core, self._changes, store)
         self._quick: dict[int, Quick] = {
@@ -80,7 +82,7 @@ class Daemon:
             self._serve(data)
 
     def _remote(self) -> Remote:
-        return Remote(self._connector, self._core.timeout)
+        return Remote(self._connector, self._core.timeout, self._giver)
 
     def _take_over(self) -> None:
         nodes = self._core.nodes
@@ -129,9 +131,10 @@ def main(argv: list[str]) -> int:
     store = Store(directory / "objects", int(limit))
     connector = Connector(socket.socket(fileno=int(streams_fd)))
     core = Core(Device(int(fuse_fd)), directory / "journal", float(timeout))
-    control = Control(socket.socket(fileno=int(control_fd)), store, Remote(connector, core.timeout))
+    giver = Giver(store)
+    control = Control(socket.socket(fileno=int(control_fd)), store, Remote(connector, core.timeout, giver))
     threading.Thread(target=control.run, daemon=True).start()
-    Daemon(core, connector, store).run()
+    Daemon(core, connector, store, giver).run()
     return 0
 
 

@@ -5,7 +5,10 @@ its answer `[errno, …]`; one request at a time a stream. After the answer to `
 
     look  path        -> [0, attributes, link target or "", digest or "", watched, file capabilities]
     list  path        -> [0, [[name, type], …], watched]
-    read  path, body  -> [0, attributes, digest, bytes of the body that follows]; body 0: only if it is small
+    read  path, body, others -> [0, attributes, digest, bytes of the body that follows, others]; body 0: only if it is
+                         small; `others`: instead of a body there may be nodes that have it: [[host, port, secret], …]
+    here  /, port, secret    -> [0]: the node of this stream gives objects there (bpfs.view.peers)
+    has   /, digest   -> [0]: that node has this object now
     tops  /           -> [0, [[path, link target or ""], …]]
     events            -> [0], and from then on packets of changes: [directory, name, kind]
 

@@ -6,10 +6,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from errno import EBADMSG, EIO, ETIMEDOUT
+from contextlib import suppress
+from errno import EBADMSG, EDQUOT, EIO, ENOSPC, ETIMEDOUT
 from typing import Any
 
 from bpfs.view import protocol
+from bpfs.view.peers import Giver, take
 from bpfs.view.protocol import Attributes
 from bpfs.view.store import CHUNK, Store
 
@@ -64,10 +66,12 @@ class Remote:
 
     Args:
         timeout: seconds that a request may take.
+        giver: gives to other nodes what is fetched.
     """
 
-    def __init__(self, connector: Connector, timeout: float) -> None:
+    def __init__(self, connector: Connector, timeout: float, giver: Giver) -> None:
         self._connector = connector
+        self._giver = giver
         self._timeout = timeout
         self._sock: socket.socket | None = None
 
@@ -94,12 +98,20 @@ class Remote:
             Silent: no answer, or what came was damaged three times.
             OSError: the store cannot take it (ENOSPC).
         """
-        whole = bool(digest)
+        whole, others = bool(digest), True
         for _ in range(4):
-            attributes, digest, body = self._ask(["read", path, whole])
+            attributes, digest, body, peers = self._ask(["read", path, whole, others])
+            if peers:
+                fd = self._from_others(peers, digest, attributes[4], store)
+                if fd >= 0:
+                    return Attributes(*attributes), digest, fd
+                whole, others = True, False
+                continue
             if body or not attributes[4]:
                 try:
-                    return Attributes(*attributes), digest, store.put(digest, body, self._body(body))
+                    fd = store.put(digest, body, self._body(body))
+                    self._tell(digest, body)
+                    return Attributes(*attributes), digest, fd
                 except Silent:
                     continue
                 except OSError as error:
@@ -112,6 +124,26 @@ class Remote:
             except OSError:
                 whole = True
         raise Silent
+
+    def _from_others(self, peers: list[list[Any]], digest: str, size: int, store: Store) -> int:
+        """An object's descriptor, fetched from another node; -1 where none of them gives it."""
+        for host, port, secret in peers:
+            try:
+                fd = store.put(digest, size, take((host, port, secret), digest, size))
+            except OSError as error:
+                if error.errno in (ENOSPC, EDQUOT):
+                    raise
+                continue  # it is gone, has dropped it, or sent something else
+            store.statistics.peer_bytes += size
+            self._tell(digest, size)
+            return fd
+        return -1
+
+    def _tell(self, digest: str, size: int) -> None:
+        """Others may have it from here."""
+        if size > protocol.SMALL:
+            with suppress(OSError):
+                self._ask(["has", "/", digest])
 
     def _body(self, size: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(size, CHUNK)))
@@ -143,7 +175,7 @@ class Remote:
         for fresh in (self._sock is None, True):
             try:
                 if self._sock is None:
-                    self._sock = self._connector.connect(deadline)
+                    self._sock = self._connect(deadline)
                 self._sock.settimeout(max(0.01, deadline - time.monotonic()))
                 protocol.send(self._sock, request)
                 answer = protocol.receive(self._sock)
@@ -158,6 +190,18 @@ class Remote:
                 raise Refused(answer[0], "refused by the master")
             return answer[1:]
         raise Silent
+
+    def _connect(self, deadline: float) -> socket.socket:
+        sock = self._connector.connect(deadline)
+        try:
+            self._giver.open(sock)
+            sock.settimeout(max(0.01, deadline - time.monotonic()))
+            protocol.send(sock, ["here", "/", self._giver.port, self._giver.secret])
+            protocol.receive(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def close(self) -> None:
         """Give the stream up."""

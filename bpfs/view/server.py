@@ -22,6 +22,7 @@ from bpfs import kernel, log
 from bpfs.view import protocol
 from bpfs.view.exports import Exports
 from bpfs.view.files import Digests, Files
+from bpfs.view.peers import Holders
 from bpfs.view.protocol import SMALL, Change
 from bpfs.view.watches import Watches
 
@@ -43,6 +44,7 @@ class Server:
         self._watches = Watches(self._files, self._tell)
         self._listeners: set[socket.socket] = set()
         self._telling = threading.Lock()
+        self._holders = Holders()
         self._operations = {"look": self._look, "list": self._list, "tops": self._tops}
 
     def run(self, control: socket.socket) -> None:
@@ -71,6 +73,7 @@ class Server:
         except OSError:
             pass  # it went away, or talks nonsense
         finally:
+            self._holders.gone(stream)
             if not listens:
                 stream.close()
 
@@ -84,7 +87,12 @@ class Server:
             return True
         try:
             if op == "read":
-                self._read(stream, path, bool(request[2:] and request[2]))
+                whole, others = (bool(flag) for flag in [*request[2:4], False, False][:2])
+                self._read(stream, path, whole, others)
+                return False
+            if op in ("here", "has"):
+                self._hear(stream, op, request[2:])
+                protocol.send(stream, [0])
                 return False
             operation = self._operations.get(op)
             if operation is None:
@@ -113,22 +121,45 @@ class Server:
         with _refusing():
             return [[[path, self._files.look(path)[1]] for path in self._files.exports.tops()]]
 
-    def _read(self, stream: socket.socket, path: str, wanted: bool) -> None:
+    def _hear(self, stream: socket.socket, op: str, words: list[Any]) -> None:
+        if op == "has" and len(words) == 1 and isinstance(words[0], str):
+            self._holders.has(stream, words[0])
+        elif op == "here" and len(words) == 2 and isinstance(words[0], int) and isinstance(words[1], bytes):
+            self._holders.announce(stream, *words)
+        else:
+            raise OSError(EINVAL, "sent nonsense")
+
+    def _read(self, stream: socket.socket, path: str, wanted: bool, others: bool) -> None:
         with _refusing():
             fd = self._files.open(path)
         try:
             with _refusing():
                 digest, status = self._digests.of(fd)
-            body = status.st_size if wanted or status.st_size <= SMALL else 0
-            protocol.send(stream, [0, self._files.attributes(status), digest, body])
-            at = 0
-            while at < body:
-                sent = os.sendfile(stream.fileno(), fd, at, body - at)
-                if not sent:
-                    raise OSError(EINVAL, "it was cut short meanwhile")
-                at += sent
+            attributes = self._files.attributes(status)
+            if status.st_size <= SMALL or not wanted:
+                body = status.st_size if status.st_size <= SMALL else 0
+                self._send(stream, fd, [0, attributes, digest, body, []])
+                return
+            found = self._holders.others(stream, digest) if others else []
+            if found:
+                protocol.send(stream, [0, attributes, digest, 0, found])
+                return
+            try:
+                self._send(stream, fd, [0, attributes, digest, status.st_size, []])
+            finally:
+                if others:
+                    self._holders.sent(digest)
         finally:
             os.close(fd)
+
+    def _send(self, stream: socket.socket, fd: int, answer: list[Any]) -> None:
+        protocol.send(stream, answer)
+        at, body = 0, answer[3]
+        while at < body:
+            sent = os.sendfile(stream.fileno(), fd, at, body - at)
+            if not sent:
+                raise OSError(EINVAL, "it was cut short meanwhile")
+            at += sent
 
     # -- events ------------------------------------------------------------------------------------
 

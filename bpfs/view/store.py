@@ -33,6 +33,8 @@ class Statistics:
     hits: int = 0
     misses: int = 0
     fetched_bytes: int = 0
+    peer_bytes: int = 0  # of these from other nodes
+    given_bytes: int = 0  # to other nodes
     evicted: int = 0
     damaged: int = 0
 

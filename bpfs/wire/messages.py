@@ -427,7 +427,7 @@ class ViewOpened(Message):
 class CacheCall(Message):
     """master -> slave, request (reply CacheReply): a verb for the node's object store; EOPNOTSUPP where it has none."""
 
-    verb: str  # status, purge, prestage
+    verb: str  # status, purge, prestage, libraries
     argument: str
 
 

@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.benchmarks.bench_cache import cache
 from tests.benchmarks.frame import Row
-from tests.cluster.moving import counting, move
 from tests.cluster.virtual import TOP, VirtualCluster, cluster
 
 PYTHON = "/usr/bin/python3"
 ROUNDS = 8
 COLD = 3  # nodes that have never seen NumPy
-MOVES = 100
 CHANGES = 50
 
 DRIVER = """
@@ -112,28 +111,6 @@ def changes(it: VirtualCluster, file: Path) -> Iterator[Row]:
     yield Row("a change is seen, most", max(taken) * 1e3, "ms")
 
 
-def moves(it: VirtualCluster, node: int) -> Iterator[Row]:
-    """The same Python moved again and again to a node that had nothing of it."""
-    with counting(PYTHON, "/tmp") as process:
-        for count in range(1, MOVES + 1):
-            before = cache(it, node)["fetched_bytes"]
-            began = time.perf_counter()
-            move(it, process.pid, node)
-            took = time.perf_counter() - began
-            if count in (1, 2, MOVES):
-                line = it.read(f"nodes/{node}/migrate").splitlines()[-1]
-                sent = int(line.split("bytes=")[1].split()[0])
-                content = cache(it, node)["fetched_bytes"] - before
-                yield Row(f"move {count} of python3 to an empty node", took * 1e3, "ms")
-                yield Row(f"… its bytes, {sent / 1e6:.2f} MB and content", (sent + content) / 1e6, "MB")
-            move(it, process.pid, -1)
-
-
-def cache(it: VirtualCluster, node: int) -> dict[str, int]:
-    """nodes/N/cache"""
-    return {key: int(number) for key, number in (line.split() for line in it.read(f"nodes/{node}/cache").splitlines())}
-
-
 def rows() -> Iterator[Row]:
     """The table."""
     commands = {"/bin/true": ["/bin/true"], "gcc of a small file": ["gcc", "-o", "view-bench", "view-bench.c"]}
@@ -142,10 +119,9 @@ def rows() -> Iterator[Row]:
         exported.mkdir()
         os.chmod(folder, 0o755)
         options = ("--root", "empty", "--export", str(exported))
-        with cluster(Path(folder) / "m", *options, nodes=COLD + 2) as it:
+        with cluster(Path(folder) / "m", *options, nodes=COLD + 1) as it:
             if has_numpy():
                 commands["import numpy"] = [PYTHON, "-c", "import numpy"]
                 yield from cold(it)
-            yield from moves(it, COLD + 1)
             yield from warm(it, commands)
             yield from changes(it, exported / "file")

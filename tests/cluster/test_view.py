@@ -276,6 +276,47 @@ def test_a_damaged_object_is_fetched_again(it, exported):
     assert cache(it)["damaged"] == before["damaged"] + 1
 
 
+def test_an_object_comes_from_another_node_that_has_it(it, exported):
+    size = 1_000_000
+    for name in "one", "two", "three", "four":
+        (exported / name).write_bytes(os.urandom(size))
+
+    def fetch(node: int, name: str) -> tuple[int, int]:
+        """Has a node fetch a file; the bytes that it got from others by then, and that others got from node 0."""
+        it.write(f"nodes/{node}/cache", f"prestage {exported / name}")
+        digest = hashlib.sha256((exported / name).read_bytes()).hexdigest()
+        assert (it.rundir.node_cache(node) / "objects" / digest).read_bytes() == (exported / name).read_bytes()
+        return cache(it, node)["peer_bytes"], cache(it, 0)["given_bytes"]
+
+    fetch(0, "one")
+    before = fetch(1, "one")
+    fetch(0, "two")
+    assert fetch(1, "two") == (before[0] + size, before[1] + size)
+    # What a node has dropped, or has damaged, comes from the master.
+    fetch(0, "three"), fetch(0, "four")
+    objects = it.rundir.node_cache(0) / "objects"
+    (objects / hashlib.sha256((exported / "three").read_bytes()).hexdigest()).unlink()
+    damaged = objects / hashlib.sha256((exported / "four").read_bytes()).hexdigest()
+    damaged.chmod(0o644)
+    damaged.write_bytes(os.urandom(size))
+    assert fetch(1, "three") == fetch(1, "four") == (before[0] + size, before[1] + size)
+
+
+def test_another_node_that_does_not_answer_is_given_up(it, exported):
+    (exported / "lonely").write_bytes(os.urandom(1_000_000))
+    it.write("nodes/0/cache", f"prestage {exported / 'lonely'}")
+    pid = daemon(it, 0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        before = cache(it, 1)
+        it.write("nodes/1/cache", f"prestage {exported / 'lonely'}")
+        after = cache(it, 1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert after["fetched_bytes"] == before["fetched_bytes"] + 1_000_000
+    assert after["peer_bytes"] == before["peer_bytes"]
+
+
 def test_the_cache_is_shown_purged_and_filled(it, exported):
     it.write("nodes/1/cache", "purge")
     assert cache(it, 1)["objects"] < 20  # what is mapped stays

@@ -45,12 +45,17 @@ def test_a_node_shows_and_fetches_what_the_file_says(session_folder):
     (data / "big").write_bytes(b"b" * 300_000)
     (data / "other").write_text("other\n")
     (folder / "unshown").write_text("no\n")
+    (data / "libs").mkdir()
+    for number, name in enumerate(("liba.so", "libb.so.1.2", "notes.txt", "soup")):
+        (data / "libs" / name).write_bytes(bytes([number]) * 200_000)
+    (folder / "libs").symlink_to(data / "libs")
     mount, key, config, cache = folder / "m", folder / "key", folder / "config", folder / "cache"
     mount.mkdir()
     key.write_text("0123456789abcdef0123456789abcdef\n")
     key.chmod(0o600)
     common = f"key {key}\nmount {mount}\nbprocport 0\nstate {folder}/state\n"
-    config.write_text(common + f"export default {data}\nprestage {data}/big {folder}/nothing\ncachesize 50M\n")
+    fetched = f"prestage {data}/big {folder}/nothing\nlibraries {folder}/libs\ncachesize 50M\n"
+    config.write_text(common + f"export default {data} {folder}/libs\n" + fetched)
     env = {**os.environ, "BPFS": str(mount)}
 
     def there(command: str) -> subprocess.CompletedProcess[str]:
@@ -69,7 +74,7 @@ def test_a_node_shows_and_fetches_what_the_file_says(session_folder):
             "bpslave", "-f", "-k", key, "-n", 0, "--no-mount", "--root", "empty", "--cache", cache, f"{host}:{port}"
         )
         wait_until(lambda: text(mount / "nodes/0/state") == "up\n", "the node should be up")
-        wait_until(lambda: "fetched_bytes 300000\n" in text(mount / "nodes/0/cache"), "it should fetch what was said")
+        wait_until(lambda: "fetched_bytes 700000\n" in text(mount / "nodes/0/cache"), "it should fetch what was said")
         assert f"limit {50 << 20}\n" in text(mount / "nodes/0/cache")
         assert there(f"cat {data}/other").stdout == "other\n"
         assert there(f"cat {folder}/unshown").returncode == 1
