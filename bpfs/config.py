@@ -47,6 +47,11 @@ MOST_CONTENT = 192 << 20
 """What is read into an image's description, whose most is engine.image.MAX_META, with room for the rest of it."""
 
 
+DEFAULT_PSVIEW = 128
+PSVIEW_MOST = 4096
+"""Three mounts a ghost: 128 cost an `unshare -m` 1.5 ms, 4096 some 50 ms, and three descriptors."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeEntry:
     """One `node` line: a number and the hardware addresses that get it."""
@@ -93,6 +98,7 @@ class Config:
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
     precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
     contentlimit: int = DEFAULT_CONTENT_LIMIT  # bytes of open files without a name that travel with a process
+    psview: int = DEFAULT_PSVIEW  # ghosts up to which everybody's ps shows what is on nodes; 0: never
 
     @property
     def margin(self) -> float:
@@ -381,6 +387,10 @@ def _contentlimit(config: Config, args: list[str]) -> None:
         raise ValueError(f"contentlimit must be at most {MOST_CONTENT >> 20}M, not {args[0]}")
 
 
+def _psview(config: Config, args: list[str]) -> None:
+    config.psview = 0 if args[0] == "off" else _number(args[0], 0, PSVIEW_MOST, "psview")
+
+
 KEYWORDS = {
     "interface": Keyword("NAME", 1, 1, _interface, "network interface of the cluster's private network"),
     "nodes": Keyword("COUNT", 1, 1, _nodes, "how many nodes there may be; numbers go from 0 to COUNT - 1"),
@@ -402,6 +412,7 @@ KEYWORDS = {
     "contentlimit": Keyword(
         "SIZE", 1, 1, _contentlimit, "bytes of open, deleted files and memfds that move with a process (64M)"
     ),
+    "psview": Keyword("COUNT|off", 1, 1, _psview, f"ghosts up to which any ps shows what nodes do ({DEFAULT_PSVIEW})"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),
     "bootpeers": Keyword("COUNT", 1, 1, _bootpeers, f"nodes that pass images on to others ({DEFAULT_BOOTPEERS})"),

@@ -113,6 +113,11 @@ class RunDir:
         """The mount point of the ghost programs with file capabilities (bpfs.procs.programs)."""
         return self.path / "ghosts"
 
+    @property
+    def psview(self) -> Path:
+        """The mount point of what covers the /proc files of ghosts (bpfs.procs.covers)."""
+        return self.path / "psview"
+
     def node_log(self, number: int) -> Path:
         """What the slave of a virtual node logs."""
         return self.path / f"n{number}.log"

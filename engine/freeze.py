@@ -240,7 +240,7 @@ class Frozen:
 
     def write_note(self, base: int) -> None:
         """Have a scratch at `base` taken away should this worker be killed."""
-        stat = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/stat"))
+        stat = procfs.parse_stat(procfs.read(procfs.own_file(self.pid, "stat")))
         note.write(self.pid, stat.starttime, base, SCRATCH_SIZE)
 
     def has_scratch(self, address: int, length: int) -> bool:
@@ -334,7 +334,7 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
 def tracing(pid: int) -> str:
     """In words, who traces a process; empty when nobody does."""
     try:
-        tracer = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"]
+        tracer = procfs.parse_status(procfs.read(procfs.own_file(pid, "status")))["TracerPid"]
         name = os.fsdecode(procfs.read(f"/proc/{tracer}/comm").strip()) if tracer != "0" else ""
     except (OSError, KeyError):
         return ""
@@ -345,14 +345,14 @@ def unseized(pid: int) -> Frozen:
     """A process to be looked at as it runs, with nothing but its `/proc`. Raises OSError."""
     frozen = Frozen(pid)
     frozen.threads = [Thread(pid)]
-    frozen.status = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))
+    frozen.status = procfs.parse_status(procfs.read(procfs.own_file(pid, "status")))
     return frozen
 
 
 def _is_held_by_us(pid: int) -> bool:
     """Whether another worker has it, or whoever cleans up after one: that does not take long."""
     try:
-        tracer = procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"]
+        tracer = procfs.parse_status(procfs.read(procfs.own_file(pid, "status")))["TracerPid"]
         return tracer == "0" or procfs.read(f"/proc/{tracer}/comm").startswith(b"bpfs-")
     except OSError:
         return False
@@ -360,7 +360,7 @@ def _is_held_by_us(pid: int) -> bool:
 
 def _waits_for_child(tid: int) -> bool:
     try:
-        state = procfs.parse_stat(procfs.read(f"/proc/{tid}/stat")).state
+        state = procfs.parse_stat(procfs.read(procfs.own_file(tid, "stat"))).state
         number = procfs.read(f"/proc/{tid}/syscall").split()[0]
     except (OSError, IndexError):
         return False

@@ -77,7 +77,7 @@ def _unstage(pid: int, starttime: int, spans: list[tuple[int, int]]) -> None:
     from engine.runner import Calls
 
     with contextlib.suppress(OSError):
-        if procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).starttime != starttime:
+        if procfs.parse_stat(procfs.read(procfs.own_file(pid, "stat"))).starttime != starttime:
             return
         frozen = freeze(pid)
         try:
@@ -97,7 +97,7 @@ def _leave_scratch(pid: int, starttime: int, address: int, length: int) -> None:
     while pid and time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):
             try:
-                if procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).starttime != starttime:
+                if procfs.parse_stat(procfs.read(procfs.own_file(pid, "stat"))).starttime != starttime:
                     return
             except (FileNotFoundError, ProcessLookupError):
                 return

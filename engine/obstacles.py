@@ -61,7 +61,7 @@ def children_of(frozen: Frozen) -> list[tuple[int, int, int, int]]:
     found = []
     for child in living_children(frozen):
         with contextlib.suppress(OSError):
-            status = procfs.parse_status(procfs.read(f"/proc/{child}/status"))
+            status = procfs.parse_status(procfs.read(procfs.own_file(child, "status")))
             ids = [int(status[key].split()[-1]) for key in ("NSpid", "NSpgid", "NSsid")]
             found.append((ids[0], ids[1], ids[2], int(status["Uid"].split()[0])))
     return found

@@ -139,7 +139,7 @@ class World:
         outer = outer_pid(self._init, self._namespace, pid)
         if outer is None:
             return True
-        with open(f"/proc/{outer}/status", "rb", buffering=0) as file:
+        with open(procfs.own_file(outer, "status"), "rb", buffering=0) as file:
             return b"\nTracerPid:\t0\n" not in file.read()
 
     def _exe_of(self, pid: int) -> tuple[int, int]:

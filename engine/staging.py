@@ -51,7 +51,7 @@ class Child:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.pid = target.pid
-        self._start = procfs.parse_stat(procfs.read(f"/proc/{self.pid}/stat")).starttime
+        self._start = procfs.parse_stat(procfs.read(procfs.own_file(self.pid, "stat"))).starttime
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Calls]:
@@ -73,7 +73,7 @@ class Ghost:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._start = procfs.parse_stat(procfs.read(f"/proc/{pid}/stat")).starttime
+        self._start = procfs.parse_stat(procfs.read(procfs.own_file(pid, "stat"))).starttime
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Calls]:

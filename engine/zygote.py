@@ -82,7 +82,9 @@ class Zygote:
             pass
 
 
-def _become_zygote(control: socket.socket, parent: int) -> None:
+def become_helper(control: socket.socket, name: str) -> socket.socket:
+    """Makes a fresh fork of a daemon a process of its own: it has nothing of the daemon's but standard error and this
+    socket, whose end is the daemon's; signals are none. Returns the socket."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # the daemon's end is the end of the socket
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -94,13 +96,18 @@ def _become_zygote(control: socket.socket, parent: int) -> None:
     os.dup2(null, 1)
     os.closerange(3, keep)
     os.closerange(keep + 1, 1 << 20)
-    _name(b"bpfs-zygote")
+    _name(name.encode())
     gc.collect()
     gc.freeze()
+    return socket.socket(fileno=keep)
+
+
+def _become_zygote(control: socket.socket, parent: int) -> None:
+    control = become_helper(control, "bpfs-zygote")
     gc.disable()
     if os.getppid() != parent:
         return
-    _Pool(socket.socket(fileno=keep)).run()
+    _Pool(control).run()
 
 
 def _name(name: bytes) -> None:

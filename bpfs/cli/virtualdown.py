@@ -63,8 +63,9 @@ def take_down(mount: str) -> None:
     _end_all(lambda: list(rundir.recorded().values()), signal.SIGTERM)
     while is_mounted(mount):
         kernel.umount(mount)
-    while is_mounted(str(rundir.programs)):  # its master was killed
-        kernel.umount(str(rundir.programs))
+    for point in (rundir.programs, rundir.psview):
+        while is_mounted(str(point)):  # its master was killed
+            kernel.umount(str(point))
     _end_all(lambda: ghosts(mount), signal.SIGKILL)
     virtualnet.remove(mount)
     made = rundir.read("made")

@@ -35,6 +35,7 @@ from bpfs.nodes.names import NodeNames
 from bpfs.nodes.registry import MASTER
 from bpfs.nodes.settings import Settings
 from bpfs.pidspace import own_pids
+from bpfs.procs.covers import Covers
 from bpfs.rundir import RunDir, escape
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.wire.handshake import read_key
@@ -74,16 +75,18 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     port = open_port(listen_address(options.config), options.config.port)
     # Before trio and before any thread: workers are forks of the zygote, and it is a fork of this.
     zygote = Zygote.start()
+    covers = Covers.start(RunDir(options.config.mount).psview)
     complaint = ""
     try:
         with own_pids():
-            trio.run(_serve, options, ready, key, port, Workers(zygote))
+            trio.run(_serve, options, ready, key, port, Workers(zygote), covers)
     except* BpfsError as group:
         complaint = first_error(group).sentence
         if ready.told:
             _log.error("%s", complaint)
         ready.failed(complaint)
     finally:
+        covers.close()
         zygote.close()
         port.close()
     return 1 if complaint else 0
@@ -110,7 +113,9 @@ def state_file(rundir: RunDir) -> Path:
     return rundir.path / "nodes" if rundir.virtual else DEFAULT_STATE / escape(rundir.mount)
 
 
-async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.socket, workers: Workers) -> None:
+async def _serve(
+    options: MasterOptions, ready: Ready, key: bytes, port: socket.socket, workers: Workers, covers: Covers
+) -> None:
     rundir = RunDir(options.config.mount)
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -125,7 +130,7 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
         stack.callback(rundir.leave)
         rundir.record("master", os.getpid())
         rundir.write("port", f"{host} {number}\n")
-        await stack.enter_async_context(processes(cluster))
+        procs = await stack.enter_async_context(processes(cluster, covers))
         boot = BootDesk(cluster, lambda: _read_again(cluster, options.config_path))
         files = (await stack.enter_async_context(view(cluster))).server
         clocks = ClockWatch(cluster.nodes)
@@ -149,6 +154,8 @@ async def _serve(options: MasterOptions, ready: Ready, key: bytes, port: socket.
             _read_again(cluster, options.config_path)
             boot.read_again()
             files.export()
+            if procs.view is not None:
+                procs.view.configure(cluster.config.psview)
         _log.info("told to end")
         await _farewell(cluster)
 

@@ -9,9 +9,11 @@ import trio
 
 from bpfs.master.cluster import Cluster
 from bpfs.procs.births import Births
+from bpfs.procs.covers import Covers
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.programs import Programs
+from bpfs.procs.psview import PsView
 from bpfs.procs.routes import Surroundings
 from bpfs.procs.service import Procs
 from bpfs.procs.table import ProcTable
@@ -20,7 +22,7 @@ from bpfs.wire import messages
 
 
 @asynccontextmanager
-async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
+async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     """The cluster's processes for as long as the context lasts; every ghost ends with it."""
     table = ProcTable(cluster.events.post)
     ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
@@ -31,6 +33,10 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
     births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)
     cluster.handle(messages.JobEvents, births.report)
     cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
+    procs.view = view = PsView(covers, ghosts, cluster.nodes, cluster.config.psview)
+    cluster.events.listen(lambda _: view.poke())
+    cluster.root_entries.append(view.entry())
+    cluster.nursery.start_soon(view.run, name="view of ps")
     files = ProcFiles(procs)
     cluster.root_entries.append(files.collection())
     cluster.node_entries += files.node_entries()
@@ -40,3 +46,4 @@ async def processes(cluster: Cluster) -> AsyncIterator[Procs]:
         finally:
             with trio.CancelScope(shield=True):
                 await ghosts.end_all()
+                await view.close()

@@ -23,6 +23,7 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.wire.mux import BIRTH, MAX_PACKET, MAX_TEXT, Ctl, Packet, tune_stream, unpack
+from engine.linux.procfs import own_file
 
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "ghost"
 ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
@@ -229,7 +230,7 @@ class Ghost:
             return "X"
         try:
             if self._stat < 0:
-                self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+                self._stat = os.open(own_file(self.pid, "stat"), os.O_RDONLY | os.O_CLOEXEC)
             text = os.pread(self._stat, 512, 0)
         except OSError:
             return "X"

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -113,6 +113,10 @@ class Ghosts:
     def stand_in(self, pid: int) -> Away | None:
         """What stands for the process with this pid, or None."""
         return self._away.get(pid)
+
+    def all(self) -> Iterable[Away]:
+        """What stands for all processes that are away."""
+        return self._away.values()
 
     def in_session(self, sid: int) -> Away | None:
         """Some ghost of a session, or None."""

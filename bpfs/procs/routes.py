@@ -501,8 +501,8 @@ def relatives(pids: Iterable[int]) -> list[Relative]:
     found: list[Relative] = []
     for pid in pids:
         with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            _, _, status = Path(f"/proc/{pid}/status").read_text(errors="replace").partition("\nUid:")
+            fields = Path(procfs.own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
+            _, _, status = Path(procfs.own_file(pid, "status")).read_text(errors="replace").partition("\nUid:")
             found.append((pid, int(fields[2]), int(fields[3]), int(status.split(None, 1)[0])))
     return found
 

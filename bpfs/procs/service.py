@@ -22,6 +22,7 @@ from bpfs.procs.migration import Migration
 from bpfs.procs.onexec import OnExec
 from bpfs.procs.places import MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
+from bpfs.procs.psview import PsView
 from bpfs.procs.restart import Restarts
 from bpfs.procs.rights import admits, may_control, writes_itself
 from bpfs.procs.routes import Surroundings, route
@@ -49,6 +50,7 @@ class Procs:
         self.batches = Batches(self, around, self._master)
         self.losses = Losses(self)
         around.ghosts.rescue = self.losses.rescue
+        self.view: PsView | None = None
 
     # -- moving ------------------------------------------------------------------------------------------------
 
@@ -117,9 +119,12 @@ class Procs:
             self._moves[node].append(move)
 
         self._under_way.add(migration)
+        homing = self.view if node == MASTER else None
         # Before the process runs on: it may be a script that reads at once what was wrong.
         migration.on_failure = lambda error: record(errno_name(error.code), error.sentence)
         try:
+            if homing is not None:
+                await homing.before_home(proc)
             await run()
             proc.arrived(node, figures.freeze_ms, figures.bytes)
             record("ok", "")
@@ -132,6 +137,8 @@ class Procs:
             with trio.CancelScope(shield=True):
                 await self._settle(proc, migration.source.number)
             self._under_way.discard(migration)
+            if homing is not None:
+                homing.home(proc)
             proc.landing = False
             proc.settled.set()
 

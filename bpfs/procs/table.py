@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bpfs.errors import BpfsError
 from bpfs.procs.process import MASTER, ExitStatus, Identity, Pid, Process, ProcState
+from engine.linux.procfs import own_file
 
 
 def read_identity(pid: int) -> Identity:
@@ -17,12 +18,10 @@ def read_identity(pid: int) -> Identity:
         BpfsError: ESRCH, there is no such process (or it is a kernel thread's or a zombie's pid).
     """
     try:
-        base = Path(f"/proc/{pid}")
-        status = dict(
-            line.split(":\t", 1) for line in (base / "status").read_text(errors="replace").splitlines() if ":\t" in line
-        )
-        stat = (base / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        cmdline = (base / "cmdline").read_bytes()
+        text = Path(own_file(pid, "status")).read_text(errors="replace")
+        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        stat = Path(own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
+        cmdline = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
     if int(status["Tgid"]) != pid:

@@ -6,13 +6,15 @@ import os
 import stat
 from pathlib import Path
 
+from engine.linux.procfs import own_file
+
 # Majors of terminals (Documentation/admin-guide/devices.txt): consoles, serial lines, ptys, /dev/tty.
 _TTY_MAJORS = frozenset({3, 4, 5, 166, 188, 204, 207, 229, *range(136, 144)})
 
 
 def _stat(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return Path(own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 

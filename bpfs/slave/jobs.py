@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from errno import EFBIG, EINVAL, EIO, ESRCH
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -15,12 +16,15 @@ from bpfs.errors import BpfsError, LinkClosed
 from bpfs.slave.births import BirthWatch
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
+    JOBS_AT_ONCE,
     MM_FILES,
     PROC_FILES,
     DropPlaceholder,
     HostPidIs,
     HostPidOf,
     JobReport,
+    JobsStatus,
+    JobsStatusAre,
     JobStatus,
     JobStatusIs,
     KillAll,
@@ -171,16 +175,28 @@ class Jobs:
         """Handler: files of /proc of a job, from the jobs' own /proc: pids in them are the cluster's."""
         if not set(message.names) <= PROC_FILES:
             raise BpfsError(EINVAL, f"a node does not tell all of {' '.join(message.names)}")
-        folder = Path(f"/proc/{self._space.init}/root/proc/{message.pid}")
-
-        def read() -> tuple[bytes, ...]:
-            return tuple((folder / name).read_bytes() for name in message.names)
-
         try:
             slow = MM_FILES.intersection(message.names)
+            read = partial(self._files, message.pid, message.names)
             texts = await trio.to_thread.run_sync(read, abandon_on_cancel=True) if slow else read()
         except OSError:
             raise BpfsError(ESRCH, f"there is no process {message.pid} on this node") from None
         if sum(map(len, texts)) > TEXT_LIMIT:
             raise BpfsError(EFBIG, f"{' '.join(message.names)} of process {message.pid} is longer than a message")
         return JobStatusIs(texts)
+
+    def statuses(self, message: JobsStatus) -> JobsStatusAre:
+        """Handler: the same of many jobs, those that have ended left empty."""
+        if not set(message.names) <= PROC_FILES - MM_FILES or len(message.pids) > JOBS_AT_ONCE:
+            raise BpfsError(EINVAL, f"a node does not tell {' '.join(message.names)} of {len(message.pids)} jobs")
+        texts: list[bytes] = []
+        for pid in message.pids:
+            try:
+                texts += self._files(pid, message.names)
+            except OSError:
+                texts += [b""] * len(message.names)
+        return JobsStatusAre(tuple(texts))
+
+    def _files(self, pid: int, names: tuple[str, ...]) -> tuple[bytes, ...]:
+        folder = Path(f"/proc/{self._space.init}/root/proc/{pid}")
+        return tuple((folder / name).read_bytes() for name in names)

@@ -49,6 +49,7 @@ from bpfs.wire.messages import (
     Fence,
     HeartbeatSeen,
     HostPidOf,
+    JobsStatus,
     JobStatus,
     KillAll,
     Leaving,
@@ -187,6 +188,7 @@ class Slave:
             HostPidOf: jobs.hostpid,
             StandIn: jobs.stand_in,
             JobStatus: jobs.status,
+            JobsStatus: jobs.statuses,
             DropPlaceholder: jobs.drop_placeholder,
         }
         if self.stdio is not None:

@@ -17,6 +17,8 @@ from signal import SIGCHLD, SIGCONT, SIGURG, SIGWINCH
 
 import trio
 
+from engine.linux.procfs import own_file
+
 POLL_S = 0.1
 """Seconds between two looks at a waiting caller's signals: ^C then takes 8 ms to 100 ms, which people call at once."""
 
@@ -43,7 +45,7 @@ _HARMLESS = _bit(SIGCHLD) | _bit(SIGCONT) | _bit(SIGURG) | _bit(SIGWINCH)
 def _status(tid: int) -> dict[str, str]:
     """The fields of /proc/TID/status; empty when there is no such thread."""
     try:
-        text = FilePath(f"/proc/{tid}/status").read_text(errors="replace")
+        text = FilePath(own_file(tid, "status")).read_text(errors="replace")
     except OSError:
         return {}
     return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)

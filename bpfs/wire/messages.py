@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 7
+VERSION = 8
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -341,6 +341,9 @@ class DropPlaceholder(Message):
 MM_FILES = frozenset({"cmdline", "environ", "maps", "smaps_rollup"})
 """Files of /proc/PID whose reader waits for the process's memory map: never to be read by a daemon's main thread."""
 
+JOBS_AT_ONCE = 100
+"""Jobs in one JobsStatus: the answer is far below a frame's limit, and takes a node about 5 ms."""
+
 PROC_FILES = frozenset({"stat", "status", "statm", "io", "limits", "wchan"}) | MM_FILES
 """Files of /proc/PID that a node tells."""
 
@@ -356,6 +359,21 @@ class JobStatus(Message):
 @_message(37)
 class JobStatusIs(Message):
     """slave -> master: one text per name asked for."""
+
+    texts: tuple[bytes, ...]
+
+
+@_message(43)
+class JobsStatus(Message):
+    """master -> slave, request (reply JobsStatusAre): files of /proc/PID of `JOBS_AT_ONCE` jobs at most."""
+
+    pids: tuple[int, ...]
+    names: tuple[str, ...]  # of PROC_FILES, and none of MM_FILES
+
+
+@_message(44)
+class JobsStatusAre(Message):
+    """slave -> master: a text per name for one pid after the other; all empty for a job that has ended."""
 
     texts: tuple[bytes, ...]
 

@@ -16,7 +16,7 @@ from typing import Any
 from engine.descriptors.model import Probe, Source, is_mode
 from engine.linux.kcmp import same_file
 from engine.linux.nsfs import pids_by_status
-from engine.linux.procfs import children, parse_stat, read
+from engine.linux.procfs import children, own_file, parse_stat, read
 
 _MOST = 64  # relatives that are looked at; a shell's job has a handful
 
@@ -63,7 +63,7 @@ def _has(pid: int, probe: Probe, relative: int) -> bool:
 def _relatives(pid: int) -> Iterator[int]:
     yield from children(pid)
     with suppress(OSError):
-        parent = parse_stat(read(f"/proc/{pid}/stat")).ppid
+        parent = parse_stat(read(own_file(pid, "stat"))).ppid
         if parent > 1:  # init's children have nothing in common
             yield parent
             yield from (sibling for sibling in children(parent) if sibling != pid)

@@ -5,6 +5,8 @@ import fcntl
 import os
 from typing import Final
 
+from engine.linux.procfs import own_file
+
 _PID_FROM_PIDNS: Final = 0x8004B706  # _IOR(0xb7, 6, int): the caller's number of a pid of the namespace
 _PID_IN_PIDNS: Final = 0x8004B708  # _IOR(0xb7, 8, int): the namespace's number of a pid of the caller
 
@@ -52,7 +54,7 @@ def name_by_status(pid: int) -> bytes:
 
 def _status(pid: int) -> bytes:
     try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+        with open(own_file(pid, "status"), "rb", buffering=0) as file:
             return file.read()
     except OSError:
         return b""

@@ -63,10 +63,16 @@ def parse_stat(raw: bytes) -> Stat:
     )  # fmt: skip
 
 
+def own_file(pid: int | str, name: str) -> str:
+    """The path of a process's stat, status or statm that the kernel itself fills: for ps and top, those of
+    /proc/PID may be covered by what another process does elsewhere. Times and faults in it are the first thread's."""
+    return f"/proc/{pid}/task/{pid}/{name}"
+
+
 def own_bytes(pid: int) -> int:
     """Bytes of memory that are a process's own, about: present, and not of a file; 0 once it has ended."""
     try:
-        _, resident, shared, *_ = read(f"/proc/{pid}/statm").split()
+        _, resident, shared, *_ = read(own_file(pid, "statm")).split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return (int(resident) - int(shared)) * _PAGE
@@ -82,7 +88,7 @@ def has_ended(folder: str) -> bool:
 
 def is_stopped(pid: int) -> bool:
     """Whether a process stands still by a signal of job control. Raises OSError where it is gone."""
-    return read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1] == b"T"
+    return read(own_file(pid, "stat")).rpartition(b") ")[2][:1] == b"T"
 
 
 def parse_status(raw: bytes) -> dict[str, str]:
@@ -249,7 +255,7 @@ def _has_children_files() -> bool:
 
 def _parent(name: str) -> int:
     try:
-        return parse_stat(read(f"/proc/{name}/stat")).ppid
+        return parse_stat(read(own_file(name, "stat"))).ppid
     except (FileNotFoundError, ProcessLookupError):
         return -1
 

@@ -160,9 +160,10 @@ def set_link(name: str, up: bool) -> None:
 def left_behind(cluster: VirtualCluster, processes: dict[int, int]) -> list[str]:
     """What should have gone with a cluster and has not."""
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    made = [str(path) for path in (cluster.mount, cluster.rundir.programs, cluster.rundir.psview)]
     bridge = virtualnet.bridge_name(str(cluster.mount))
     found = [f"process {pid} {comm(pid)}" for pid in living(processes)]
-    found += [f"mount {mount}" for mount in mounts if mount in (str(cluster.mount), str(cluster.rundir.programs))]
+    found += [f"mount {mount}" for mount in mounts if mount in made]
     found += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(bridge)]
     if cluster.rundir.path.exists():
         found.append(f"directory {cluster.rundir.path}")
