@@ -2,7 +2,7 @@
 """bpps: the output of ps with a column NODE before it.
 
 ps itself is the system's own, with all its options: a ghost has the pid, the user and the command line of its process,
-and for root psview gives it the state, times and memory as well.
+and bpmaster gives it the state, times and memory as well; where it does not, psview does so for root.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _main(argv: Sequence[str] | None) -> int:
     options, arguments = parser.parse_known_args(argv)
     cluster = Cluster(options.mount)
     wanted = set(cluster.expand(options.nodes)) if options.nodes else None
-    # The files of processes can be covered by root only; others see what the ghosts have.
-    view = PsView(cluster) if os.geteuid() == 0 else None
+    # Files of processes can be covered by root only. Others see what everybody does.
+    view = PsView(cluster) if os.geteuid() == 0 and not shown_to_everybody(cluster) else None
     try:
         if view:
             view.refresh()
@@ -90,6 +90,14 @@ def _environment() -> dict[str, str]:
         return dict(os.environ)
     columns = shutil.get_terminal_size().columns - _WIDTH - 1
     return {**os.environ, "COLUMNS": str(max(columns, 20))}
+
+
+def shown_to_everybody(cluster: Cluster) -> bool:
+    """Whether /proc itself shows what processes do on their nodes."""
+    try:
+        return "shown_to everybody\n" in (cluster.mount / "psview").read_text()
+    except OSError:
+        return False
 
 
 def places(cluster: Cluster) -> dict[int, int]:

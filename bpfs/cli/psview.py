@@ -18,17 +18,12 @@ from queue import Empty, SimpleQueue
 
 from bpfs import kernel
 from bpfs.client import Cluster
-
-FILES = ("stat", "status", "statm")
+from bpfs.procs.pstext import FILES, merge_stat, merge_status
+from engine.linux.procfs import own_file
 
 _READERS = 8
 _PATIENCE_S = 1.0
 """For all answers together: of a node that is silent the ghosts' own figures are shown, or the last ones known."""
-
-_OURS = (4, 5, 6, 7, 8, 22)
-"""Fields of stat, numbered as in proc(5), that the ghost has right: parent, group, session, terminal and its foreground
-group, start. The node's terminals and its clock are others."""
-_FIRST = 3  # the field behind the name
 
 
 class PsView:
@@ -38,7 +33,6 @@ class PsView:
         """Raises OSError."""
         self._cluster = cluster
         self._files: dict[tuple[int, str], int] = {}
-        self._own: dict[int, bytes] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="bpps-")
         kernel.unshare(kernel.CLONE_NEWNS)
         kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
@@ -105,9 +99,8 @@ class PsView:
         return found
 
     def _show(self, pid: int, texts: list[bytes]) -> None:
-        if pid not in self._own:
-            self._own[pid] = Path(f"/proc/{pid}/stat").read_bytes()
-        texts = [merge(texts[0], self._own[pid]), *texts[1:]]
+        own = Path(own_file(pid, "stat")).read_bytes()
+        texts = [merge_stat(texts[0], own), merge_status(texts[1], own), *texts[2:]]
         for name, text in zip(FILES, texts, strict=True):
             self._write(pid, name, text)
 
@@ -130,21 +123,7 @@ class PsView:
             os.ftruncate(fd, len(text))
 
     def _forget(self, pid: int) -> None:
-        self._own.pop(pid, None)
         for name in FILES:
             fd = self._files.pop((pid, name), -1)
             if fd >= 0:
                 os.close(fd)
-
-
-def merge(node: bytes, ghost: bytes) -> bytes:
-    """Returns a line of stat with the node's figures and what the ghost has right.
-
-    Raises:
-        ValueError, IndexError: one of them is no such line.
-    """
-    head, _, tail = ghost.rpartition(b") ")
-    own, figures = tail.split(), node[node.rindex(b") ") + 2 :].split()
-    for field in _OURS:
-        figures[field - _FIRST] = own[field - _FIRST]
-    return head + b") " + b" ".join(figures) + b"\n"

@@ -17,7 +17,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +55,10 @@ class Word(enum.IntEnum):
 class Covers:
     """The master's handle of the process."""
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
+    def __init__(self, sock: socket.socket, pid: int, folder: Path) -> None:
         self.socket = sock
         self.pid = pid
+        self.folder = folder
 
     @classmethod
     def start(cls, folder: Path) -> Covers:
@@ -76,7 +77,7 @@ class Covers:
             finally:
                 os._exit(status)
         theirs.close()
-        return cls(ours, pid)
+        return cls(ours, pid, folder)
 
     def close(self) -> None:
         """Takes all covers away; returns when that is done."""
@@ -94,6 +95,17 @@ def unpack(packet: bytes) -> tuple[Word, list[Any]]:
     """Its word and the rest."""
     word, *items = msgpack.unpackb(packet)
     return Word(word), items
+
+
+def sweep(pids: Iterable[int], folder: Path) -> None:
+    """Takes away what a process that was killed has left."""
+    for pid in pids:
+        for name in FILES:
+            with suppress(OSError):
+                kernel.umount(f"/proc/{pid}/{name}")
+    unmount(folder)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def unmount(folder: Path) -> None:

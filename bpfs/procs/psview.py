@@ -16,7 +16,7 @@ from bpfs import log
 from bpfs.config import PSVIEW_MOST
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import NodeTable
-from bpfs.procs.covers import PATIENCE, Covers, Word, pack, unpack
+from bpfs.procs.covers import PATIENCE, Covers, Word, pack, sweep, unpack
 from bpfs.procs.ghosts import Away, Ghosts
 from bpfs.procs.kernelfiles import ANSWER_S
 from bpfs.procs.process import MASTER, Process
@@ -135,7 +135,7 @@ class PsView:
             except OSError:
                 packet = b""
             if not packet:
-                self._fail("what covers /proc has ended; it starts with bpmaster")
+                await self._fail("what covers /proc has ended; it starts with bpmaster")
                 return
             word, items = unpack(packet)
             match word:
@@ -144,13 +144,18 @@ class PsView:
                 case Word.BARE if items[0] in self._homing:
                     self._homing[items[0]].set()
                 case Word.TROUBLE:
-                    self._fail(items[0])
+                    await self._fail(items[0])
 
-    def _fail(self, sentence: str) -> None:
-        if not self._trouble:
-            self._trouble = sentence
-            self._covered.clear()
-            _log.warning("ps and top show ghosts as they are: %s", sentence)
+    async def _fail(self, sentence: str) -> None:
+        if self._trouble:
+            return
+        self._trouble = sentence
+        _log.warning("ps and top show ghosts as they are: %s", sentence)
+        pids = list(self._covered)
+        self._covered.clear()
+        self._socket.close()
+        await trio.to_thread.run_sync(self._covers.close)
+        await trio.to_thread.run_sync(sweep, pids, self._covers.folder)
 
     async def _look(self, nursery: trio.Nursery) -> None:
         places = defaultdict(list)

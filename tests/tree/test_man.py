@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from socket import socket
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +22,7 @@ from bpfs.nodes.nodelog import NodeLog
 from bpfs.nodes.registry import Node, NodeId, NodeTable
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.process import Pid, Process
+from bpfs.procs.psview import PsView
 from bpfs.procs.table import read_identity
 from bpfs.tree.entries import Entry, File, Link, Table
 
@@ -39,7 +42,12 @@ FILES = NodeFiles(
     NODES,
     cast(Administrator, None),
     [*PROCS.node_entries(), log_file(NodeLog()), ClockWatch(NODES).entry(), View(cast(Any, None)).entry()],
-    [PROCS.collection(), boot_directory(list), View(cast(Any, None)).libraries()],
+    [
+        PROCS.collection(),
+        boot_directory(list),
+        View(cast(Any, None)).libraries(),
+        PsView(cast(Any, SimpleNamespace(socket=socket())), cast(Any, None), NODES, 0).entry(),
+    ],
 )
 NODE = Node(NodeId(1))
 PROCESS = Process(Pid(os.getpid()), read_identity(os.getpid()))

@@ -24,12 +24,13 @@
 
 /* ---- names and ids ---- */
 
-/* /proc/self/stat has the bounds that the kernel wants to be told again; all others stay. */
+/* stat has the bounds that the kernel wants to be told again; all others stay. That of /proc/self may be covered by what
+ * the real process is (covers.py). */
 static bool read_bounds(struct prctl_mm_map *map)
 {
 	char text[1024];
 	unsigned long long field[53] = { 0 };
-	int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+	int fd = open("/proc/thread-self/stat", O_RDONLY | O_CLOEXEC);
 	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
 
 	if (fd >= 0)
