@@ -119,7 +119,7 @@ EXPORT float beostat_get_cpu_percent(int node, int cpu)
 
 EXPORT int beostat_get_stat_cpu(int node, int cpu, struct beostat_stat_cpu *stat_cpu)
 {
-	char *text = figures(node, "stat"), *line = text ? line_of(text, cpu) : NULL;
+	char *text = figures(node, "stat"), *line = text ? line_of(text, cpu < 0 ? cpu : cpu + 1) : NULL; /* the first is of all */
 	long user, nice, system, idle, iowait, irq, softirq, steal;
 	int found;
 
