@@ -491,7 +491,7 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
 
 def _is_traced(pid: int) -> bool:
     try:
-        return procfs.parse_status(procfs.read(f"/proc/{pid}/status"))["TracerPid"] != "0"
+        return procfs.parse_status(procfs.read(procfs.own_file(pid, "status")))["TracerPid"] != "0"
     except (OSError, KeyError):
         return False
 
