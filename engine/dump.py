@@ -64,17 +64,32 @@ class Inspection:
 
     def summary(self) -> dict[str, Any]:
         """The `process` map of the worker's inspect reply."""
-        status, stat = self.frozen.status, self.stat
+        status = self.frozen.status
         with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
             cmdline = file.read().split(b"\0")[:-1]
-        return {
-            "comm": stat.comm, "cmdline": cmdline, "uid": int(status["Uid"].split()[0]), "gid":
-            int(status["Gid"].split()[0]),
-            "ppid": stat.ppid, "pgid": stat.pgid, "sid": stat.sid, "stopped": self.frozen.group_stopped,
-            "bytes": sum(length for _, length in self.runs), "euid": int(status["Uid"].split()[1]),
+        return outline(self.frozen, self.stat) | {
+            "cmdline": cmdline, "bytes": sum(length for _, length in self.runs), "pid": procfs.inner_pid(status),
             "highest_tid": max(procfs.inner_pid(self.frozen.status_of(thread)) for thread in self.frozen.threads),
-            "pid": procfs.inner_pid(status), "children": children_of(self.frozen), "rights": int(status["CapPrm"], 16),
         }  # fmt: skip
+
+
+def outline(frozen: Frozen, stat: procfs.Stat) -> dict[str, Any]:
+    """Of a process, what others prepare for before it stands still: who it is, and whose relative."""
+    status = frozen.status
+    uid, euid, *_ = (int(word) for word in status["Uid"].split())
+    return {
+        "comm": stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid, "ppid": stat.ppid,
+        "pgid": stat.pgid, "sid": stat.sid, "stopped": frozen.group_stopped, "children": children_of(frozen),
+        "rights": int(status["CapPrm"], 16),
+    }  # fmt: skip
+
+
+def outlook(pid: int) -> dict[str, Any]:
+    """The outline of a process that runs. Raises OSError."""
+    running = unseized(pid)
+    stat = procfs.parse_stat(procfs.read(f"{running.live}/stat"))
+    running.group_stopped = stat.state == "T"
+    return outline(running, stat)
 
 
 def inspect(

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Final
@@ -41,6 +42,7 @@ class Source:
         self._image: img.Image | None = None
         self._passed: Passed | None = None
         self._ready: Exec | None = None  # of the ghost
+        self._opened: Stream | None = None  # to the worker that is going to make the copy
         self._stream: Stream | None = None  # to the worker that holds the copy
         self._rounds: Rounds | None = None  # in which memory goes ahead
         self.afterwards: Callable[[], object] | None = None
@@ -52,9 +54,10 @@ class Source:
         return self._frozen
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
-        """Say what will have to be relayed, of a process that runs: a forecast."""
-        bare = bool((request.get("unlike") or {}).get("bare"))
-        return {"externals": look(int(request["pid"]), bare, bool(request.get("at_home")))}
+        """Say of a process that runs who it is, what of it will have to be relayed, and its own bytes: a forecast."""
+        pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
+        externals = look(pid, bare, bool(request.get("at_home")))
+        return {"externals": externals, "process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
@@ -75,6 +78,32 @@ class Source:
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
         return self.inspect(request, fds) if request.get("inspect") else {}
+
+    def straight(self, request: Reply, fds: list[int]) -> Reply:
+        """`freeze` and `inspect`; then, of a process that still is what `look` said (`expected`), `send` and `depart`.
+
+        Returns:
+            What `send` does; what `inspect` does of a process that cannot move, or is another than expected (which
+            `surprise` tells), and stands still now. `frozen_at` says since when, on this machine's CLOCK_MONOTONIC.
+        """
+        self._opened = self._open_stream(request)  # while it runs
+        try:
+            faults.hold("straight")
+            frozen_at = time.monotonic()
+            self.freeze({"pid": request["pid"]}, [])
+            seen = self.inspect(request, [])
+            surprise = not _is_expected(request["expected"], seen)
+            if not surprise and not seen["refusals"]:
+                self.afterwards = None
+                return self.send(request, fds) | {"frozen_at": frozen_at}
+            return seen | {"surprise": surprise, "frozen_at": frozen_at}
+        finally:
+            self._close_opened()
+
+    def _close_opened(self) -> None:
+        stream, self._opened = self._opened, None
+        if stream is not None:
+            stream.close()
 
     def watch(self, request: Reply, fds: list[int]) -> Reply:
         """Begin to send memory ahead, to a destination that is at its `stage`; `watched` tells whether that can be.
@@ -241,6 +270,9 @@ class Source:
             stream, self._rounds.stream = self._rounds.stream, None
             if stream is not None:
                 return stream
+        if self._opened is not None:
+            stream, self._opened = self._opened, None
+            return stream
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
         try:
             stream.send(request["token"])
@@ -250,8 +282,10 @@ class Source:
         return stream
 
     def release(self, request: Reply, fds: list[int]) -> Reply:
-        """Let it run on here."""
-        frozen = self._held()
+        """Let it run on here, where it does not anyhow."""
+        frozen = self._frozen
+        if frozen is None:
+            return {}
         if not self._settled:
             frozen.settle()
         self._take_back()
@@ -370,6 +404,13 @@ class Source:
 
 def _contents(request: Reply) -> int:
     return int(request.get("contents", CONTENT_LIMIT))
+
+
+def _is_expected(expected: Reply, seen: Reply) -> bool:
+    """Whether `inspect` saw what `look` had foreseen."""
+    now = msgpack.unpackb(msgpack.packb({key: seen[key] for key in ("externals", "process")}), strict_map_key=False)
+    who = {key: now["process"][key] for key in expected["process"]}
+    return bool(now["externals"] == expected["externals"] and who == expected["process"])
 
 
 def _question(request: Reply) -> Reply:

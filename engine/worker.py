@@ -37,6 +37,7 @@ def serve(control: socket.socket) -> bool:
         "copy": source.copy,
         "unwatch": source.unwatch,
         "freeze": source.freeze,
+        "straight": source.straight,
         "arm": source.arm,
         "wait_exec": source.wait_exec,
         "end": source.end,

@@ -121,6 +121,10 @@ class Landing:
     ghost_fds: dict[int, int] = field(default_factory=dict)
 
 
+class Surprise(BpfsError):
+    """The process stands still, and is not what everything was made ready for."""
+
+
 class Migration(ABC):
     """One move of one process from where it is to another place."""
 
@@ -140,6 +144,9 @@ class Migration(ABC):
         self._watched = False  # the source's engine may hold its record of writes
         self._calm = AsyncExitStack()  # has `quiet`
         self._scope: trio.CancelScope | None = None  # of all that can be called off
+        self._foresees = False  # the engines may do without us from the freeze on
+        self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
+        self.own = 0  # bytes of memory that it had then
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
@@ -166,7 +173,17 @@ class Migration(ABC):
                 if self.figures.frozen:
                     await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
 
-            await self._move(src, dst, lambda: self._look(src), lambda: self._freeze(src, writer), release)
+            async def move() -> None:
+                await self._move(src, dst, lambda: self._look(src), lambda: self._freeze(src, writer), release)
+
+            self._foresees = self.goes_straight and writer is None
+            try:
+                await move()
+            except Surprise as surprise:
+                _log.info("process %d: once more, step by step: %s", self.proc.pid, surprise)
+                self._foresees = self.proc.landing = False
+                self.figures.frozen = 0.0
+                await move()
 
     async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None) -> None:
         """Moves a process that `src` has stopped already; `release` undoes that where the move fails.
@@ -239,7 +256,12 @@ class Migration(ABC):
         """Holds stdio still, while the image is on its way."""
         return
 
-    goes_straight = False  # the engines may do without the master from the image on
+    goes_straight = False  # the engines may do without the master from the image on, or from the freeze
+
+    def foreseen(self) -> Landing | None:
+        """Where the image is to go, where all is ready for a process that still is what `looked` says, and small."""
+        return None
+
     ghost_environment: Sequence[bytes] = ()  # of the ghost, where the source's engine makes one
 
     def ghost_fds(self) -> list[int]:
@@ -291,12 +313,19 @@ class Migration(ABC):
     async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> Landing | None:
         """All that can be called off. Returns where the image is to go, where the engines do the rest by themselves."""
         await self._enter(Phase.PREPARE)
-        summary = await (self.make_ready(dst, look, stop) if look else stop())
+        closely = _is_watched_closely()
+        if look and self._foresees and not closely:
+            await self.make_ready(dst, look, _nothing)
+            if (foreseen := self.foreseen()) is not None:
+                return foreseen
+            summary = await stop()
+        else:
+            summary = await (self.make_ready(dst, look, stop) if look else stop())
         if "large" in summary:
             await self._copy_ahead(src, dst)
             summary = await stop()
         landing = await self.land(dst, summary)
-        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not _is_watched_closely():
+        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not closely:
             return landing
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
@@ -307,11 +336,23 @@ class Migration(ABC):
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         await transfer(lambda: self._send(src, landing), lambda: self._receive(dst, landing), self.figures)
 
-    async def _send(self, src: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+    async def _send(self, src: Engine, landing: Landing, op: str = "send", **more: Any) -> dict[str, Any]:
         return await src.call(
-            "send", self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead,
+            op, self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead,
             env=self.ghost_environment, **more,
         )  # fmt: skip
+
+    async def _stop_and_send(self, src: Engine, landing: Landing) -> dict[str, Any]:
+        self.figures.frozen = time.perf_counter()
+        reply = await self._send(
+            src, landing, "straight", pid=await self.source.hostpid(self.proc), expected=self.looked, **self.looking,
+            **self.departure(),
+        )  # fmt: skip
+        self.figures.frozen = reply["frozen_at"]
+        refuse(reply.get("refusals", []))
+        if reply.get("surprise"):
+            raise Surprise(errno.EAGAIN, f"process {self.proc.pid} has changed since it was looked at")
+        return reply
 
     async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         return await dst.call(
@@ -366,6 +407,8 @@ class Migration(ABC):
             reply = await src.call("look", pid=await self.source.hostpid(self.proc), **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
+        self.looked = {key: reply[key] for key in ("externals", "process")}
+        self.own = int(reply["own"])
         return list(reply["externals"])
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
@@ -403,7 +446,8 @@ class Migration(ABC):
                     await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
                 reply = await self._hand_over(src, dst)
         except BpfsError as error:
-            self.fail(error)
+            if not isinstance(error, Surprise):
+                self.fail(error)
             await self._undo(release(error), dst)
             raise
         if reply is None:
@@ -420,7 +464,7 @@ class Migration(ABC):
         await self.arrived(reply)
 
     async def _go_straight(self, src: Engine, dst: Engine, landing: Landing) -> dict[str, Any] | None:
-        """Transfer, departure and resume, with no word of ours in between.
+        """Transfer, departure and resume, with no word of ours in between; the freeze as well, where it has not been.
 
         Returns, raises:
             As `_hand_over`.
@@ -431,8 +475,11 @@ class Migration(ABC):
 
         async def send() -> dict[str, Any]:
             try:
-                reply = await self._send(src, landing, **self.departure())
-            except EngineRefused:
+                if self.figures.frozen:
+                    reply = await self._send(src, landing, **self.departure())
+                else:
+                    reply = await self._stop_and_send(src, landing)
+            except (EngineRefused, Surprise):
                 refused.append(True)
                 raise
             left.append(True)
@@ -514,7 +561,11 @@ class Migration(ABC):
 
 def _is_watched_closely() -> bool:
     """Whether a test holds one of the phases that are ours to tell apart only where we take part in them."""
-    return any(faults.is_held(phase.value) for phase in (Phase.TRANSFER, Phase.DEPART, Phase.RESUME))
+    return any(faults.is_held(phase.value) for phase in Phase if phase not in (Phase.PREPARE, Phase.ATTACH))
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}
 
 
 def refuse(refusals: list[str]) -> None:

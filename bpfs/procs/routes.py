@@ -26,7 +26,7 @@ from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
-from bpfs.procs.migration import Externals, Landing, Look, Migration, Phase, Stop, together
+from bpfs.procs.migration import STRAIGHT, Externals, Landing, Look, Migration, Phase, Stop, together
 from bpfs.procs.places import CALL_TIMEOUT, HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.programs import Programs
@@ -233,11 +233,28 @@ class Leave(ToNode):
         if self._watched:  # it has been running for a while
             self.proc.identity = read_identity(self.proc.pid)
         landing = await super().land(dst, summary)
-        process = summary["process"]
+        self._make_ghost_ready(summary["process"])
+        return landing
+
+    def _make_ghost_ready(self, process: dict[str, Any]) -> None:
         if process["stopped"]:
             self.before = ProcState.STOPPED  # at home the kernel's word is enough
         self._stdio.comm = os.fsencode(process["comm"])
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
+
+    def foreseen(self) -> Landing | None:
+        attached, landing = self._attached, self._landing
+        if attached is None or landing is None or self._externals != self.looked["externals"]:
+            return None
+        who = self.looked["process"]
+        children = sorted(tuple(child) for child in who["children"])
+        birth = tuple(who[key] for key in ("uid", "ppid", "pgid", "sid"))
+        if birth != self._born_as or children != sorted(self.children):
+            return None
+        if self.own > min(STRAIGHT, self.precopy or STRAIGHT):
+            return None
+        self._make_ghost_ready(who)
+        landing.fds, landing.externals = attached.fds, attached.places
         return landing
 
     async def depart(self, src: Engine, go: bool) -> None:

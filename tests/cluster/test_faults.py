@@ -113,6 +113,23 @@ def test_engine_workers_die_by_themselves(it, gates, counter, phase, side):
     expect_one_copy(it, counter, move.destination if done == 0 else move.source)
 
 
+def test_a_process_that_changes_at_the_last_moment_moves_all_the_same(it, gates):
+    with subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as shell:
+        try:
+            move = Interrupted(it, gates, shell, ends_of("leave"), "straight")
+            shell.stdin.write("exec 9>&1\necho opened\n")
+            shell.stdin.flush()
+            assert shell.stdout.readline() == "opened\n"
+            assert move.go_on() == 0, move.said
+            assert place(it, shell.pid) == str(move.destination)
+            shell.stdin.write("echo moved >&9; exit 3\n")
+            shell.stdin.close()
+            assert shell.stdout.read() == "moved\n"
+            assert shell.wait(60) == 3
+        finally:
+            shell.kill()
+
+
 @pytest.mark.parametrize("phase", STRAIGHT)
 def test_the_destination_dies_meanwhile(it, gates, counter, phase):
     move = Interrupted(it, gates, counter, ends_of("leave"), phase)
