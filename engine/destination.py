@@ -90,6 +90,7 @@ class Destination:
         `ahead`: on the connection of `stage`, and with what has come there.
         `part`: all but what comes after the memory, for which `complete` has to be called.
         `follow`: go on at once with that.
+        `lends`: the source gives the content of files that are mapped and not here.
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
@@ -107,7 +108,7 @@ class Destination:
         self._stream = stream
         try:
             with self._telling(stream):
-                total = self._build(stream, externals, ghost_fds, ahead)
+                total = self._build(stream, externals, ghost_fds, ahead, bool(request.get("lends")))
                 if not request.get("part"):
                     self._complete(stream)
         finally:
@@ -155,7 +156,9 @@ class Destination:
         faults.hold("follow")
         return {"running": True} | self.resume(request, fds)
 
-    def _build(self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool) -> int:
+    def _build(
+        self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool, lends: bool
+    ) -> int:
         assert self._target is not None
         before = None
         if ahead and self._stage is not None:
@@ -163,12 +166,13 @@ class Destination:
             before = (self._stage, Keep.unpacked(body))
         _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
         image = img.decode(body)
-        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before)
+        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
         builder.begin()
         builder.pages(stream.receive_into)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
         if int.from_bytes(end, "little") != image.total:
             raise img.ImageError("the number of bytes differs")
+        builder.borrow(stream)
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:

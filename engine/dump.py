@@ -1,6 +1,5 @@
 """A frozen process as an image: look at everything, say what cannot move, then stream it."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -191,8 +190,7 @@ def build(inspection: Inspection) -> Image:
     asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
     _correct(inspection.descriptors.table, asked.cloexec)
     status = frozen.status
-    exe = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/exe")), os.stat(f"{frozen.live}/exe"))
-    cwd = survey.add_file(os.fsencode(os.readlink(f"{frozen.live}/cwd")), os.stat(f"{frozen.live}/cwd"))
+    exe, cwd = survey.add_link("exe"), survey.add_link("cwd")
     inner = [int(x) for x in (status[key].split()[-1] for key in ("NSpid", "NSpgid", "NSsid"))]
     threads = [thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid, asked.timer_slack)]
     for thread in frozen.threads[1:]:

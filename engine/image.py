@@ -3,7 +3,8 @@
 Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). Where memory went ahead in rounds
 (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META. A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
-The destination answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
+The destination may answer with frame(LACKS) first, and gets a frame(CONTENT) and its bytes for each file
+(engine/lending.py). It answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
 itself by frame(GO): the copy runs then. Pages carry no checksum of their own: TCP has one, and END repeats their number
 of bytes. Every length is checked before anything is allocated.
 """
@@ -29,6 +30,8 @@ LAYOUT: Final = 7  # spans to unmap and to map, before the process stands still
 PAGES: Final = 8  # spans, whose pages follow
 ROUNDS_END: Final = 9  # from the source, and back when all has been dealt with
 KEEP: Final = 10  # what of all that is still true
+LACKS: Final = 11  # from the destination, after END: files that it does not have
+CONTENT: Final = 12  # of one of them, whose bytes follow
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below

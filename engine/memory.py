@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from engine import nameless
+from engine import lending, nameless
 from engine.descriptors.model import is_open_elsewhere
 from engine.freeze import Frozen
 from engine.image import MappedFile, Region
@@ -106,6 +106,8 @@ class Survey:
             flags, file = MAP_PRIVATE | MAP_ANONYMOUS, -1
             if vma.prot & _PROT_EXEC:
                 self.bare_code.append(vma)
+        elif (index := self._lent(vma)) >= 0:
+            flags, file = MAP_SHARED if vma.shared else MAP_PRIVATE, index
         elif vma.shared and nameless.is_nameless(vma):
             flags, file = self._nameless(vma)
             self.shared.append(vma)
@@ -163,6 +165,28 @@ class Survey:
                 self._index[key] = self.add_file(os.fsencode(vma.path), info, writable)
             return (MAP_SHARED if vma.shared else MAP_PRIVATE), self._index[key]
         return None
+
+    def _lent(self, vma: Vma) -> int:
+        """The index of the file that a mapped memfd stands for; -1: it stands for none."""
+        key = (vma.major, vma.minor, vma.inode, False)
+        if key not in self._index:
+            link = f"/proc/{self._frozen.pid}/map_files/{vma.start:x}-{vma.end:x}"
+            file = lending.original(vma.path, link)
+            if file is None:
+                return -1
+            self._index[key] = len(self.files)
+            self.files.append(file)
+        return self._index[key] if vma.path.startswith("/memfd:") else -1
+
+    def add_link(self, name: str) -> int:
+        """Add the file that `exe` or `cwd` leads to; returns its index. Raises OSError."""
+        link = f"{self._frozen.live}/{name}"
+        path = os.readlink(link)
+        file = lending.original(path, link)
+        if file is None:
+            return self.add_file(os.fsencode(path), os.stat(link))
+        self.files.append(file)
+        return len(self.files) - 1
 
     def add_file(self, path: bytes, info: os.stat_result, writable: bool = False) -> int:
         """Add a file the image refers to; returns its index."""

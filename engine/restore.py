@@ -17,6 +17,7 @@ from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
 from engine.image import Image, ImageError, Region
+from engine.lending import Lending
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
 from engine.linux.libc import NR, syscall
@@ -28,6 +29,7 @@ from engine.restore_state import credential_rows, process_rows, signal_rows
 from engine.restore_threads import Threads
 from engine.runner import RESUME_DATA, SCRATCH_SIZE, TRAP_SIGNALS, Calls
 from engine.staging import Keep, Stage
+from engine.stream import Stream
 from engine.target import Target
 
 _MAP_FIXED_NOREPLACE: Final = 0x100000
@@ -36,6 +38,7 @@ _PROT_WRITE: Final = 2
 _F_DUPFD_CLOEXEC: Final = 1030
 _TOP: Final = 0x7FFFFFFFF000
 
+_NO_FILE: Final = 0xFFFFFFFF
 _FILES_FOLLOWED: Final = 32  # descriptors that a daemon keeps of one process
 
 
@@ -53,7 +56,10 @@ class Builder:
         externals: dict[int, int],
         ghost: dict[int, int] | None = None,
         ahead: tuple[Stage, Keep] | None = None,
+        lends: bool = False,
     ) -> None:
+        self._books = Lending(lends)  # files that are not here
+        self._exe = -1  # of these the one that is run: its number in the process
         self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}
@@ -85,7 +91,7 @@ class Builder:
             base = target.injection.base
             self._foreign = vdso.Foreign(image, target.special, [(base, base + SCRATCH_SIZE)])
             self._look_up()
-        local = self._opened = open_all(image, target.pid, self._credentials())
+        local = self._opened = open_all(image, target.pid, self._credentials(), self._books)
         rebuilt = self._rebuild_descriptors()
         for index, fd in nameless.make(image, rebuilt).items():
             os.dup2(fd, local[index], inheritable=False)
@@ -194,28 +200,24 @@ class Builder:
                 calls.add("prctl", state.PR_SET_VMA, 0, r.start, size, calls.data(r.name + b"\0"), must=False)
 
     def _describe(self, calls: Calls, numbers: list[int]) -> None:
+        image = self.image
+        self._add_map(calls, _NO_FILE)
+        if self._books.has(image.files[image.exe]):
+            self._exe = numbers[image.exe]  # it cannot be run while we write it
+        else:
+            self._add_map(calls, numbers[image.exe])
+        calls.add("fchdir", numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
+
+    def _add_map(self, calls: Calls, exe: int) -> None:
         # struct prctl_mm_map (<linux/prctl.h>): addresses, auxv, exe_fd. A ghost that runs as a user may not set
         # exe_fd.
         image = self.image
         sc, ec, stack, sd, ed, sb, args, arge, envs, enve, brk = image.mm
-        auxv = calls.data(image.auxv)
         addresses = struct.pack("<11Q", sc, ec, sd, ed, sb, brk, stack, args, arge, envs, enve)
-        whole = addresses + struct.pack("<QII", auxv, len(image.auxv), numbers[image.exe])
-        partial = addresses + struct.pack("<QII", auxv, len(image.auxv), 0xFFFFFFFF)
-        calls.add(
-            "prctl", state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(partial), len(partial), 0, label="memory map"
-        )
-        calls.add(
-            "prctl",
-            state.PR_SET_MM,
-            state.PR_SET_MM_MAP,
-            calls.data(whole),
-            len(whole),
-            0,
-            must=not self.target.home,
-            label="exe",
-        )
-        calls.add("fchdir", numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
+        data = addresses + struct.pack("<QII", calls.data(image.auxv), len(image.auxv), exe)
+        must = exe == _NO_FILE or not self.target.home
+        row = (state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(data), len(data), 0)
+        calls.add("prctl", *row, must=must, label="memory map" if exe == _NO_FILE else "exe")
 
     # ---- pages --------------------------------------------------------------------------------------------
 
@@ -223,6 +225,16 @@ class Builder:
         """Fill the pages. `receive` fills a buffer wholly or raises."""
         target = self.target
         receive_pages(target.pid, target.injection.memory, img.runs_of(self.image), self._is_writable, receive)
+
+    def borrow(self, stream: Stream) -> None:
+        """After the pages: get from the source what files are not here. Raises OSError."""
+        if not self._books:
+            return
+        self._books.fill(stream)
+        if self._exe >= 0:
+            calls = Calls(self.target.injection)
+            self._add_map(calls, self._exe)
+            calls.run()
 
     def _is_writable(self, address: int) -> bool:
         index = bisect.bisect_right(self._bounds, address) - 1
@@ -400,6 +412,7 @@ class Builder:
 
     def close(self) -> None:
         """Close the files the worker opened."""
+        self._books.close()
         for fd in self._opened:
             with contextlib.suppress(OSError):
                 os.close(fd)

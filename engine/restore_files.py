@@ -5,20 +5,24 @@ another way, that is on a network file system or in the view of the master's fil
 rights. Those have no device of their own (major number 0): path, kind, size and time of change are what can agree.
 """
 
+import errno
 import os
 import stat
 
 from engine.image import Image, MappedFile
+from engine.lending import Lending
 from engine.linux.credentials import Credentials, acting_as
 
+_NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE, errno.ELOOP)
 _ROOT = MappedFile(b"/", 0, 0, 0, 0, False)
 
 
-def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
+def open_all(image: Image, root_of: int, who: Credentials, books: Lending) -> list[int]:
     """Open all files of an image, in order.
 
     Args:
         root_of: a process in whose root they are looked for.
+        books: what is not here is borrowed there, where the source lends.
 
     Raises:
         OSError: a file is missing or another one than on the source; names it.
@@ -33,7 +37,12 @@ def open_all(image: Image, root_of: int, who: Credentials) -> list[int]:
             if index == image.cwd and begins_in_root(image, root_of):
                 # A program that begins here, and its folder is not here: it begins in the root, as BProc's bpsh has it.
                 path, file = b"/proc/%d/root/" % root_of, _ROOT
-            opened.append(_open(file, path, index == image.cwd, who))
+            try:
+                opened.append(_open(file, path, index == image.cwd, who))
+            except OSError as error:
+                if error.errno not in _NOT_HERE or not books.may_borrow(image, index):
+                    raise
+                opened.append(books.borrow(image, index))
     except BaseException:
         for fd in opened:
             os.close(fd)

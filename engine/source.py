@@ -13,7 +13,7 @@ from typing import Final
 
 import msgpack
 
-from engine import dump, faults, note, tracking
+from engine import dump, faults, lending, note, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.model import CONTENT_LIMIT
@@ -245,7 +245,7 @@ class Source:
                 raise error from None
             if len(fds) == 2:  # while the destination is still at work
                 self._make_ghost_ready(image, request, fds)
-            _read_verdict(stream)
+            total += self._await_verdict(stream, image)
         except BaseException:
             stream.close()
             raise
@@ -258,6 +258,16 @@ class Source:
             case "vanish":
                 return sent | self.vanish(request, [])
         return sent
+
+    def _await_verdict(self, stream: Stream, image: img.Image) -> int:
+        """Until the copy is whole; gives what files it lacks. Returns the bytes of these."""
+        lacks = _read_verdict(stream)
+        if not lacks:
+            return 0
+        total = lending.send(stream, lacks, image, self._held().pid, self._held().live)
+        if _read_verdict(stream):
+            raise img.ImageError("it lacks files for a second time")
+        return total
 
     def _make_ghost_ready(self, image: img.Image, request: Reply, fds: list[int]) -> None:
         assert self._inspection is not None
@@ -417,9 +427,13 @@ def _question(request: Reply) -> Reply:
     return {key: value for key, value in request.items() if key != "op"}
 
 
-def _read_verdict(stream: Stream) -> None:
-    """What the destination says of the copy. Raises OSError where that is not whole."""
-    kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)
+def _read_verdict(stream: Stream) -> bytes:
+    """What the destination says of the copy: nothing where that is whole, else which files it lacks.
+
+    Raises OSError where it could not be made.
+    """
+    kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR, img.LACKS), img.MAX_SMALL)
     if kind == img.ERROR:
         answer = msgpack.unpackb(body)
         raise OSError(int(answer["errno"]), str(answer["text"]))
+    return body

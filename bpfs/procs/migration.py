@@ -357,7 +357,7 @@ class Migration(ABC):
     async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         return await dst.call(
             "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
-            timeout_s=RECEIVE_TIMEOUT, ahead=self._ahead, **more,
+            timeout_s=RECEIVE_TIMEOUT, ahead=self._ahead, lends=True, **more,
         )  # fmt: skip
 
     # -- ahead of them -----------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from bpfs.rundir import process_start
+from tests.benchmarks.subject import last_move
 from tests.cluster.moving import check_counting, counting, finish, move
 from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
+from tests.engine.moves import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
+VICTIMS = Path(__file__).parent.parent / "victims"
 BPSH = Path(__file__).parents[2] / "bpfs/bin/bpsh"
 
 
@@ -188,6 +191,40 @@ def test_processes_move_to_such_nodes_and_home(it):
         for node in (0, 1, -1, 1, 0, -1):
             move(it, process.pid, node)
         check_counting(finish(process), process.pid)
+
+
+def test_programs_and_libraries_that_nodes_do_not_see_come_along(it, tmp_path):
+    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    program, library = tmp_path / "program", tmp_path / "libown.so"
+    shutil.copy(VICTIMS / "bin/threads", program)
+    shutil.copy("/usr/lib/x86_64-linux-gnu/libm.so.6", library)
+    command, stop = [str(program), str(tmp_path / "stop"), "3"], tmp_path / "stop"
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    with (
+        open(tmp_path / "output", "wb") as output,  # what is read and written at once does not move there
+        subprocess.Popen(
+            command, cwd="/tmp", env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            until(Path(f"{stop}.ready").exists, "the program to get ready")
+            for node in (0, 1, 0, -1):
+                move(it, process.pid, node)
+                content = program.stat().st_size + library.stat().st_size
+                assert (last_move(it, node)["bytes"] > content) == (node != -1)
+            mapped = Path(f"/proc/{process.pid}/maps").read_text()
+            assert f"{library}\n" in mapped and f"{program}\n" in mapped and "memfd" not in mapped
+            assert os.readlink(f"/proc/{process.pid}/exe") == str(program)
+            stop.touch()
+            assert process.wait(60) == 0, (tmp_path / "output").read_text()
+        finally:
+            process.kill()
+
+
+def test_a_program_that_nodes_do_not_see_is_run_there(it, tmp_path):
+    shutil.copy("/usr/bin/readlink", tmp_path / "own")
+    done = run(it, str(tmp_path / "own"), "/proc/self/exe")
+    assert (done.stdout, done.stderr) == ("/memfd:bpfs:own (deleted)\n", "")
 
 
 def daemon(it: VirtualCluster, node: int = 0) -> int:

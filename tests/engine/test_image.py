@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import dump, image
+from engine import dump, image, lending
 from engine.freeze import freeze
 from tests.engine.moves import until
 
@@ -36,6 +36,12 @@ def sample() -> bytes:
 
 def read_meta(raw: bytes) -> bytes:
     return image.read_frame(io.BytesIO(raw).read, (image.META,), image.MAX_META)[1]
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x03", b"\x91\xff", b"\x91\x63", b"\x91\xa1a"])  # -1, 99, "a"
+def test_a_bad_wish_for_files_is_refused(sample: bytes, body: bytes) -> None:
+    with pytest.raises(image.ImageError):
+        lending.indices(body, image.decode(read_meta(sample)))
 
 
 def test_round_trip(sample: bytes) -> None:

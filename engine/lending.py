@@ -1,0 +1,212 @@
+"""Files that a process maps or runs and its new place does not have: their content comes along.
+
+The destination makes a memfd of each, which is mapped, and run, in the file's place; it asks for the content when all
+the rest is there, so that a move that needs none of it takes no longer. What the memfd stands for is kept in an
+attribute of it that only the machine's root can set (xattr(7), trusted.*): the process goes on from here as one that
+has the file itself, and finds that again where it is.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+
+from engine import image as img
+from engine.image import Image, ImageError, MappedFile
+from engine.spans import merge
+from engine.stream import Stream
+
+_NAME: Final = "bpfs:"
+_ATTRIBUTE: Final = "trusted.bpfs"
+_CHUNK: Final = 1 << 20
+_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+_MAX_NAME: Final = 200  # bytes, of the 249 that memfd_create(2) takes
+
+
+def original(path: str, link: str) -> MappedFile | None:
+    """The file that a memfd of ours stands for; None: it is none.
+
+    Args:
+        path: as maps or exe show it.
+        link: leads to it.
+    """
+    if not path.startswith(f"/memfd:{_NAME}"):
+        return None
+    try:
+        fields = msgpack.unpackb(os.getxattr(link, _ATTRIBUTE))
+        return MappedFile(*fields)
+    except (OSError, ValueError, TypeError, msgpack.UnpackException):
+        return None
+
+
+# ---- the destination ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Borrowed:
+    file: MappedFile
+    index: int  # of the image's file by which the content is asked for
+    writer: int  # descriptor of the memfd
+
+
+class Lending:
+    """What a destination borrows.
+
+    Args:
+        lends: whether the source can give anything: not where an image comes from a disk.
+    """
+
+    def __init__(self, lends: bool) -> None:
+        self._lends = lends
+        self._borrowed: dict[tuple[bytes, int, int], _Borrowed] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._borrowed)
+
+    def may_borrow(self, image: Image, index: int) -> bool:
+        """Whether something may stand for a file that is not here."""
+        return self._lends and _may_be_lent(image, index)
+
+    def has(self, file: MappedFile) -> bool:
+        """Whether a file is borrowed."""
+        return _key(file) in self._borrowed
+
+    def borrow(self, image: Image, index: int) -> int:
+        """A descriptor, read-only and the caller's, of a memfd that stands for a file. Raises OSError."""
+        file = image.files[index]
+        one = self._borrowed.get(_key(file))
+        if one is None:
+            one = self._borrowed[_key(file)] = _Borrowed(file, index, _make(file))
+        elif any(region.file == index for region in image.regions):
+            one.index = index  # what is mapped is known by this one
+        return os.open(f"/proc/self/fd/{one.writer}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def fill(self, stream: Stream) -> None:
+        """Ask the source for the contents, and take them. Raises OSError."""
+        stream.send(img.frame(img.LACKS, msgpack.packb([one.index for one in self._borrowed.values()])))
+        for one in self._borrowed.values():
+            _, body = img.read_frame(stream.receive, (img.CONTENT,), img.MAX_SMALL)
+            mode, uid, gid, spans = _unpack(body)
+            for start, end in spans:
+                if not 0 <= start < end <= one.file.size:
+                    raise ImageError("content lies outside of its file")
+                _take_span(stream, one.writer, start, end)
+            os.fchown(one.writer, uid, gid)
+            os.fchmod(one.writer, mode)
+            fcntl.fcntl(one.writer, fcntl.F_ADD_SEALS, _SEALS)
+            _close(one)
+
+    def close(self) -> None:
+        """Close what is open still."""
+        for one in self._borrowed.values():
+            _close(one)
+
+
+def _key(file: MappedFile) -> tuple[bytes, int, int]:
+    return file.path, file.device, file.inode
+
+
+def _close(one: _Borrowed) -> None:
+    if one.writer >= 0:
+        os.close(one.writer)
+        one.writer = -1
+
+
+def _make(file: MappedFile) -> int:
+    name = os.fsdecode(os.path.basename(file.path)[:_MAX_NAME])
+    fd = os.memfd_create(_NAME + name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, file.size)
+        os.setxattr(fd, _ATTRIBUTE, msgpack.packb([getattr(file, name) for name in MappedFile.__slots__]))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _unpack(body: bytes) -> tuple[int, int, int, list[tuple[int, int]]]:
+    try:
+        mode, uid, gid, spans = msgpack.unpackb(body)
+        return int(mode) & 0o777, int(uid), int(gid), [(int(start), int(end)) for start, end in spans]
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _take_span(stream: Stream, fd: int, start: int, end: int) -> None:
+    buffer = memoryview(bytearray(min(_CHUNK, end - start)))
+    while start < end:
+        part = buffer[: end - start]
+        stream.receive_into(part)
+        start += os.pwrite(fd, part, start)
+
+
+# ---- the source --------------------------------------------------------------------------------------------
+
+
+def _may_be_lent(image: Image, index: int) -> bool:
+    """It is a file that nobody can write through the process."""
+    file = image.files[index]
+    return index != image.cwd and not file.writable and not file.nameless
+
+
+def send(stream: Stream, body: bytes, image: Image, pid: int, live: str) -> int:
+    """Send what the destination lacks. Returns the bytes.
+
+    Args:
+        body: of its LACKS.
+        pid: of the process, which stands still.
+        live: the folder in /proc of a living thread of it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    total = 0
+    for index in indices(body, image):
+        file, link = image.files[index], _link(image, index, pid, live)
+        fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(95, f"{os.fsdecode(file.path)} is no regular file")
+            spans = _mapped(image, index, file.size)
+            head = [stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, spans]
+            stream.send(img.frame(img.CONTENT, msgpack.packb(head)))
+            for start, end in spans:
+                total += end - start
+                _send_span(stream, fd, start, end)
+        finally:
+            os.close(fd)
+    return total
+
+
+def indices(body: bytes, image: Image) -> list[int]:
+    """Which files of an image a destination lacks, as its LACKS says. Raises ImageError."""
+    with contextlib.suppress(ValueError, msgpack.UnpackException):
+        found = msgpack.unpackb(body)
+        if type(found) is list and all(type(i) is int and 0 <= i < len(image.files) for i in found):
+            return [i for i in found if _may_be_lent(image, i)]
+    raise ImageError("it lacks what the image does not have")
+
+
+def _link(image: Image, index: int, pid: int, live: str) -> str:
+    region = next((r for r in image.regions if r.file == index), None)
+    return f"{live}/exe" if region is None else f"/proc/{pid}/map_files/{region.start:x}-{region.end:x}"
+
+
+def _mapped(image: Image, index: int, size: int) -> list[tuple[int, int]]:
+    """The parts of a file that are mapped; all of one that is only run."""
+    spans = [(r.offset, min(r.offset + r.end - r.start, size)) for r in image.regions if r.file == index]
+    return merge(spans) if spans else [(0, size)]
+
+
+def _send_span(stream: Stream, fd: int, start: int, end: int) -> None:
+    while start < end:
+        part = os.pread(fd, min(_CHUNK, end - start), start)
+        if not part:  # cut short meanwhile: what was mapped there is gone, here as well
+            part = bytes(min(_CHUNK, end - start))
+        stream.send(part)
+        start += len(part)
