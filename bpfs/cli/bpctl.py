@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from errno import EINVAL
 from typing import Any
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
@@ -76,9 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What EINVAL says, by file.
+_MEANING = {
+    "state": "no state, or none that it can be told to be in now",
+    "owner": "there is no such user",
+    "group": "there is no such group",
+}
+
+
 def _mode(text: str) -> str:
     if not text or set(text) - set("01234567"):
         raise argparse.ArgumentTypeError(f"'{text}' is not an octal mode such as 111")
+    if int(text, 8) & ~0o111:
+        raise argparse.ArgumentTypeError(f"'{text}' has other bits than the x bits, 111")
     return text
 
 
@@ -117,6 +128,8 @@ def apply(node: Node, name: str, value: str, prog: str = PROG) -> dict[str, obje
         node.write(name, value)
     except OSError as refused:
         error = str(refused)
+        if refused.errno == EINVAL and name in _MEANING:
+            error += f" ({_MEANING[name]})"
         name_of = "master" if node.number == MASTER else str(node.number)
         print(f"{prog}: {name_of}: {error}", file=sys.stderr)
     return {"node": node.number, "file": name, "value": value, "error": error}

@@ -53,7 +53,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.nodes is not None:
         return _on_nodes(chosen(cluster, options.nodes), options)
     if options.list:
-        print(json.dumps(cluster.libraries) if options.json else "\n".join(cluster.libraries))
+        names = cluster.libraries
+        sys.stdout.write(f"{json.dumps(names)}\n" if options.json else "".join(f"{name}\n" for name in names))
         return 0
     if options.clear:
         cluster.change_libraries("clear")

@@ -38,6 +38,11 @@ def test_the_cache_is_purged(plain_tree: Path) -> None:
     assert values(plain_tree, "cache") == " purge  purge "
 
 
+def test_modes_have_x_bits_only(plain_tree: Path) -> None:
+    run = bpctl(plain_tree, "-S", "0", "-m", "777")
+    assert run.returncode == 2 and "'777' has other bits than the x bits, 111" in run.stderr
+
+
 def test_one_refusal_does_not_stop_the_rest(plain_tree: Path) -> None:
     file = plain_tree / "nodes/1/state"
     file.unlink()

@@ -105,7 +105,7 @@ def test_options_stand_before_or_after_the_nodes(bpsh: Bpsh, spec: str) -> None:
         (["0"], 2, "no command given (--help tells the options)"),
         ([], 2, "no nodes given (--help tells the options)"),
         (["0", "no-such-program"], 127, "no-such-program: command not found"),
-        (["0", "/etc/passwd"], 127, "/etc/passwd: command not found"),
+        (["0", "/etc/passwd"], 126, "/etc/passwd: is no program that you may run"),
         (["--timeout", "x", "0", "true"], 2, "--timeout wants seconds: x (--help tells the options)"),
         (
             ["--fanout", "1", "0-1", "cat"],

@@ -70,7 +70,9 @@ def test_what_a_node_refuses_is_an_error_of_bpctl(it: VirtualCluster) -> None:
     run = command(it, "bpctl", "-S", "0-1", "-s", "boot")
     assert run.returncode == 1
     assert run.stderr == "".join(
-        f"bpctl: {n}: cannot set state of node {n} to boot: Invalid argument\n" for n in (0, 1)
+        f"bpctl: {n}: cannot set state of node {n} to boot: Invalid argument"
+        " (no state, or none that it can be told to be in now)\n"
+        for n in (0, 1)
     )
 
 

@@ -392,6 +392,10 @@ int main(int argc, char **argv)
 		give_shell();
 	}
 	if (!options.program) {
+		if (strchr(options.argv[0], '/') && !access(options.argv[0], F_OK)) {
+			complain("%s: is no program that you may run", options.argv[0]);
+			return EXIT_CANNOT_RUN;
+		}
 		complain("%s: command not found", options.argv[0]);
 		return EXIT_NOT_FOUND;
 	}
