@@ -110,6 +110,20 @@ install_test_tools() {
     LOG=$(mktemp)
     (install_packages git rsync parallel pdsh clustershell tmux python3-numpy golang-go default-jre-headless) || say "tests of what is missing will be skipped"
     rm -f "$LOG"
+    install_sshd
+}
+
+# What benchmarks compare bpsh with. Unpacked and not installed, for that would start it, on all of the machine's addresses.
+install_sshd() {
+    local folder=$VENV/sshd package
+    if [ -x "$folder/usr/sbin/sshd" ] || command -v sshd >/dev/null; then return 0; fi
+    mkdir -p "$folder"
+    if (cd "$folder" && apt-get download -q openssh-server libwrap0) >"$folder/log" 2>&1; then
+        for package in "$folder"/*.deb; do dpkg -x "$package" "$folder"; done
+    else
+        say "there is no openssh-server to be had: benchmarks do not compare with ssh"
+    fi
+    rm -f "$folder"/*.deb
 }
 
 # "python3.11-dev" for the interpreter python3.11: only a distribution's own Python has such packages.
