@@ -82,7 +82,12 @@ class Child:
     status: int
 
 
-Event = Child | Signal | Stopped | Continued | Reborn | StreamLost | Gone
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """Something that is no signal has stopped the ghost for a moment, as a debugger does that attaches."""
+
+
+Event = Child | Interrupted | Signal | Stopped | Continued | Reborn | StreamLost | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,8 @@ class Ghost:
                 if packet.b == self._streams:
                     await self._answer(Ctl.HELD, None)
                     await self._send_event.send(StreamLost(a))
+            case Ctl.INTERRUPTED:
+                await self._send_event.send(Interrupted())
             case Ctl.CHILD:
                 await self._send_event.send(Child(a, packet.b, packet.c))
             case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:

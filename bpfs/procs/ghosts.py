@@ -17,6 +17,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
+from bpfs.procs.debuggers import Debuggers
 from bpfs.procs.ghost import Ghost, NoGhost
 from bpfs.procs.kernelfiles import ANSWER_S, read_local
 from bpfs.procs.parents import Parents
@@ -77,6 +78,7 @@ class Ghosts:
         self.nursery = nursery
         self._away: dict[int, Away] = {}
         self._parents = Parents(self)
+        self._debuggers = Debuggers()
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
@@ -216,7 +218,10 @@ class Ghosts:
                     away.continuing -= signo == signal.SIGCONT
             case control.Child():
                 await self._child_changed(away, event)
+            case control.Interrupted():
+                self._debuggers.look(away.proc)
             case control.Gone():
+                self._debuggers.forget(away.proc)
                 await self._gone(away)
             case control.Reborn():
                 await self._reconnect(away)
@@ -361,7 +366,10 @@ class Ghosts:
             for away in list(self._away.values()):
                 if away.ghost.gone or away.asked_stop or away.proc.state is not ProcState.RUNNING:
                     continue
-                if away.ghost.state() == "T":
+                state = away.ghost.state()
+                if state == "t":
+                    self._debuggers.look(away.proc)
+                elif state == "T":
                     away.asked_stop = True
                     self.nursery.start_soon(carefully, away.proc.pid, self._pass_stop(away))
 

@@ -19,6 +19,12 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
+def terminal_of(pid: int) -> int:
+    """The device of a process's controlling terminal; 0: it has none."""
+    fields = _stat(pid)
+    return int(fields[4]) if len(fields) > 5 else 0
+
+
 def on_terminal(pid: int) -> bool:
     """Whether a process has a controlling terminal and some terminal open: one that ended has none."""
     fields = _stat(pid)

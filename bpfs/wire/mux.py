@@ -54,6 +54,7 @@ class Ctl(IntEnum):
     PUMPED = 38
     BORN = 39
     CHILD = 40
+    INTERRUPTED = 41
     ATTACH = 64
     DETACH = 65
     ENDED = 96

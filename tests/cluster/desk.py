@@ -166,3 +166,27 @@ def desk() -> Iterator[Desk]:
         raise
     finally:
         it.close()
+
+
+class Terminal:
+    """A tmux of our own with one program in it."""
+
+    def __init__(self, socket: Path, command: str, environment: dict[str, str]) -> None:
+        """`socket`: a path for tmux's own."""
+        self._tmux = ["tmux", "-f", "/dev/null", "-S", str(socket)]
+        start = [*self._tmux, "new-session", "-d", "-x", "100", "-y", "20", command]
+        subprocess.run(start, env=environment, check=True, timeout=60)
+
+    def keys(self, *keys: str) -> None:
+        """Types keys, by tmux's names."""
+        subprocess.run([*self._tmux, "send-keys", *keys], check=True, timeout=60)
+
+    def screen(self) -> str:
+        """What is on the screen now; nothing once the program has ended."""
+        return subprocess.run(
+            [*self._tmux, "capture-pane", "-p"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+
+    def close(self) -> None:
+        """Ends it with its program."""
+        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=60, check=False)

@@ -13,29 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.desk import Terminal
 from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-class Terminal:
-    """A tmux of our own with one program in it."""
-
-    def __init__(self, socket: Path, command: str, environment: dict[str, str]) -> None:
-        self._tmux = ["tmux", "-f", "/dev/null", "-S", str(socket)]
-        start = [*self._tmux, "new-session", "-d", "-x", "100", "-y", "20", command]
-        subprocess.run(start, env=environment, check=True, timeout=60)
-
-    def keys(self, *keys: str) -> None:
-        subprocess.run([*self._tmux, "send-keys", *keys], check=True, timeout=60)
-
-    def screen(self) -> str:
-        return subprocess.run(
-            [*self._tmux, "capture-pane", "-p"], capture_output=True, text=True, timeout=60, check=False
-        ).stdout
-
-    def close(self) -> None:
-        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=60, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.desk import Terminal, desk
 from tests.cluster.virtual import TOP, VirtualCluster, bpcluster, children, cluster, comm, kill, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -112,6 +114,25 @@ def test_other_programs_see_it_as_well(
     wait_until(lambda: ps("s", asleep.pid) == ["S"], "it should go on there")
 
 
+@pytest.mark.skipif(
+    not (shutil.which("htop") and shutil.which("tmux")), reason="htop and tmux are not installed (mountscripts/check)"
+)
+def test_htop_shows_it(busy: subprocess.Popen[bytes], session_folder: Path) -> None:
+    config = session_folder / "htoprc"
+    config.write_text("fields=0 39 2 18 1\nhide_userland_threads=1\n")  # PID, M_RESIDENT, STATE, NICE, Command
+    terminal = Terminal(
+        session_folder / "htop", f"htop -p {busy.pid} -d 5", {**os.environ, "HTOPRC": str(config), "TERM": "screen"}
+    )
+    try:
+        row = re.compile(rf"^ *{busy.pid} +(\S+) R +{os.nice(0) + 7} ", re.MULTILINE)
+        wait_until(lambda: row.search(terminal.screen()), "htop should show state and nice value")
+        found = row.search(terminal.screen())
+        assert found
+        assert found[1].endswith("M") or int(found[1]) > 40 << 10
+    finally:
+        terminal.close()
+
+
 def test_everybody_sees_it_and_nobody_sees_addresses(busy: subprocess.Popen[bytes]) -> None:
     def as_nobody() -> None:
         os.setgroups([])
@@ -201,3 +222,32 @@ def test_covers_go_with_the_master(tmp_path: Path, session_folder: Path) -> None
             kill(it.pid("master"))
             wait_until(lambda: not covered(other.pid), "they should go although the ghost lives on")
             assert other.poll() is None
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (mountscripts/check installs it)")
+def test_who_traces_a_ghost_is_told_where_the_process_is(it: VirtualCluster, asleep: subprocess.Popen[bytes]) -> None:
+    hint = f"process {asleep.pid} runs on node 0, this is only its ghost here. Use: bpsh 0"
+    with desk() as person:
+        person.type(f"strace -p {asleep.pid}\r")
+        person.see("attached", f"{hint} strace -p {asleep.pid}")
+        person.type("\x03")
+        person.await_prompt()
+        # One that holds it, as gdb does.
+        hold = "import ctypes, sys; ctypes.CDLL(None).ptrace(16, int(sys.argv[1]), 0, 0); sys.stdin.readline()"
+        person.type(f"{sys.executable} -c '{hold}' {asleep.pid}\r")
+        person.see(f"{hint} gdb -p {asleep.pid}")
+        person.type("\r")
+        person.await_prompt()
+    assert asleep.poll() is None
+    # And that command works: it sees what the process itself waits in.
+    bpsh = [str(TOP / "bpfs/bin/bpsh"), "0", "strace", "-p", str(asleep.pid)]
+    environment = {**os.environ, "BPFS": str(it.mount)}
+    with subprocess.Popen(bpsh, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as strace:
+        assert strace.stderr is not None
+        seen = b""
+        while b"nanosleep" not in seen and b"restart_syscall" not in seen:
+            more = os.read(strace.stderr.fileno(), 4096)
+            assert more, seen
+            seen += more
+        strace.send_signal(signal.SIGINT)
+    assert asleep.poll() is None

@@ -462,7 +462,8 @@ int main(void)
 	tell(C_READY, 0, 0, 0, 0, 0);
 	for (;;) {
 		the_stream.progress = false;
-		loop_once(wait_ms());
+		if (loop_once(wait_ms()) && !pumping)
+			tell(C_INTERRUPTED, 0, 0, 0, 0, 0);
 		if (pumping) {
 			pump_check();
 			continue;

@@ -135,10 +135,11 @@ void stream_mark(struct stream *s)
 	marked = s;
 }
 
-void loop_once(int timeout_ms)
+bool loop_once(int timeout_ms)
 {
 	struct epoll_event events[64];
 	int n = epoll_wait(loop_fd, events, 64, marked ? 0 : timeout_ms);
+	bool interrupted = n < 0 && errno == EINTR;
 
 	for (int i = 0; i < n; i++) {
 		struct port *p = events[i].data.ptr;
@@ -153,6 +154,7 @@ void loop_once(int timeout_ms)
 		s->dirty = false;
 		stream_service(s);
 	}
+	return interrupted;
 }
 
 int64_t now_ms(void)

@@ -53,6 +53,7 @@ enum ctl_type {
 	C_STREAM_LOST = 37, /* a: errno, 0 at a plain end of file; b: how many C_STREAM had come */
 	C_PUMPED = 38,      /* a: errno or 0 */
 	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
+	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0 */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.
@@ -144,7 +145,7 @@ void port_forget(struct port *p);
 void port_close(struct port *p);
 void loop_init(void);
 void loop_forget(void); /* no stream waits for service */
-void loop_once(int timeout_ms);
+bool loop_once(int timeout_ms); /* whether it was interrupted */
 int64_t now_ms(void);
 
 /* ---- channels and streams ---- */
