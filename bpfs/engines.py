@@ -132,6 +132,16 @@ class WorkerChannel:
                 trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
+    def detach(self) -> socket.socket:
+        """Take the socket out, between two exchanges.
+
+        Raises:
+            BpfsError: EIO, it was closed.
+        """
+        self._expect_open()
+        self.closed = True
+        return self._sock
+
 
 class EngineSession:
     """One worker, by its operations."""
@@ -246,6 +256,13 @@ class Workers:
             BpfsError: EIO where the zygote cannot make one.
         """
         return EngineSession(self.open_socket())
+
+    def give_back(self, sock: socket.socket) -> None:
+        """Take a worker's socket back from a session after which nothing is to be undone: the next one gets it."""
+        if self._spare is None:
+            self._spare = sock
+        else:
+            sock.close()
 
     async def keep_spare(self) -> None:
         """Make the first spare worker, and another whenever one was taken; never returns."""

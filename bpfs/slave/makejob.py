@@ -47,15 +47,15 @@ class JobMaker:
             },
         )  # fmt: skip
         channel = WorkerChannel(self._workers.open_socket())
+        fds: list[int] = []
         try:
             answer, fds = await channel.exchange(body, list(ends.job.values()))
-        finally:
-            channel.close()
-        try:
             reply = unpack_reply(answer)
             files = tuple(int(number) for number in reply["files"])
         except BaseException:
+            channel.close()
             for fd in fds:
                 os.close(fd)
             raise
+        self._workers.give_back(channel.detach())
         return JobMade(int(reply["hostpid"]), files, tuple(self._held.hold(fd) for fd in fds), named)
