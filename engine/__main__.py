@@ -44,13 +44,14 @@ def _dump(arguments: argparse.Namespace) -> int:
             frozen.release()
 
 
-def _load(path: str) -> image.Image:
+def _load(path: str) -> tuple[image.Image, int]:
+    """The image, and where its pages begin."""
     with open(path, "rb") as file:
-        return image.decode(image.read_frame(file.read, (image.META,), image.MAX_META)[1])
+        return image.read_head(file.read), file.tell()
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    found = _load(arguments.file)
+    found, _ = _load(arguments.file)
     print(f"pid {found.pid}\ncomm {os.fsdecode(found.comm)}\nexe {os.fsdecode(found.files[found.exe].path)}")
     print(f"threads {len(found.threads)}\nmappings {len(found.regions)}\nbytes {found.total}")
     for entry in found.descriptors:
@@ -59,7 +60,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    found = _load(arguments.file)
+    found, pages_at = _load(arguments.file)
     space = JobSpace.start(_BLOCK)
     try:
         externals = {e["key"]: min(e["fds"][0][0], 2) for e in found.descriptors if e["kind"] == "external"}
@@ -68,7 +69,7 @@ def _restore(arguments: argparse.Namespace) -> int:
         try:
             builder.begin()
             with open(arguments.file, "rb", buffering=0) as file:
-                file.seek(image.HEADER_SIZE + int.from_bytes(os.pread(file.fileno(), 4, 8), "little"))
+                file.seek(pages_at)
                 builder.pages(lambda view: _fill(file.fileno(), view))
             builder.complete()
             builder.resume()

@@ -1,8 +1,9 @@
 """Checkpoint files: the image of a process on disk, whole or as what changed since another one.
 
-File: frame(ABOUT) · frame(META) · chunks · frame(TABLE) · frame(TAIL), with the frames of engine/image.py. A chunk is
-what the runs of META have between two addresses that are multiples of CHUNK. TABLE has a digest for every chunk,
-and says which are here; the others are those of the parent, a file in the same folder. TAIL says where TABLE begins.
+File: frame(ABOUT) · frame(META) · frame(STATE) · chunks · frame(TABLE) · frame(TAIL), with the frames of
+engine/image.py. A chunk is what the runs of META have between two addresses that are multiples of CHUNK. TABLE has a
+digest for every chunk, and says which are here; the others are those of the parent, a file in the same folder. TAIL
+says where TABLE begins.
 bpckpt(1) documents the format.
 """
 
@@ -86,8 +87,7 @@ class Checkpoint:
         reader = _Reader(self.fd)
         _, body = img.read_frame(reader.read, (ABOUT,), img.MAX_SMALL)
         self.about = _about(body)
-        _, self.meta = img.read_frame(reader.read, (img.META,), img.MAX_META)
-        self.image: Image = img.decode(self.meta)
+        self.image: Image = img.read_head(reader.read)
         self.pages_at = reader.at
         self.size = os.fstat(self.fd).st_size
         tail = _Reader(self.fd, self.size - _TAIL_SIZE)
@@ -251,10 +251,10 @@ class Writer:
         self._chunks: list[tuple[int, int]] = []
         self._pages_at = self._at = 0
 
-    def begin(self, meta: bytes, image: Image) -> None:
-        """Write the head. `meta` is the body of frame META, `image` what it says. Raises OSError."""
+    def begin(self, image: Image) -> None:
+        """Write the head. Raises OSError."""
         self._chunks = list(chunks(img.runs_of(image)))
-        self.add(img.frame(ABOUT, msgpack.packb(list(asdict(self.about).values()))) + img.frame(img.META, meta))
+        self.add(img.frame(ABOUT, msgpack.packb(list(asdict(self.about).values()))) + img.head(image))
         self._pages_at = self._at
 
     def add(self, data: bytes | memoryview) -> None:
@@ -300,7 +300,7 @@ class Writer:
 def merge(chain: Chain, fd: int) -> int:
     """Write a whole image of what a chain holds, under the newest one's id. Returns its size. Raises OSError."""
     writer = Writer(fd, identity=chain.newest.about.id)
-    writer.begin(chain.newest.meta, chain.newest.image)
+    writer.begin(chain.newest.image)
     for _, data in chain.pages():
         writer.add(data)
     return writer.finish()

@@ -168,6 +168,7 @@ class Destination:
         image = img.decode(body)
         builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
         builder.begin()
+        img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         builder.pages(stream.receive_into)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
         if int.from_bytes(end, "little") != image.total:

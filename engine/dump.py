@@ -1,5 +1,7 @@
 """A frozen process as an image: look at everything, say what cannot move, then stream it."""
 
+import functools
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -185,20 +187,20 @@ def _correct(table: list[Entry], cloexec: dict[int, bool]) -> None:
 
 
 def build(inspection: Inspection) -> Image:
-    """The image but its pages; injects one batch of calls. Raises OSError."""
+    """The image but its pages: `describe`, and `add_state`. Raises OSError."""
+    image = describe(inspection)
+    add_state(inspection, image)
+    return image
+
+
+def describe(inspection: Inspection) -> Image:
+    """What can be said of the process without asking it: META of the image. Raises OSError."""
     frozen, survey, stat = inspection.frozen, inspection.survey, inspection.stat
-    asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
-    _correct(inspection.descriptors.table, asked.cloexec)
     status = frozen.status
     exe, cwd = survey.add_link("exe"), survey.add_link("cwd")
     inner = [int(x) for x in (status[key].split()[-1] for key in ("NSpid", "NSpgid", "NSsid"))]
-    threads = [thread_state(frozen, frozen.threads[0], inner[0], asked.altstack, asked.clear_tid, asked.timer_slack)]
-    for thread in frozen.threads[1:]:
-        inner_tid = procfs.inner_pid(frozen.status_of(thread))
-        threads.append(thread_state(frozen, thread, inner_tid, *ask_thread(frozen, thread)))
-    numbers = {thread.tid: one.tid for thread, one in zip(frozen.threads, threads, strict=True)}
-    for timer in asked.timers:
-        timer[4] = numbers.get(timer[4], 0)
+    busy = [int(status[key], 16) for key in ("SigCgt", "SigIgn", "ShdPnd")]
+    busy += [int(frozen.status_of(thread)["SigPnd"], 16) for thread in frozen.threads]
     return Image(
         pid=inner[0],
         ppid=stat.ppid,
@@ -217,34 +219,50 @@ def build(inspection: Inspection) -> Image:
         cwd=cwd,
         regions=survey.regions,
         runs=pack_runs(inspection.runs),
-        mm=[*stat.mm, asked.brk],
+        mm=list(stat.mm),
         auxv=procfs.read(f"{frozen.live}/auxv"),
-        threads=threads,
-        shared_pending=ptrace.queued_signals(frozen.threads[0].tid, shared=True),
-        actions=asked.actions,
-        itimers=asked.itimers,
-        timers=asked.timers,
-        credentials=credentials(status, asked.securebits),
-        limits=limits(frozen.pid),
-        umask=int(status["Umask"], 8),
-        personality=asked.personality,
-        dumpable=asked.dumpable,
-        death_signal=asked.death_signal,
-        subreaper=asked.subreaper,
-        thp_disabled=asked.thp_disabled,
-        lock_future=asked.lock_future,
-        oom_score_adj=int(procfs.read(f"{frozen.live}/oom_score_adj")),
+        credentials=credentials(status),
+        busy_signals=functools.reduce(operator.or_, busy),
         descriptors=inspection.descriptors.table,
         frozen_ns=0,  # known when it is written
         total=sum(length for _, length in inspection.runs),
     )
 
 
+def add_state(inspection: Inspection, image: Image) -> None:
+    """The rest: what the process itself has to be asked, by one batch of injected calls. Raises OSError."""
+    frozen = inspection.frozen
+    asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
+    _correct(inspection.descriptors.table, asked.cloexec)
+    leader = frozen.threads[0]
+    image.threads = [thread_state(frozen, leader, image.pid, asked.altstack, asked.clear_tid, asked.timer_slack)]
+    for thread in frozen.threads[1:]:
+        inner_tid = procfs.inner_pid(frozen.status_of(thread))
+        image.threads.append(thread_state(frozen, thread, inner_tid, *ask_thread(frozen, thread)))
+    numbers = {thread.tid: one.tid for thread, one in zip(frozen.threads, image.threads, strict=True)}
+    for timer in asked.timers:
+        timer[4] = numbers.get(timer[4], 0)
+    image.shared_pending = ptrace.queued_signals(leader.tid, shared=True)
+    for name in (
+        "actions", "itimers", "timers", "brk", "securebits", "personality", "dumpable", "death_signal", "subreaper",
+        "thp_disabled", "lock_future",
+    ):  # fmt: skip
+        setattr(image, name, getattr(asked, name))
+    image.limits = limits(frozen.pid)
+    image.umask = int(frozen.status["Umask"], 8)
+    image.oom_score_adj = int(procfs.read(f"{frozen.live}/oom_score_adj"))
+
+
 def write(inspection: Inspection, image: Image, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:
-    """Stream what `build` gave, and the pages. Returns (bytes of pages, ms). Raises OSError."""
+    """Stream an image that may still lack its state, and the pages. Returns (bytes of pages, ms). Raises OSError."""
     began = time.monotonic()
     image.frozen_ns = round((began - inspection.frozen.settled) * 1e9)
+    if not image.threads and _doubtful(image.descriptors):
+        add_state(inspection, image)
     send(img.frame(img.META, img.encode(image)))
+    if not image.threads:  # while the destination is at work
+        add_state(inspection, image)
+    send(img.frame(img.STATE, img.encode_state(image)))
     frozen = inspection.frozen
     total = send_pages(frozen.pid, frozen.memory, inspection.runs, send)
     send(img.frame(img.END, total.to_bytes(8, "little")))

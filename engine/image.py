@@ -1,7 +1,8 @@
 """The image of a process: what is in it, and its bytes on a stream.
 
-Stream: frame(META) · raw pages, in the order of `Image.runs` · frame(END). Where memory went ahead in rounds
-(engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META. A frame is the header
+Stream: frame(META) · frame(STATE) · raw pages, in the order of `Image.runs` · frame(END). META is what the
+destination can begin with while the source still asks the process for the rest, its STATE. Where memory went ahead in
+rounds (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META. A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
 The destination may answer with frame(LACKS) first, and gets a frame(CONTENT) and its bytes for each file
 (engine/lending.py). It answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
@@ -11,7 +12,8 @@ of bytes. Every length is checked before anything is allocated.
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from operator import attrgetter, itemgetter
 from typing import Any, Final, TypeVar
@@ -21,6 +23,7 @@ import msgpack
 MAGIC: Final = b"BPFI"
 VERSION: Final = 5
 META: Final = 1
+STATE: Final = 10
 END: Final = 2
 HELD: Final = 3
 ERROR: Final = 4
@@ -99,7 +102,7 @@ class Region:
 
 @dataclass(slots=True)
 class Image:
-    """A whole process but its pages."""
+    """A whole process but its pages. From `threads` on it is STATE; the rest is META."""
 
     pid: int
     ppid: int
@@ -118,26 +121,30 @@ class Image:
     cwd: int  # index into files
     regions: list[Region]
     runs: bytes  # pairs of u64: address, length
-    mm: list[int]  # start_code … env_end as in proc(5) stat, then brk
+    mm: list[int]  # start_code … env_end as in proc(5) stat
     auxv: bytes
-    threads: list[ThreadState]
-    shared_pending: list[bytes]
-    actions: dict[int, bytes]  # signal -> struct kernel_sigaction, only those that are not default
-    itimers: list[bytes]  # real, virtual, profiling: struct itimerval
-    timers: list[list[Any]]  # id, sigev notify, signal, value, tid, clock, itimerspec bytes, overrun
     credentials: dict[str, Any]
-    limits: list[list[int]]  # soft, hard, by RLIMIT_ number
-    umask: int
-    personality: int
-    dumpable: int
-    death_signal: int
-    subreaper: int
-    thp_disabled: int
-    lock_future: int  # of mlockall(2): 0, MCL_FUTURE, or that with MCL_ONFAULT
-    oom_score_adj: int
+    busy_signals: int  # a bit for each that is pending, caught or ignored
     descriptors: list[dict[str, Any]]  # engine/descriptors' table
     frozen_ns: int  # how long it had been frozen when this was written
     total: int  # bytes of pages
+    threads: list[ThreadState] = field(default_factory=list)
+    shared_pending: list[bytes] = field(default_factory=list)
+    actions: dict[int, bytes] = field(default_factory=dict)  # signal -> struct kernel_sigaction; not the default's
+    itimers: list[bytes] = field(default_factory=list)  # real, virtual, profiling: struct itimerval
+    # Each: id, sigev notify, signal, value, tid, clock, itimerspec bytes, overrun.
+    timers: list[list[Any]] = field(default_factory=list)
+    limits: list[list[int]] = field(default_factory=list)  # soft, hard, by RLIMIT_ number
+    umask: int = 0
+    personality: int = 0
+    dumpable: int = 0
+    death_signal: int = 0
+    subreaper: int = 0
+    thp_disabled: int = 0
+    lock_future: int = 0  # of mlockall(2): 0, MCL_FUTURE, or that with MCL_ONFAULT
+    oom_score_adj: int = 0
+    brk: int = 0
+    securebits: int = 0
 
 
 T = TypeVar("T")
@@ -147,44 +154,84 @@ _NESTED: Final[dict[str, type]] = {"files": MappedFile, "regions": Region, "thre
 _plain: Final = {kind: attrgetter(*(f.name for f in fields(kind))) for kind in _NESTED.values()}
 
 
-def encode(image: Image) -> bytes:
-    """The META body."""
-    body = {name: getattr(image, name) for name in Image.__slots__}
+def _pack(image: Image, names: Sequence[str]) -> bytes:
+    body = {name: getattr(image, name) for name in names}
     for name, kind in _NESTED.items():
-        body[name] = list(map(_plain[kind], body[name]))
+        if name in body:
+            body[name] = list(map(_plain[kind], body[name]))
     packed: bytes = msgpack.packb(body)
     return packed
 
 
-def decode(body: bytes) -> Image:
-    """Inverse of `encode`. Raises ImageError."""
-    try:
-        plain = msgpack.unpackb(body, strict_map_key=False)
-        for name, kind in _NESTED.items():
+def _unpack(body: bytes, names: Sequence[str]) -> dict[str, Any]:
+    plain = msgpack.unpackb(body, strict_map_key=False)
+    for name, kind in _NESTED.items():
+        if name in names:
             if type(plain[name]) is not list:  # an empty text would pass for an empty list
                 raise ImageError(f"{name} is a {type(plain[name]).__name__}")
             plain[name] = [_typed(kind, item) for item in plain[name]]
-        image = _typed(Image, [plain[name] for name in Image.__slots__])
-        _check(image)
-        return image
+    _check_types(names, [plain[name] for name in names])
+    if len(plain) != len(names):
+        raise ImageError("fields are unknown")
+    return dict(plain)
+
+
+@contextmanager
+def _believing_nothing() -> Iterator[None]:
+    """Whatever a body that is not ours makes fail in this context, is an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        msgpack.UnpackException,
-        struct.error,
-        AttributeError,
-    ) as error:
+        ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException, struct.error, AttributeError,
+    ) as error:  # fmt: skip
         raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+def encode(image: Image) -> bytes:
+    """The META body."""
+    return _pack(image, _META)
+
+
+def decode(body: bytes) -> Image:
+    """Inverse of `encode`; `add_state` gives it the rest. Raises ImageError."""
+    with _believing_nothing():
+        image = Image(**_unpack(body, _META))
+        _check(image)
+        return image
+
+
+def encode_state(image: Image) -> bytes:
+    """The STATE body."""
+    return _pack(image, _STATE)
+
+
+def add_state(image: Image, body: bytes) -> None:
+    """Inverse of `encode_state`. Raises ImageError."""
+    with _believing_nothing():
+        for name, value in _unpack(body, _STATE).items():
+            setattr(image, name, value)
+        if not image.threads:
+            raise ImageError("it has no threads")
+
+
+def head(image: Image) -> bytes:
+    """META and STATE, as frames."""
+    return frame(META, encode(image)) + frame(STATE, encode_state(image))
+
+
+def read_head(read: Callable[[int], bytes]) -> Image:
+    """Inverse of `head`. `read` as of `read_frame`. Raises ImageError."""
+    image = decode(read_frame(read, (META,), MAX_META)[1])
+    add_state(image, read_frame(read, (STATE,), MAX_META)[1])
+    return image
 
 
 _BASIC: Final = {"int": int, "bytes": bytes, "bool": bool}
 _FIELDS: Final[dict[type, list[tuple[str, type | None]]]] = {
     kind: [(f.name, _BASIC.get(getattr(f.type, "__name__", ""))) for f in fields(kind)]
-    for kind in (Image, ThreadState, MappedFile, Region)
+    for kind in (ThreadState, MappedFile, Region)
 }
 
 
@@ -196,14 +243,24 @@ _pick: Final = {
 
 
 def _typed(kind: type[T], values: list[Any]) -> T:
-    known = _FIELDS[kind]
-    if len(values) != len(known):
+    if len(values) != len(_FIELDS[kind]):
         raise ImageError("fields are missing, or unknown")
     if _pick[kind](tuple(map(type, values))) != _EXPECTED[kind]:
-        for (name, basic), value in zip(known, values, strict=True):
-            if basic is not None and type(value) is not basic:
-                raise ImageError(f"{name} is a {type(value).__name__}")
+        raise ImageError(f"a {kind.__name__} has fields of other types")
     return kind(*values)
+
+
+_NAMES: Final = [f.name for f in fields(Image)]
+_META: Final = _NAMES[: _NAMES.index("threads")]
+_STATE: Final = _NAMES[_NAMES.index("threads") :]
+_TYPES: Final = {f.name: _BASIC.get(getattr(f.type, "__name__", "")) for f in fields(Image)}
+
+
+def _check_types(names: Sequence[str], values: Sequence[object]) -> None:
+    for name, value in zip(names, values, strict=True):
+        basic = _TYPES[name]
+        if basic is not None and type(value) is not basic:
+            raise ImageError(f"{name} is a {type(value).__name__}")
 
 
 def _check(image: Image) -> None:
@@ -214,7 +271,7 @@ def _check(image: Image) -> None:
         if not -1 <= region.file < len(image.files):
             raise ImageError("a mapping refers to no file")
         previous = region.end
-    if len(image.runs) % 16 or not image.threads or not all(0 <= i < len(image.files) for i in (image.exe, image.cwd)):
+    if len(image.runs) % 16 or not all(0 <= i < len(image.files) for i in (image.exe, image.cwd)):
         raise ImageError("parts are missing")
     if sum(length for _, length in runs_of(image)) != image.total:
         raise ImageError("sizes do not add up")

@@ -160,10 +160,9 @@ class Keeper:
         return {"bytes": total}
 
     def _take(self, stream: Stream) -> int:
-        _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
-        image = img.decode(body)
+        image = img.read_head(stream.receive)
         self._writer = Writer(self._fd, self._parent)
-        self._writer.begin(body, image)
+        self._writer.begin(image)
         view, left = memoryview(bytearray(_BUFFER)), image.total
         while left:
             part = view[: min(left, _BUFFER)]
@@ -281,7 +280,7 @@ class Giver:
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _TIMEOUT_S)
         try:
             stream.send(request["token"])
-            stream.send(img.frame(img.META, img.encode(self._image)))
+            stream.send(img.head(self._image))
             self._send_pages(stream.send)
             stream.send(img.frame(img.END, self._image.total.to_bytes(8, "little")))
             kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR), img.MAX_SMALL)

@@ -73,8 +73,9 @@ def _check_owner(image: Image, who: Credentials, owner: int) -> None:
 
 def _bound_rights(image: Image, limits: list[tuple[int, int]]) -> None:
     credentials = image.credentials
-    for name in ("inheritable", "permitted", "effective", "ambient", "securebits"):
+    for name in ("inheritable", "permitted", "effective", "ambient"):
         credentials[name] = 0
+    image.securebits = 0
     for which, (soft, hard) in enumerate(image.limits[: len(limits)]):
         most = limits[which][1] % 2**64
         image.limits[which] = [min(soft % 2**64, most), min(hard % 2**64, most)]

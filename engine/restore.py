@@ -59,13 +59,13 @@ class Builder:
         lends: bool = False,
     ) -> None:
         self._books = Lending(lends)  # files that are not here
-        self._exe = -1  # of these the one that is run: its number in the process
         self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}
         self._opened: list[int] = []
         self._threads = Threads(target, image)
         self._high = 0
+        self._numbers: list[int] = []  # of the image's files in the process
         self._arrived = time.monotonic() - image.frozen_ns / 1e9
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
         self._made: list[Placed] = []
@@ -79,14 +79,13 @@ class Builder:
     # ---- memory layout ----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Everything up to the pages: files and descriptors, mappings, the process's own description of its memory.
+        """Everything up to the pages: files and descriptors, mappings. Wants no more of the image than META.
 
         Raises:
             ImageError: the image does not fit this machine.
             OSError: a file is missing or another one than on the source; names it.
         """
         image, target = self.image, self.target
-        self._fit_cpu()
         if image.vdso != vdso.DIGEST:
             base = target.injection.base
             self._foreign = vdso.Foreign(image, target.special, [(base, base + SCRATCH_SIZE)])
@@ -113,7 +112,7 @@ class Builder:
             stage.forget()
         self._move_special(calls)
         self._map_regions(calls, numbers)
-        self._describe(calls, numbers)
+        self._numbers = numbers
         calls.run()
         target.injection.vdso = target.special["[vdso]"][0]
 
@@ -134,10 +133,8 @@ class Builder:
 
     def _choose_trap(self) -> int:
         # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
-        queued = [info for thread in self.image.threads for info in thread.pending] + self.image.shared_pending
-        unfit = {info[0] for info in queued} | set(self.image.actions)
-        unfit |= self.target.pending()
-        return next((n for n in TRAP_SIGNALS if n not in unfit), 0)
+        busy, unfit = self.image.busy_signals, self.target.pending()
+        return next((n for n in TRAP_SIGNALS if not busy >> (n - 1) & 1 and n not in unfit), 0)
 
     def _credentials(self) -> Credentials:
         c = self.image.credentials
@@ -199,21 +196,18 @@ class Builder:
             if r.name:
                 calls.add("prctl", state.PR_SET_VMA, 0, r.start, size, calls.data(r.name + b"\0"), must=False)
 
-    def _describe(self, calls: Calls, numbers: list[int]) -> None:
+    def _describe(self, calls: Calls) -> None:
         image = self.image
         self._add_map(calls, _NO_FILE)
-        if self._books.has(image.files[image.exe]):
-            self._exe = numbers[image.exe]  # it cannot be run while we write it
-        else:
-            self._add_map(calls, numbers[image.exe])
-        calls.add("fchdir", numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
+        self._add_map(calls, self._numbers[image.exe])
+        calls.add("fchdir", self._numbers[image.cwd], label=f"cwd {os.fsdecode(image.files[image.cwd].path)}")
 
     def _add_map(self, calls: Calls, exe: int) -> None:
         # struct prctl_mm_map (<linux/prctl.h>): addresses, auxv, exe_fd. A ghost that runs as a user may not set
         # exe_fd.
         image = self.image
-        sc, ec, stack, sd, ed, sb, args, arge, envs, enve, brk = image.mm
-        addresses = struct.pack("<11Q", sc, ec, sd, ed, sb, brk, stack, args, arge, envs, enve)
+        sc, ec, stack, sd, ed, sb, args, arge, envs, enve = image.mm
+        addresses = struct.pack("<11Q", sc, ec, sd, ed, sb, image.brk, stack, args, arge, envs, enve)
         data = addresses + struct.pack("<QII", calls.data(image.auxv), len(image.auxv), exe)
         must = exe == _NO_FILE or not self.target.home
         row = (state.PR_SET_MM, state.PR_SET_MM_MAP, calls.data(data), len(data), 0)
@@ -228,13 +222,8 @@ class Builder:
 
     def borrow(self, stream: Stream) -> None:
         """After the pages: get from the source what files are not here. Raises OSError."""
-        if not self._books:
-            return
-        self._books.fill(stream)
-        if self._exe >= 0:
-            calls = Calls(self.target.injection)
-            self._add_map(calls, self._exe)
-            calls.run()
+        if self._books:
+            self._books.fill(stream)
 
     def _is_writable(self, address: int) -> bool:
         index = bisect.bisect_right(self._bounds, address) - 1
@@ -265,6 +254,7 @@ class Builder:
     def complete(self) -> None:
         """All other state; afterwards only `resume` is left."""
         image, target = self.image, self.target
+        self._fit_cpu()
         leader = image.threads[0]
         if self._foreign is not None:
             self._settle_vdso(self._foreign)
@@ -272,6 +262,7 @@ class Builder:
             self._widen_binders()
         self._outside()
         calls = Calls(target.injection)
+        self._describe(calls)
         nameless.narrow(image, lambda *span: calls.add("mprotect", *span))
         for r in image.regions:
             if r.lock:

@@ -78,7 +78,7 @@ def credential_rows(calls: Calls, image: Image, leader: bool = True) -> None:
         if not c["bounding"] >> bit & 1:
             calls.add(prctl, state.PR_CAPBSET_DROP, bit, must=False)
     calls.add("setgroups", len(c["groups"]), calls.data(struct.pack(f"<{len(c['groups'])}I", *c["groups"])), must=False)
-    calls.add(prctl, state.PR_SET_SECUREBITS, c["securebits"] | _NO_SETUID_FIXUP, must=False)
+    calls.add(prctl, state.PR_SET_SECUREBITS, image.securebits | _NO_SETUID_FIXUP, must=False)
     calls.add("setresgid", *c["gids"][:3], label="group ids")
     calls.add("setresuid", *c["uids"][:3], label="user ids")
     calls.add("setfsgid", c["gids"][3])
@@ -94,7 +94,7 @@ def credential_rows(calls: Calls, image: Image, leader: bool = True) -> None:
         for bit in range(_CAP_LAST):
             if c["ambient"] >> bit & 1:
                 calls.add(prctl, state.PR_CAP_AMBIENT, state.PR_CAP_AMBIENT_RAISE, bit, 0, 0, must=False)
-    calls.add(prctl, state.PR_SET_SECUREBITS, c["securebits"], must=False)
+    calls.add(prctl, state.PR_SET_SECUREBITS, image.securebits, must=False)
     calls.add(
         "capset", header, calls.data(_sets(c["effective"], c["permitted"], c["inheritable"])), label="capabilities"
     )

@@ -35,8 +35,11 @@ class Threads:
 
     def __init__(self, target: Target, image: Image) -> None:
         self._target, self._image = target, image
-        self._states = image.threads[1:]
         self.tids: list[int] = []
+
+    @property
+    def _states(self) -> list[ThreadState]:
+        return self._image.threads[1:]
 
     def create(self) -> None:
         """Have the leader make them, under their old ids; it must still have the right to choose ids. Raises

@@ -233,7 +233,7 @@ def _scheduling(tid: int) -> bytes:
     return buffer.raw
 
 
-def credentials(status: dict[str, str], securebits: int) -> dict[str, Any]:
+def credentials(status: dict[str, str]) -> dict[str, Any]:
     """From `/proc/PID/status`: ids (real, effective, saved, fs), groups, capability sets as integers."""
     return {
         "uids": [int(x) for x in status["Uid"].split()],
@@ -241,7 +241,6 @@ def credentials(status: dict[str, str], securebits: int) -> dict[str, Any]:
         "groups": [int(x) for x in status["Groups"].split()],
         **{key: int(status[name], 16) for key, name in _SETS.items()},
         "no_new_privs": int(status.get("NoNewPrivs", "0")),
-        "securebits": securebits,
     }
 
 

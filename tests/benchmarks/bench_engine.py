@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import socket
 import statistics
@@ -137,7 +138,7 @@ def written(frozen: Frozen) -> tuple[img.Image, bytes]:
         dump.write(inspection, image, lambda data: parts.append(bytes(data)))
     finally:
         frozen.release()
-    return image, b"".join(parts[1:-1])  # without META and END
+    return image, b"".join(parts[2:-1])  # without META, STATE and END
 
 
 def running_image(folder: Path) -> tuple[img.Image, bytes]:
@@ -157,13 +158,13 @@ def exec_image(folder: Path) -> tuple[img.Image, bytes]:
 
 def restore_many(space: JobSpace, image: img.Image, pages: bytes) -> float:
     """Seconds for all the restores, one after the other in this very process."""
-    meta = img.encode(image)
+    head = img.head(image)
     stdio, other_end = socket.socketpair()
     externals = {e["key"]: stdio.fileno() for e in image.descriptors if e["kind"] == "external"}
     with stdio, other_end:
         began = time.perf_counter()
         for pid in range(BLOCK.start + 1000, BLOCK.start + 1000 + RESTORES):
-            one = img.decode(meta)
+            one = img.read_head(io.BytesIO(head).read)
             renumber(one, pid)
             restore(space, one, pages, externals)
         taken = time.perf_counter() - began

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from engine import image as img
 from tests.cluster.moving import counting, echo, finish, move, place
 from tests.cluster.virtual import cluster, wait_until
 
@@ -331,7 +330,7 @@ def _forge(path: Path, change) -> None:
     change(image)
     new = os.open(path.with_suffix(".forged"), os.O_RDWR | os.O_CREAT, 0o644)
     writer = Writer(new)
-    writer.begin(img.encode(image), image)
+    writer.begin(image)
     for _, data in chain.pages():
         writer.add(data)
     writer.finish()

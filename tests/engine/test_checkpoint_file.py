@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ def _nothing_beside(name: bytes) -> int:
 
 
 def _dumped(pid: int) -> list[bytes]:
-    """An image as it comes over a stream: META, pages, END."""
+    """An image as it comes over a stream: META, STATE, pages, END."""
     frozen = freeze(pid)
     parts: list[bytes] = []
     try:
@@ -33,11 +34,10 @@ def _dumped(pid: int) -> list[bytes]:
 
 
 def _write(parts: list[bytes], parent: tuple[Checkpoint, bytes] | None = None) -> bytes:
-    meta = parts[0][img.HEADER_SIZE :]
     fd = os.memfd_create("ck")
     writer = Writer(fd, parent)
-    writer.begin(meta, img.decode(meta))
-    for part in parts[1:-1]:
+    writer.begin(img.read_head(io.BytesIO(parts[0] + parts[1]).read))
+    for part in parts[2:-1]:
         writer.add(part)
     size = writer.finish()
     data = os.pread(fd, size + 1, 0)
@@ -75,7 +75,7 @@ def _pages(chain: Chain) -> bytes:
 
 
 def test_what_was_written_is_read(parts, whole):
-    assert _pages(Chain(_file(whole), _nothing_beside)) == b"".join(parts[1:-1])
+    assert _pages(Chain(_file(whole), _nothing_beside)) == b"".join(parts[2:-1])
 
 
 def test_a_chunk_ends_at_every_multiple():
@@ -88,7 +88,7 @@ def test_a_chunk_ends_at_every_multiple():
 
 
 def test_an_image_on_another_has_what_changed_only_and_merges_to_the_same(parts, whole):
-    changed = [*parts[:1], b"\xff" * 4096 + parts[1][4096:], *parts[2:]]
+    changed = [*parts[:2], b"\xff" * 4096 + parts[2][4096:], *parts[3:]]
     base = Checkpoint(_file(whole))
     small = _write(changed, (base, b"base"))
     base.close()
@@ -96,11 +96,11 @@ def test_an_image_on_another_has_what_changed_only_and_merges_to_the_same(parts,
     assert sum(offset >= 0 for offset in written.offsets) == 1
     written.close()
     beside: Callable[[bytes], int] = lambda name: _file(whole)  # noqa: E731
-    assert _pages(Chain(_file(small), beside)) == b"".join(changed[1:-1])
+    assert _pages(Chain(_file(small), beside)) == b"".join(changed[2:-1])
     chain, fd = Chain(_file(small), beside), os.memfd_create("merged")
     merge(chain, fd)
     chain.close()
-    assert _pages(Chain(fd, _nothing_beside)) == b"".join(changed[1:-1])
+    assert _pages(Chain(fd, _nothing_beside)) == b"".join(changed[2:-1])
 
 
 def test_another_image_of_that_name_is_not_taken_for_it(parts, whole):
