@@ -210,8 +210,7 @@ class Copies:
         """
         externals = {int(key): fds[index] for key, index in request["externals"].items()}
         source = _Bytes(bytearray(request["image"]), request["patches"], int(request["random"]))
-        _, body = img.read_frame(source.take, (img.META,), img.MAX_META)
-        image = img.decode(body)
+        image = img.read_head(source.take)
         pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
         image.pid = image.threads[0].tid = pid
         target = place_child(

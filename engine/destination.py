@@ -1,8 +1,10 @@
 """A worker's operations on the machine that a process comes to: engine/worker.py."""
 
 import contextlib
+import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -32,6 +34,7 @@ class Destination:
         self._builder: Builder | None = None
         self._stream: Stream | None = None  # to the source's worker, once the copy is whole, or memory has come ahead
         self._stage: Stage | None = None  # that memory
+        self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
         """Make the stopped child, or seize the ghost, and listen."""
@@ -129,6 +132,9 @@ class Destination:
         assert self._builder is not None
         self._builder.complete()
         stream.send(img.frame(img.HELD, b""))
+        if self._target is not None and not self._target.home:
+            self._files = self._builder.take_files()
+        self._builder.get_set()
 
     @contextlib.contextmanager
     def _telling(self, stream: Stream) -> Iterator[None]:
@@ -177,16 +183,20 @@ class Destination:
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
-        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply."""
+        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply, and for how many
+        seconds it has been `running_for` then.
+        """
         builder, target = self._builder, self._target
         if builder is None or target is None:
             raise OSError(22, f"{ORDER}: nothing is built")
-        files = {} if target.home else builder.take_files()
         hostpid = builder.resume()
+        since = time.monotonic()
+        files, self._files = self._files, {}
         builder.close()
         self._builder = self._target = self._stage = None
         self._close_stream()
-        return {"hostpid": hostpid, "files": list(files), FDS: list(files.values())}
+        ran = time.monotonic() - since
+        return {"hostpid": hostpid, "files": list(files), FDS: list(files.values()), "running_for": ran}
 
     def discard(self, request: Reply, fds: list[int]) -> Reply:
         """Undo; with `errno` and `text` for a source's worker that waits."""
@@ -211,6 +221,9 @@ class Destination:
         self._close_stream()
         builder, target, stage = self._builder, self._target, self._stage
         self._builder = self._target = self._stage = None
+        files, self._files = self._files, {}
+        for fd in files.values():
+            os.close(fd)
         if stage is not None:
             stage.discard(target)
         if builder is not None:

@@ -65,6 +65,7 @@ class Builder:
         self._opened: list[int] = []
         self._threads = Threads(target, image)
         self._high = 0
+        self._set = False  # only has to be let go
         self._numbers: list[int] = []  # of the image's files in the process
         self._arrived = time.monotonic() - image.frozen_ns / 1e9
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
@@ -359,13 +360,40 @@ class Builder:
         for info in self.image.shared_pending:
             calls.add("rt_sigqueueinfo", pid, info[0], calls.data(info), must=False)
 
+    def get_set(self) -> None:
+        """What `resume` would do that need not wait for it. Raises OSError when it was killed meanwhile.
+
+        Only where it can do without a way back: its end is one with this worker's up to then.
+        """
+        image = self.image
+        waits = len(image.threads) > 1 or image.threads[0].prime or at_resume(image.descriptors)
+        if not self.target.in_place and not waits:
+            self._leave()
+
+    def _leave(self) -> None:
+        injection = self.target.injection
+        injection.leave()
+        note.erase()
+        injection.finish()
+        self._set = True
+
     def resume(self) -> int:
         """Let it run. Returns its host pid. Raises OSError when it was killed meanwhile."""
         target = self.target
-        injection = target.injection
         target.before_resume(self._high)
-        rows = at_resume(self.image.descriptors)
-        for r in rows:  # few: POSIX locks
+        if not self._set:
+            self._wake()
+        if self.image.stopped or target.injection.stopped_by:
+            os.kill(target.pid, 19)
+        self._threads.detach()
+        ptrace.detach(target.pid)
+        target.close()
+        return target.pid
+
+    def _wake(self) -> None:
+        target = self.target
+        injection = target.injection
+        for r in at_resume(self.image.descriptors):  # few: POSIX locks
             data = next((a for a in r.arguments if isinstance(a, bytes)), b"")
             process_vm.write(target.pid, injection.base + RESUME_DATA, data or b"\0")
             arguments = [injection.base + RESUME_DATA if isinstance(a, bytes) else a for a in r.arguments]
@@ -375,15 +403,7 @@ class Builder:
         leader = self.image.threads[0]
         if leader.prime:
             prime(injection, leader.prime, elapsed, scratch)
-        injection.leave()
-        note.erase()
-        injection.finish()
-        if self.image.stopped or injection.stopped_by:
-            os.kill(target.pid, 19)
-        self._threads.detach()
-        ptrace.detach(target.pid)
-        target.close()
-        return target.pid
+        self._leave()
 
     def take_files(self) -> dict[int, int]:
         """Our descriptors of the process's regular files, by its own number; the caller's from now on.

@@ -489,7 +489,7 @@ class Migration(ABC):
 
         async def receive() -> dict[str, Any]:
             reply = await self._receive(dst, landing, follow=True)
-            self.figures.running = time.perf_counter()
+            self.figures.running = time.perf_counter() - reply.get("running_for", 0.0)
             arrived.append(reply)
             return reply
 
@@ -533,7 +533,7 @@ class Migration(ABC):
             with suppress(BpfsError):  # it died: `resume` will meet that again, if need be
                 reply = await dst.call("follow")
                 if reply["running"]:
-                    self.figures.running = time.perf_counter()
+                    self.figures.running = time.perf_counter() - reply["running_for"]
                     replies.append(reply)
 
         async with trio.open_nursery() as nursery:
