@@ -123,6 +123,8 @@ class Administrator:
         if node.session is None and state in _SWITCHED and self._power.has_command:
             await self._power.command(node, _SWITCHED[state])
             return
+        if node.session is None:
+            node.live_session()  # says that it is down, and why
         check(node.number, node.state, state, Cause.ADMIN)
         session = node.live_session()
         if node.state.holds_jobs:

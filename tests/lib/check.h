@@ -9,8 +9,8 @@
 
 #define CHECK(what)                                                                                            \
 	do {                                                                                                   \
-		int code_ = errno;                                                                             \
-		if (!(what)) {                                                                                 \
+		int well_ = !!(what), code_ = errno;                                                           \
+		if (!well_) {                                                                                  \
 			fprintf(stderr, "%s:%d: %s (errno %d: %s)\n", __FILE__, __LINE__, #what, code_,        \
 				bproc_strerror(code_));                                                        \
 			exit(1);                                                                               \

@@ -71,7 +71,9 @@ static void processors(void)
 static void who_and_when(void)
 {
 	struct node_time when;
+	struct beostat_net_dev devices[MAX_NET_DEV];
 	struct statfs disk;
+	int most, used;
 	gid_t group = 4242;
 	char *name, host[256];
 	int *nodes;
@@ -94,6 +96,9 @@ static void who_and_when(void)
 	free(nodes);
 	CHECK(bproc_nodesetstatus(2, "up") == 0 && bproc_chmod(1, 0111) == 0 && bproc_chgrp(1, 0) == 0);
 	CHECK(beostat_get_statfs_p(0, &disk) == -1 && errno == ENOSYS);
+	CHECK(beostat_get_disk_usage(0, &most, &used) == -1 && errno == ENOSYS);
+	CHECK(beostat_get_net_dev(0, devices, MAX_NET_DEV) == -1 && errno == ENOSYS);
+	CHECK(beostat_get_net_rate(0) == (unsigned long)-1 && errno == ENOSYS);
 }
 
 int main(void)

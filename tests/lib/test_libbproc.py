@@ -71,6 +71,24 @@ def test_descriptors_of_moved_processes(it, build, session_folder):
     assert (folder / "written").stat().st_mode & 0o777 == 0o640
 
 
+def test_twins_with_descriptors_and_flags(it, build, session_folder):
+    folder = session_folder / "lib-twins"
+    folder.mkdir()
+    done = run(build("twins"), it, folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = sorted((folder / "twins").read_text().splitlines())
+    assert said == sorted([
+        "move_io 1", "rfork_io 0", "rfork_io -1", *["vrfork_io 2", "vrfork_io 1"] * 2,
+        "rexec_io n1", "vexecmove_io n0", "vexecmove_io n2",
+    ])  # fmt: skip
+
+
+def test_ends_of_nodes(build, session_folder):
+    with cluster(session_folder / "power", nodes=6) as six:
+        done = run(build("power"), six)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_images(it, build, tmp_path):
     program = build("image")
     done = run(program, it, tmp_path / "image")
@@ -120,6 +138,9 @@ def test_each_library_has_all_calls_of_its_header_and_no_others(name):
     declared = set(re.findall(rf"\b(_?{name}_\w+)\((?!\d\))", re.sub(r"#define.*", "", header)))
     symbols = subprocess.run(["nm", "-D", "--defined-only", BIN / f"lib{name}.so"], capture_output=True, text=True)
     assert declared == {line.split()[2] for line in symbols.stdout.splitlines()}
+    # A program of these tests calls each of them.
+    sources = "".join(path.read_text() for path in HERE.glob("*.c"))
+    assert {call for call in declared if not re.search(rf"\b{call}\(", sources)} == set()
     page = (HERE.parents[1] / f"bpfs/man/lib{name}.3.md").read_text()
     assert declared <= set(re.findall(rf"`(_?{name}_\w+)", page))
 

@@ -197,7 +197,7 @@ async def test_what_the_administrator_cannot_wish(nursery):
         for wanted, errno in [
             (NodeState.BOOT, EINVAL),
             (NodeState.UNAVAILABLE, EINVAL),
-            (NodeState.REBOOT, EINVAL),
+            (NodeState.REBOOT, EHOSTDOWN),
             (NodeState.UP, EHOSTDOWN),
         ]:
             with pytest.raises(BpfsError) as caught:
