@@ -97,6 +97,7 @@ class Config:
     libraries: list[str] = field(default_factory=list)  # libraries, and folders whose libraries, they fetch as well
     cachesize: int = DEFAULT_CACHE_SIZE  # bytes that a node may keep of it
     precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
+    compress: bool = True  # memory on its way, where the link is what it waits for
     contentlimit: int = DEFAULT_CONTENT_LIMIT  # bytes of open files without a name that travel with a process
     psview: int = DEFAULT_PSVIEW  # ghosts up to which everybody's ps shows what is on nodes; 0: never
 
@@ -381,6 +382,10 @@ def _precopy(config: Config, args: list[str]) -> None:
     config.precopy = parse_precopy(args[0])
 
 
+def _compress(config: Config, args: list[str]) -> None:
+    config.compress = _one_of(args[0], ("auto", "off"), "compress") == "auto"
+
+
 def _contentlimit(config: Config, args: list[str]) -> None:
     config.contentlimit = parse_size(args[0])
     if config.contentlimit > MOST_CONTENT:
@@ -409,6 +414,7 @@ KEYWORDS = {
     "libraries": Keyword("PATH...", 1, 999, _libraries, "libraries, or folders with them, that such nodes fetch then"),
     "cachesize": Keyword("SIZE", 1, 1, _cachesize, "bytes that such a node keeps of it, as 500M (default 1G)"),
     "precopy": Keyword("SIZE|off", 1, 1, _precopy, "memory of a process from which on it moves while it runs (32M)"),
+    "compress": Keyword("auto|off", 1, 1, _compress, "memory of moving processes, where links are slow (auto)"),
     "contentlimit": Keyword(
         "SIZE", 1, 1, _contentlimit, "bytes of open, deleted files and memfds that move with a process (64M)"
     ),

@@ -170,12 +170,15 @@ class Destination:
         if ahead and self._stage is not None:
             _, body = img.read_frame(stream.receive, (img.KEEP,), img.MAX_META)
             before = (self._stage, Keep.unpacked(body))
-        _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
+        kind, body = img.read_frame(stream.receive, (img.META, img.PACKED), img.MAX_META)
+        if kind == img.PACKED:
+            stream.packed = True
+            _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
         image = img.decode(body)
         builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
         builder.begin()
         img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
-        builder.pages(stream.receive_into)
+        builder.pages(stream.receive_part)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
         if int.from_bytes(end, "little") != image.total:
             raise img.ImageError("the number of bytes differs")

@@ -253,8 +253,14 @@ def add_state(inspection: Inspection, image: Image) -> None:
     image.oom_score_adj = int(procfs.read(f"{frozen.live}/oom_score_adj"))
 
 
-def write(inspection: Inspection, image: Image, send: Callable[[bytes | memoryview], object]) -> tuple[int, float]:
-    """Stream an image that may still lack its state, and the pages. Returns (bytes of pages, ms). Raises OSError."""
+def write(
+    inspection: Inspection, image: Image, send: Callable[[bytes | memoryview], object],
+    send_part: Callable[[memoryview], object] | None = None,
+) -> tuple[int, float]:  # fmt: skip
+    """Stream an image that may still lack its state, and the pages, these by `send_part`.
+
+    Returns (bytes of pages, ms). Raises OSError.
+    """
     began = time.monotonic()
     image.frozen_ns = round((began - inspection.frozen.settled) * 1e9)
     if not image.threads and _doubtful(image.descriptors):
@@ -264,6 +270,6 @@ def write(inspection: Inspection, image: Image, send: Callable[[bytes | memoryvi
         add_state(inspection, image)
     send(img.frame(img.STATE, img.encode_state(image)))
     frozen = inspection.frozen
-    total = send_pages(frozen.pid, frozen.memory, inspection.runs, send)
+    total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
     send(img.frame(img.END, total.to_bytes(8, "little")))
     return total, (time.monotonic() - began) * 1000

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgpack
 
-from engine import cpu, vdso
+from engine import cpu, packing, vdso
 from engine.freeze import Frozen
 from engine.linux import procfs, ptrace
 
@@ -19,7 +19,7 @@ def facts(bare: bool = False) -> bytes:
     Args:
         bare: jobs find programs and libraries here, but no files of users.
     """
-    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed(), bare])
+    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed(), bare, packing.works()])
     return packed
 
 
@@ -40,6 +40,15 @@ def unlike(source: bytes, target: bytes) -> dict[str, Any]:
         return _unlike(source, target)
     except (TypeError, ValueError, IndexError, msgpack.UnpackException):
         return {}
+
+
+@lru_cache(maxsize=4096)
+def unpacks(target: bytes) -> bool:
+    """Whether a machine takes pages that are packed (engine/packing.py)."""
+    try:
+        return bool(msgpack.unpackb(target)[3])
+    except (TypeError, ValueError, IndexError, msgpack.UnpackException):
+        return False
 
 
 def obstacles(frozen: Frozen, there: dict[str, Any]) -> list[str]:

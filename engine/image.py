@@ -35,6 +35,7 @@ ROUNDS_END: Final = 9  # from the source, and back when all has been dealt with
 KEEP: Final = 10  # what of all that is still true
 LACKS: Final = 11  # from the destination, after END: files that it does not have
 CONTENT: Final = 12  # of one of them, whose bytes follow
+PACKED: Final = 13  # from the source, before all else: parts of pages come as engine/packing.py says
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below

@@ -131,7 +131,7 @@ class Rounds:
         self._first = self._first or progress.size
         for piece in _pieces(dirty):
             stream.send(img.frame(img.PAGES, msgpack.packb([piece])))
-            send_pages(self._pid, self._memory, runs(piece), stream.send)
+            send_pages(self._pid, self._memory, runs(piece), stream.send_part)
             progress.sent += size(piece)
             progress.total += size(piece)
             yield

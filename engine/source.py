@@ -13,7 +13,7 @@ from typing import Final
 
 import msgpack
 
-from engine import dump, faults, lending, note, tracking
+from engine import dump, faults, lending, note, packing, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.model import CONTENT_LIMIT
@@ -123,6 +123,8 @@ class Source:
         try:
             stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
             stream.send(request["token"])
+            if request.get("pack"):
+                _pack(stream)
             self._rounds = Rounds(pid, watch, stream)
         except BaseException:
             watch.close()
@@ -220,6 +222,7 @@ class Source:
 
         fds: ghost program and control socket, where the process is going to become a ghost; `env` is the ghost's.
         `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
+        `pack`: the destination takes packed pages, where that is faster.
         `depart`: go on at once with `become_ghost` or `vanish`, whose arguments have come as well.
         """
         if self._inspection is None:
@@ -234,11 +237,13 @@ class Source:
         stream = self._open_stream(request)
         try:
             image = self._image = self._image or dump.build(self._inspection)
+            if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
+                _pack(stream)
             if request.get("ahead") and self._inspection.keep is not None:
                 self._inspection.leave_out(image)
                 stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
             try:
-                total, ms = dump.write(self._inspection, image, stream.send)
+                total, ms = dump.write(self._inspection, image, stream.send, stream.send_part)
             except (BrokenPipeError, ConnectionResetError) as error:
                 with contextlib.suppress(img.ImageError, ConnectionResetError):
                     _read_verdict(stream)  # it may have said why
@@ -425,6 +430,13 @@ def _is_expected(expected: Reply, seen: Reply) -> bool:
 
 def _question(request: Reply) -> Reply:
     return {key: value for key, value in request.items() if key != "op"}
+
+
+def _pack(stream: Stream) -> None:
+    """Pages may be packed on this connection from now on, where we can."""
+    if packing.works():
+        stream.packer = packing.Packer()
+        stream.send(img.frame(img.PACKED, b""))
 
 
 def _read_verdict(stream: Stream) -> bytes:

@@ -28,6 +28,7 @@ KINDS: Final = (PLAIN, PLAIN | NORESERVE)
 _READ_WRITE: Final = 3
 _MAP_FIXED_NOREPLACE: Final = 0x100000
 _MADV_DONTNEED: Final = 4
+_IN_ROUNDS: Final = (img.LAYOUT, img.PAGES, img.PACKED, img.ROUNDS_END)
 
 
 class Host(Protocol):
@@ -156,12 +157,14 @@ class Stage:
         """Take all rounds from the source. Raises OSError."""
         stream.send(img.frame(img.ROOM, msgpack.packb(self.host.taken())))
         while True:
-            kind, body = img.read_frame(stream.receive, (img.LAYOUT, img.PAGES, img.ROUNDS_END), img.MAX_META)
+            kind, body = img.read_frame(stream.receive, _IN_ROUNDS, img.MAX_META)
             if kind == img.LAYOUT:
                 failed = self._lay(body)
                 stream.send(img.frame(img.ROOM, msgpack.packb(failed)))
             elif kind == img.PAGES:
-                self._fill(_checked(_unpack(body, 1)[0]), stream.receive_into)
+                self._fill(_checked(_unpack(body, 1)[0]), stream.receive_part)
+            elif kind == img.PACKED:
+                stream.packed = True
             else:
                 stream.send(img.frame(img.ROUNDS_END, b""))
                 return

@@ -6,6 +6,9 @@ import socket
 import time
 from typing import Final
 
+from engine import packing
+from engine.packing import Packer
+
 CONNECT_TIMEOUT_S: Final = 10.0
 _BUFFER: Final = 4 << 20
 SEND: Final = (32, socket.SO_SNDBUF)  # SO_SNDBUFFORCE of <asm-generic/socket.h>
@@ -32,13 +35,30 @@ class Stream:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._poll: select.poll | None = None
+        self.packer: Packer | None = None  # of parts that are sent
+        self.packed = False  # parts that come are
 
-    def send(self, data: bytes | memoryview) -> None:
-        """Send all. Raises Aborted, TimeoutError or OSError."""
+    def send_part(self, part: memoryview) -> None:
+        """Send a part of the pages. Raises as `send`."""
+        if self.packer is None:
+            self.send(part)
+        else:
+            self.packer.send(part, self._sock, self.send)
+
+    def receive_part(self, part: memoryview) -> None:
+        """Fill a part of the pages. Raises as `receive_into`; ImageError."""
+        if self.packed:
+            packing.receive(part, self.receive_into)
+        else:
+            self.receive_into(part)
+
+    def send(self, data: bytes | memoryview, more: bool = False) -> None:
+        """Send all; `more`: something follows at once. Raises Aborted, TimeoutError or OSError."""
         view = memoryview(data)
+        flags = socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
         while view:
             try:
-                view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
+                view = view[self._sock.send(view, flags) :]
             except BlockingIOError:
                 self._wait(select.POLLOUT)
 

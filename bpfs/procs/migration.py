@@ -40,7 +40,7 @@ from bpfs.procs import faults
 from bpfs.procs.places import CALL_TIMEOUT, Engine, Place
 from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.tree.base import WriteRequest
-from engine.facts import unlike
+from engine.facts import unlike, unpacks
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
@@ -140,6 +140,7 @@ class Migration(ABC):
         self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
         self.before = proc.state  # what it does when no move owns it
+        self.compress = False  # pages may be packed, where that is faster
         self._ahead = False  # the destination has memory that went ahead
         self._watched = False  # the source's engine may hold its record of writes
         self._calm = AsyncExitStack()  # has `quiet`
@@ -339,8 +340,12 @@ class Migration(ABC):
     async def _send(self, src: Engine, landing: Landing, op: str = "send", **more: Any) -> dict[str, Any]:
         return await src.call(
             op, self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead,
-            env=self.ghost_environment, **more,
+            env=self.ghost_environment, pack=self._packs, **more,
         )  # fmt: skip
+
+    @property
+    def _packs(self) -> bool:
+        return self.compress and unpacks(self.destination.facts)
 
     async def _stop_and_send(self, src: Engine, landing: Landing) -> dict[str, Any]:
         self.figures.frozen = time.perf_counter()
@@ -368,7 +373,7 @@ class Migration(ABC):
             self._watched = True
             reply = await src.call(
                 "watch", pid=await self.source.hostpid(self.proc), host=landing.host, port=landing.port,
-                token=landing.token, **self.looking,
+                token=landing.token, pack=self._packs, **self.looking,
             )  # fmt: skip
             if not reply["watched"]:
                 _log.info("process %d is copied while it stands still: %s", self.proc.pid, reply["why"])

@@ -51,6 +51,7 @@ class Surroundings:
 
     Attributes:
         precopy: bytes of memory from which on it is sent ahead; None: never.
+        compress: whether memory may be packed for slow links.
         contents: bytes of files without a name that may travel with a process.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
@@ -60,6 +61,7 @@ class Surroundings:
     ) -> None:
         self.precopy = config.precopy
         self.contents = config.contentlimit
+        self.compress = config.compress
         self.ghosts = ghosts
         self.blocks = blocks
         self.streams = streams
@@ -534,5 +536,5 @@ def route(proc: Process, source: Place, destination: Place, around: Surroundings
         migration = Hop(proc, source, destination, around)
     else:
         migration = Return(proc, source, destination, around)
-    migration.looking["contents"] = around.contents
+    migration.looking["contents"], migration.compress = around.contents, around.compress
     return migration
