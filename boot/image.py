@@ -41,7 +41,10 @@ DEFAULT_DRIVERS = (
 """The cards of nine machines in ten; `--drivers all` takes every wired one."""
 
 # Standard library modules that nothing on a node uses: with them goes OpenSSL, a third of the image.
-WITHOUT = frozenset({"ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"})
+WITHOUT = frozenset({
+    *("ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"),
+    *("multiprocessing", "_multiprocessing", "concurrent.futures.process"),  # boot.python's own
+})  # fmt: skip
 
 _NO_TLS = '''
 """Nothing on a node speaks TLS; trio only wants the names."""

@@ -52,12 +52,12 @@ def entries(programs: Iterable[str], without: frozenset[str] = frozenset()) -> l
 
     Args:
         programs: modules that are run with ``python -m``.
-        without: modules to leave out although they are imported; the importer can do without.
+        without: modules and packages to leave out although they are imported; the importer can do without.
 
     Raises:
         BootError: a program cannot be imported, or a library is not found.
     """
-    modules = {name: path for name, path in _trace(programs).items() if name not in without}
+    modules = {name: path for name, path in _trace(programs).items() if not _is_within(name, without)}
     interpreter = Path(os.path.realpath(sys.executable))
     found = [cpio.file(PROGRAM, Elf(interpreter.read_bytes()).loadable(), 0o755)]
     sources = [(name, path) for name, path in modules.items() if path.endswith(".py")]
@@ -69,6 +69,11 @@ def entries(programs: Iterable[str], without: frozenset[str] = frozenset()) -> l
         if path.endswith(".so"):
             found.append(cpio.file(_place(name, path) + ".so", Elf(Path(path).read_bytes()).loadable()))
     return found + libraries([interpreter, *objects])
+
+
+def _is_within(name: str, packages: frozenset[str]) -> bool:
+    words = name.split(".")
+    return any(".".join(words[:count]) in packages for count in range(1, len(words) + 1))
 
 
 HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "runner.bin")}

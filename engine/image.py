@@ -23,7 +23,7 @@ import msgpack
 MAGIC: Final = b"BPFI"
 VERSION: Final = 5
 META: Final = 1
-STATE: Final = 10
+STATE: Final = 14
 END: Final = 2
 HELD: Final = 3
 ERROR: Final = 4
