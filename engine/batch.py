@@ -69,7 +69,7 @@ class Original:
 
         Returns:
             `refusals`; or `image`, its bytes with the offsets in them of `rank` ([offset, bytes of room], or None) and
-            of `random` (-1: none), and `process` and `externals` as `inspect` gives them.
+            of `random` (-1: none), the paths of its `files`, and `process` and `externals` as `inspect` gives them.
         """
         frozen = self._held()
         if _rights(frozen.status) != self._rights:
@@ -89,6 +89,7 @@ class Original:
         return {
             "refusals": [], "image": bytes(packed), "process": summary, "externals": seen.externals,
             "rank": _find_rank(frozen, image, places), "random": places.of(_random_address(image)),
+            "files": [file.path for index, file in enumerate(image.files) if index != image.cwd and not file.nameless],
         }  # fmt: skip
 
     def end_template(self, request: Reply, fds: list[int]) -> Reply:

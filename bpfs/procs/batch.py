@@ -12,6 +12,7 @@ exits, as one does that has written `PID onexec` and cannot move.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 from collections import deque
@@ -250,12 +251,21 @@ class Batches:
         for copy in copies:
             unlike = copy.looking.get("unlike")
             if not any(original.unlike == unlike for original in originals):
-                originals.append(await _take_image(engine, unlike, self._around.contents))
+                originals.append(await self._take_image(engine, unlike))
         await engine.call("end_template")
         async with trio.open_nursery() as nursery:
             for copy in copies:
                 original = next(one for one in originals if one.unlike == copy.looking.get("unlike"))
                 nursery.start_soon(carefully, copy.proc.pid, self._make_one(engine, copy, original))
+
+    async def _take_image(self, engine: Engine, unlike: dict[str, Any] | None) -> Original:
+        reply = await engine.call("image", unlike=unlike, contents=self._around.contents)
+        refuse(reply["refusals"])
+        if unlike and unlike.get("bare"):
+            hidden = [path for path in reply["files"] if not self._around.exports.holds(os.fsdecode(path))]
+            if hidden:  # they come along with those that go by themselves, engine/lending.py
+                raise BpfsError(errno.ENOENT, f"{os.fsdecode(hidden[0])} is not exported: each has to go by itself")
+        return Original(unlike, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])
 
     async def _make_one(self, engine: Engine, copy: Copy, original: Original) -> None:
         try:
@@ -276,9 +286,3 @@ class Batches:
                 return  # it has ended by itself
             async with self._master.engine() as another:  # that worker has died
                 await another.call("refuse", **told)
-
-
-async def _take_image(engine: Engine, unlike: object, contents: int) -> Original:
-    reply = await engine.call("image", unlike=unlike, contents=contents)
-    refuse(reply["refusals"])
-    return Original(unlike, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])

@@ -33,6 +33,7 @@ from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.table import read_identity
 from bpfs.procs.terminal import in_foreground, on_terminal
+from bpfs.view.exports import Exports
 from bpfs.wire import messages
 from bpfs.wire.mux import Channel, ghost_table
 from bpfs.wire.streams import StreamBook
@@ -53,6 +54,7 @@ class Surroundings:
         precopy: bytes of memory from which on it is sent ahead; None: never.
         compress: whether memory may be packed for slow links.
         contents: bytes of files without a name that may travel with a process.
+        exports: what nodes with an empty root see.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
@@ -62,6 +64,7 @@ class Surroundings:
         self.precopy = config.precopy
         self.contents = config.contentlimit
         self.compress = config.compress
+        self.exports = Exports(config.exports, (config.mount, str(config.key)))
         self.ghosts = ghosts
         self.blocks = blocks
         self.streams = streams

@@ -121,7 +121,9 @@ def built(language: str, folder: Path) -> list[str]:
     if not shutil.which(tool):
         pytest.skip(f"no {tool}")
     if language == "java":
-        return ["java", "-Xmx64m", str(PROGRAMS / "Steps.java")]
+        compiler = ["java", "-XX:TieredStopAtLevel=1", "-m", "jdk.compiler/com.sun.tools.javac.Main"]
+        subprocess.run([*compiler, "-d", str(folder), str(PROGRAMS / "Steps.java")], check=True)
+        return ["java", "-Xmx32m", "-cp", str(folder), "Steps"]
     cache = {"GOCACHE": str(folder / "cache"), "GO111MODULE": "off", "HOME": str(folder)}
     subprocess.run(
         ["go", "build", "-o", str(folder / "steps"), str(PROGRAMS / "steps.go")], check=True, env=os.environ | cache

@@ -225,6 +225,11 @@ def test_a_program_that_nodes_do_not_see_is_run_there(it, tmp_path):
     shutil.copy("/usr/bin/readlink", tmp_path / "own")
     done = run(it, str(tmp_path / "own"), "/proc/self/exe")
     assert (done.stdout, done.stderr) == ("/memfd:bpfs:own (deleted)\n", "")
+    both = subprocess.run(
+        [str(BPSH), "0,1", str(tmp_path / "own"), "/proc/self/exe"], capture_output=True, text=True, timeout=60,
+        cwd="/", env={**os.environ, "BPFS": str(it.mount)}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert (both.stdout, both.stderr) == (2 * done.stdout, "")
 
 
 def daemon(it: VirtualCluster, node: int = 0) -> int:
