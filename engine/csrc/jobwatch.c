@@ -38,7 +38,7 @@
 #define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop has a longer one meanwhile */
 #define HOLD_MS 5
 #define LOOK_MS 250
-#define LOOK_SHARE 50      /* looking takes at most one part in so many of a core */
+#define LOOK_SHARE 50      /* looking, at the jobs of all nodes, takes at most one part in so many of a core */
 #define IDLE_MS 2000       /* without a job for so long, a namespace is watched no more */
 #define REAP_MS 2          /* between looks whether an ended process has been waited for; doubles each time */
 #define REAP_MOST_MS 250
@@ -434,6 +434,15 @@ static void scan(struct client *client, int64_t now)
 	}
 }
 
+static int count_active(void)
+{
+	int count = 0;
+
+	for (int i = 0; i < client_count; i++)
+		count += clients[i]->active;
+	return count;
+}
+
 static void look_at_all(struct client *client, int64_t now)
 {
 	int64_t began = now_us();
@@ -452,7 +461,7 @@ static void look_at_all(struct client *client, int64_t now)
 	}
 	if (busy)
 		client->busy = now;
-	int64_t pause = (now_us() - began) * LOOK_SHARE / 1000;
+	int64_t pause = (now_us() - began) * LOOK_SHARE * count_active() / 1000;
 	client->look_at = now + (pause > LOOK_MS ? pause : LOOK_MS);
 }
 

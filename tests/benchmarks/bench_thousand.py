@@ -1,76 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A real master with 1,024 nodes: one is a slave, the others are links that speak as slaves do, from another process.
 
-They beat, tell figures, answer fences and come back, all by the real protocol; they hold no jobs.
+They beat, tell figures, answer fences, come back, and tell of jobs that say a line and end, all by the real protocol.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import trio
-
-from bpfs.errors import LinkClosed
-from bpfs.wire.handshake import read_key
-from bpfs.wire.messages import ClockIs, Names, ReadClock, SetClock, SlewClock
 from tests.benchmarks.bench_idle import cpu, family, memory
 from tests.benchmarks.bench_tree import read_all
 from tests.benchmarks.frame import Row, seconds
 from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
-from tests.nodes.simslave import SAMPLE, SimulatedSlave
+from tests.nodes.simjobs import slaves
 
 NODES = 1024
 REST = 10.0  # seconds
 SETTLE = 3.0  # seconds after the last one is up that are not looked at
-
-
-ANSWERS = {
-    Names: lambda _: None,
-    ReadClock: lambda _: ClockIs(time.time_ns()),
-    SlewClock: lambda _: None,
-    SetClock: lambda _: None,
-}
-
-
-def _be_slaves(port: int, key: Path) -> None:
-    secret = read_key(key)
-
-    async def one(number: int) -> None:
-        while True:
-            slave = SimulatedSlave(port, number=number, key=secret, handlers=ANSWERS)
-            try:
-                await slave.run(SAMPLE)
-            except (LinkClosed, OSError):
-                pass  # the master has ended, or refuses for now
-            await trio.sleep(0.5)
-
-    async def all_of_them() -> None:
-        async with trio.open_nursery() as nursery:
-            for number in range(1, NODES):
-                nursery.start_soon(one, number)
-
-    trio.run(all_of_them)
-
-
-@contextmanager
-def slaves(it: VirtualCluster) -> Iterator[None]:
-    """The simulated ones, until the context ends."""
-    port = int((it.rundir.path / "port").read_text().split()[1])
-    process = multiprocessing.get_context("spawn").Process(target=_be_slaves, args=(port, it.rundir.key), daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
 
 
 def command(it: VirtualCluster, name: str, *words: str) -> str:
@@ -89,12 +41,13 @@ def rows() -> Iterator[Row]:
     """The table."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name, cluster(Path(name) / "m", nodes=1) as it:
         start = time.perf_counter()
-        with slaves(it):
+        with slaves(it, NODES - 1):
             wait_until(lambda: up(it) == NODES, "all nodes are up")
             yield Row(f"{NODES} nodes join, from nothing", time.perf_counter() - start, "s")
             time.sleep(SETTLE)
             yield from resting(it)
             yield from reading(it)
+            yield from starting(it)
             yield from changing(it)
 
 
@@ -117,6 +70,18 @@ def reading(it: VirtualCluster) -> Iterator[Row]:
     for name in ("state", "load", "busy"):
         paths = [f"{it.mount}/nodes/{number}/{name}" for number in range(NODES)]
         yield Row(f"all nodes/N/{name}, one after the other", seconds(lambda paths=paths: read_all(paths)) * 1e3, "ms")
+
+
+def starting(it: VirtualCluster) -> Iterator[Row]:
+    """A program for all of them: what the master's side of it takes, for the nodes have nothing to do."""
+    master = family(it.pid("master"), frozenset([it.pid("n0")]))
+    for count in (64, NODES - 1):
+        spec, before, start = f"1-{count}", cpu(master), time.perf_counter()
+        lines = command(it, "bpsh", "-n", spec, "true").count("\n")
+        taken = time.perf_counter() - start
+        assert lines == count
+        yield Row(f"bpsh 1-{count} true", taken, "s")
+        yield Row("... the master's processor time a node", (cpu(master) - before) / count * 1e3, "ms")
 
 
 def changing(it: VirtualCluster) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from bpfs.master.listener import Listener, open_port
 from bpfs.wire import handshake, streams
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
+    ClockIs,
     Done,
     Fence,
     Heartbeat,
@@ -26,8 +28,12 @@ from bpfs.wire.messages import (
     Join,
     Leaving,
     Message,
+    Names,
+    ReadClock,
     Ready,
     Sample,
+    SetClock,
+    SlewClock,
     Welcome,
 )
 
@@ -36,6 +42,14 @@ SAMPLE = Sample(
     "0.10 0.20 0.30 1/100 1234", (("MemTotal", 1 << 20), ("MemFree", 1 << 19)), 2, 1000.0, "6.1.0", 2400.0,
     ((0, 10, 1, 5, 84, 0, 0, 0, 0), (1, 20, 2, 8, 70, 0, 0, 0, 0)), (0.16, 0.3),
 )  # fmt: skip
+
+ANSWERS: dict[type[Message], Any] = {
+    Names: lambda _: None,
+    ReadClock: lambda _: ClockIs(time.time_ns()),
+    SlewClock: lambda _: None,
+    SetClock: lambda _: None,
+}
+"""Handlers for what a master wants of every node."""
 
 
 class NoZygote:
@@ -87,6 +101,7 @@ class SimulatedSlave:
     macs: tuple[str, ...] = ()
     key: bytes = KEY
     machine: bytes = field(default_factory=lambda: os.urandom(16))
+    facts: bytes = b""
     arch: str = field(default_factory=lambda: os.uname().machine)
     obeys: bool = True  # answers a fence
     beats: bool = True  # sends heartbeats
@@ -104,7 +119,7 @@ class SimulatedSlave:
             RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
         """
         link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
-        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, self.real, b"", self.arch)
+        join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, self.real, self.facts, self.arch)
         try:
             self.welcome = await handshake.enter(link, self.key, join)
             if self.ready:

@@ -239,9 +239,10 @@ int run_many(const struct options *options, const int *node, size_t count)
 			continue;
 		}
 		reap();
+		double time = now();
 		for (size_t i = 0; i < next; i++) {
 			struct job *job = &jobs[i];
-			watch_time(options, job, now());
+			watch_time(options, job, time);
 			if (job->reaped && job->timed_out)
 				for (int j = 0; j < 2; j++)
 					if (job->stream[j].fd >= 0) /* what it left in the background gets no hearing */

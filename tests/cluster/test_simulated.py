@@ -1,0 +1,46 @@
+"""bpsh, a real master and its ghosts, on more nodes than this machine could hold: the slaves are simulated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
+from tests.nodes.simjobs import slaves
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+COUNTS = (63, 64, 65, 128, 130)  # around the bits of a word, of two, and the nodes that a byte can count
+
+
+@pytest.fixture(scope="module")
+def it(session_folder: Path) -> Iterator[VirtualCluster]:
+    with cluster(session_folder / "simulated", nodes=1) as made, slaves(made, max(COUNTS)):
+        wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + 1, "all nodes are up")
+        yield made
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_one_order_for_many_nodes(it: VirtualCluster, count: int) -> None:
+    run = subprocess.run(
+        [str(TOP / "bpfs/bin/bpsh"), "-p", f"1-{count}", "true"], env={**os.environ, "BPFS": str(it.mount)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (max(rank & 0x7F for rank in range(count)), "")
+    said = [line.split() for line in run.stdout.splitlines()]
+    assert sorted((int(prefix[:-1]), int(node), int(rank)) for prefix, _, node, _, _, _, rank in said) == [
+        (node, node, node - 1) for node in range(1, count + 1)
+    ]
+    assert len({pid for *_, pid, _, _ in said}) == count
+    outcomes = [line.split() for line in it.read("procs/onexec").splitlines()[-count:]]
+    assert {(int(pid), int(node)) for pid, node, outcome in outcomes if outcome == "ok"} == {
+        (int(words[4]), int(words[2])) for words in said
+    }
+    wait_until(lambda: it.read("procs/onexec") and os.listdir(it.mount / "procs") == FIXED, "all have ended")
+
+
+FIXED = ["restart", "onexec"]
