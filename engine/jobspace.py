@@ -212,6 +212,31 @@ class JobSpace:
         finally:
             os.close(handle)
 
+    def send_as(self, sender: int, pid: int, number: int, value: int | None) -> bool:
+        """Send a signal to a job in the name of a process that is elsewhere, where something stands for that one here.
+
+        Args:
+            value: as with sigqueue(3); None: as kill(2) does.
+
+        Returns:
+            False where nothing stands for it, or that is stopped: nothing was sent.
+        """
+        world = placeholders.World(self.init)
+        try:
+            ids = world.get(sender)
+        finally:
+            world.close()
+        hostpid = self.hostpid(sender) if ids is not None and ids.placeholder and sender != INIT else None
+        if hostpid is None or self.hostpid(pid) is None:
+            return False
+        try:
+            if procfs.is_stopped(hostpid):
+                return False
+            placeholders.send_as(self.init, hostpid, pid, number, value)
+        except OSError:
+            return False
+        return True
+
     def kill_all(self) -> None:
         """SIGKILL for every process but nodeinit, in one step that no fork escapes. Their deaths are reported."""
         placeholders.command(self.init, self.init, Command.KILL_ALL)
@@ -264,9 +289,7 @@ class JobSpace:
         Raises:
             ProcessLookupError: no placeholder has this pid.
         """
-        hostpid = self.hostpid(pid)
-        if hostpid is None or pid not in self.placeholders():
-            raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
+        hostpid = self._placeholder(pid)
         match code:
             case os.CLD_EXITED:
                 placeholders.command(self.init, hostpid, Command.END, (status & 0xFF) << 8)
@@ -276,6 +299,20 @@ class JobSpace:
                 placeholders.command(self.init, hostpid, Command.STOP, status & 0x7F)
             case os.CLD_CONTINUED:
                 self.signal(pid, signal.SIGCONT)
+
+    def lead(self, pid: int, session: bool) -> None:
+        """Have a placeholder become the leader of a group, or of a session, as the process that it stands for did.
+
+        Raises:
+            ProcessLookupError: no placeholder has this pid.
+        """
+        placeholders.command(self.init, self._placeholder(pid), Command.SETSID if session else Command.SETPGID)
+
+    def _placeholder(self, pid: int) -> int:
+        hostpid = self.hostpid(pid)
+        if hostpid is None or pid not in self.placeholders():
+            raise ProcessLookupError(3, f"{pid} is no placeholder on this node")
+        return hostpid
 
     def drop_placeholder(self, pid: int) -> None:
         """End one placeholder because the process that it stands for ended: its children become nodeinit's, natively.

@@ -278,6 +278,10 @@ class Ghost:
         """
         await self._send(Packet(Ctl.KEEP, int(also), text=struct.pack(f"<{len(children)}i", *children)))
 
+    async def send_signal(self, pid: int, signo: int, code: int, value: int) -> None:
+        """Has it send a signal to another process here, in the name of its own. code, value as in siginfo_t."""
+        await self._send(Packet(Ctl.SEND, pid, signo, code, value=value))
+
     async def reap(self, pid: int) -> None:
         """The child's ghost with this pid has been waited for."""
         await self._send(Packet(Ctl.REAP, pid))

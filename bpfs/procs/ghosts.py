@@ -19,6 +19,7 @@ from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.debuggers import Debuggers
 from bpfs.procs.ghost import Ghost, NoGhost
+from bpfs.procs.groups import Groups
 from bpfs.procs.kernelfiles import ANSWER_S, read_local
 from bpfs.procs.parents import Parents
 from bpfs.procs.process import ExitStatus, Process, ProcState
@@ -28,11 +29,13 @@ from bpfs.tree.base import Caller
 from bpfs.wire import messages
 from bpfs.wire.mux import ghost_table
 from bpfs.wire.streams import StreamBook
+from engine.linux import pidfd
 
 POLL = 0.25  # seconds between looks whether a ghost was stopped by SIGSTOP, which no program can catch
 NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
 BORN_WITHIN = 1.0  # seconds that the ghost of a child may take that its parent has just made
 SI_USER = 0
+SI_QUEUE = -1
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
 
 _log = log.get("procs")
@@ -79,6 +82,7 @@ class Ghosts:
         self._away: dict[int, Away] = {}
         self._parents = Parents(self)
         self._debuggers = Debuggers()
+        self._groups = Groups(self)
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
@@ -238,6 +242,7 @@ class Ghosts:
     async def waited_for(self, away: Away, pid: int) -> None:
         """The process has waited for a child: so does its ghost."""
         self.parents.pop(pid, None)
+        self._groups.forget(pid)
         away.children.discard(pid)
         await tell(away.ghost.reap(pid))
 
@@ -276,6 +281,7 @@ class Ghosts:
 
     def _forget_children(self, away: Away) -> None:
         for pid in away.children:
+            self._groups.forget(pid)
             if self.parents.get(pid) == away.proc.pid:
                 del self.parents[pid]
 
@@ -366,6 +372,8 @@ class Ghosts:
             for away in list(self._away.values()):
                 if away.ghost.gone or away.asked_stop or away.proc.state is not ProcState.RUNNING:
                     continue
+                for child, session in self._groups.news(away):
+                    self.nursery.start_soon(carefully, child, self._groups.tell(away, child, session))
                 state = away.ghost.state()
                 if state == "t":
                     self._debuggers.look(away.proc)
@@ -459,9 +467,23 @@ class Ghosts:
             if target.away:
                 await self._send(self.of(target), report.status, report.code, report.sender, report.uid, report.value)
             else:
-                os.kill(report.pid, report.status)
+                await self._signal_at_home(report)
         except OSError as error:
             _log.info("signal %d for process %d: %s", report.status, report.pid, error)
+
+    async def _signal_at_home(self, report: messages.JobReport) -> None:
+        sender = self._away.get(report.sender)
+        if sender is not None and sender.real and sender.ghost.state() not in "TX":
+            await sender.ghost.send_signal(report.pid, report.status, report.code, report.value)
+            return
+        process = os.pidfd_open(report.pid)
+        try:
+            if report.code == SI_QUEUE:
+                pidfd.queue(process, report.status, report.value, report.uid, sender=report.sender)
+            else:
+                pidfd.send(process, report.status)
+        finally:
+            os.close(process)
 
     # -- from the files ----------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from bpfs.wire.messages import (
     KillAll,
     Signal,
     StandIn,
+    StandInLeads,
 )
 from engine.jobspace import Clocks, JobSpace, Kind
 from engine.linux import pidfd
@@ -38,6 +39,7 @@ _log = log.get("jobs")
 
 SI_QUEUE = -1  # sigqueue(3): the value counts
 STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT})
+DIRECT = STOPS | {signal.SIGKILL}  # these keep their order whoever sends them, and nobody sees the sender of most
 TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 MiB
 
 
@@ -137,6 +139,13 @@ class Jobs:
         """Handler: send a signal to a job."""
         if not 0 <= message.sig <= 64:
             raise BpfsError(EINVAL, f"{message.sig} is no signal")
+        value = message.value if message.si_code == SI_QUEUE else None
+        if (
+            message.si_pid
+            and message.sig not in DIRECT
+            and self._space.send_as(message.si_pid, message.pid, message.sig, value)
+        ):
+            return
         try:
             process = self._space.open_process(message.pid)
             try:
@@ -159,6 +168,13 @@ class Jobs:
         """Handler: a child of a job did something elsewhere; the job shall find that when it waits."""
         try:
             self._space.act_for(message.pid, message.code, message.status)
+        except ProcessLookupError:
+            raise BpfsError(ESRCH, f"nothing stands for process {message.pid} on this node") from None
+
+    def stand_in_leads(self, message: StandInLeads) -> None:
+        """Handler: a child of a job leads a group or session elsewhere; here it does so, too."""
+        try:
+            self._space.lead(message.pid, message.session)
         except ProcessLookupError:
             raise BpfsError(ESRCH, f"nothing stands for process {message.pid} on this node") from None
 

@@ -64,6 +64,7 @@ from bpfs.wire.messages import (
     Signal,
     SlewClock,
     StandIn,
+    StandInLeads,
     Welcome,
 )
 from engine.jobspace import Clocks
@@ -187,6 +188,7 @@ class Slave:
             KillAll: jobs.kill_all,
             HostPidOf: jobs.hostpid,
             StandIn: jobs.stand_in,
+            StandInLeads: jobs.stand_in_leads,
             JobStatus: jobs.status,
             JobsStatus: jobs.statuses,
             DropPlaceholder: jobs.drop_placeholder,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 8
+VERSION = 9
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -392,6 +392,14 @@ class StandIn(Message):
     pid: int
     code: int  # CLD_... of siginfo
     status: int  # exit code or signal number
+
+
+@_message(45)
+class StandInLeads(Message):
+    """master -> slave, request (reply Done): a process whose stand-in is a child of a job here leads a group now."""
+
+    pid: int
+    session: bool  # and a session, too
 
 
 # -- tree: 40-49 -----------------------------------------------------------------------------------

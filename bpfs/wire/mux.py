@@ -45,6 +45,7 @@ class Ctl(IntEnum):
     IDS = 12
     ARGUMENTS = 13
     KEEP = 14
+    SEND = 15
     READY = 32
     SIGNAL = 33
     HELD = 34

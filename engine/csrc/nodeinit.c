@@ -30,6 +30,7 @@
 #include <asm/siginfo.h>
 #include <linux/time_types.h>
 
+static uint64_t sent_value; /* of the next COMMAND_SEND */
 #define COMMAND_SIGNAL 64 /* SIGRTMAX: the least likely to be a job's own */
 #define EVERY_SIGNAL (~0UL)
 #define MSG_DONTWAIT_ 0x40
@@ -312,9 +313,31 @@ static void end_as(int status)
 	end(128 + (status & 0x7f));
 }
 
-static void obey(uint64_t command, uint32_t uid)
+/* In the name of the process that we stand for: the kernel says so in siginfo. */
+static void send_signal(int pid, uint32_t what)
+{
+	siginfo_t info = {.si_signo = (int)(what & 0xff), .si_code = SI_QUEUE};
+
+	if (!(what & SENT_QUEUED)) {
+		call(__NR_kill, pid, info.si_signo);
+		return;
+	}
+	info.si_pid = own_pid();
+	info.si_uid = (uint32_t)call(__NR_getuid, 0);
+	info.si_value.sival_ptr = (void *)sent_value;
+	call(__NR_rt_sigqueueinfo, pid, info.si_signo, &info);
+}
+
+static void obey(uint64_t command, uint32_t uid, uint32_t more)
 {
 	int pid = (int)(command & COMMAND_PID_MASK);
+	if (command & COMMAND_SEND) {
+		if (pid)
+			send_signal(pid, more);
+		else
+			sent_value = (uint64_t)more << 32 | uid;
+		return;
+	}
 	if (command & COMMAND_END && own_pid() != 1)
 		end_as(pid);
 	if (command & COMMAND_STOP && own_pid() != 1) {
@@ -377,7 +400,7 @@ static _Noreturn void loop(void)
 		/* Also when nothing came: a tracer's stop can eat the wake-up. */
 		report_children();
 		if (got > 0 && is_command(&info))
-			obey((uint64_t)info.si_value.sival_ptr & 0xffffffff, info.si_uid);
+			obey((uint64_t)info.si_value.sival_ptr & 0xffffffff, info.si_uid, (uint32_t)info.si_errno);
 		else if (got == SIGIO && info.si_code == SI_KERNEL)
 			end_without_daemon();
 		else if (got > 0 && !(got == SIGCHLD && info.si_code > 0))

@@ -37,9 +37,13 @@ enum command {
 	COMMAND_KILL_ALL = 8 << 24, /* pid 1: kill everything else in the namespace */
 	COMMAND_END = 32 << 24,      /* end with the wait status NUMBER: the real process has, elsewhere */
 	COMMAND_STOP = 64 << 24,     /* stop by the signal NUMBER; SIGCONT from outside is for this one alone */
+	COMMAND_SEND = 128u << 24,   /* send NUMBER the signal in si_errno, with SENT_QUEUED as sigqueue(3) does; 0: the value is
+	                              * in si_errno (upper half) and si_uid */
 	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */
+
+#define SENT_QUEUED 0x100
 
 #define SCRATCH_ADDRESS 0x10000UL  /* where the engine injects its call runner */
 #define SCRATCH_BYTES (256UL << 10)

@@ -159,16 +159,6 @@ PLACES = list(itertools.product((MASTER, *NODES), repeat=2))
 SOME = [(0, MASTER), (MASTER, 1), (0, 1), (2, 0), (1, 1)]
 
 
-@pytest.mark.parametrize("first", ["parent", "child"])
-@pytest.mark.parametrize(("parent", "child"), PLACES if "BPFS_ROUNDS" in os.environ else SOME)
-def test_a_parent_and_its_child(it, parent, child, first):
-    with Family(it) as family:
-        moves = [(family.process.pid, parent), (family.children[0], child)]
-        for pid, node in moves if first == "parent" else reversed(moves):
-            family.move(pid, node)
-        check(family)
-
-
 @pytest.mark.parametrize(("parent", "child"), PLACES if "BPFS_ROUNDS" in os.environ else [*SOME, (MASTER, 0)])
 def test_a_child_that_outlives_its_parent(it, parent, child):
     with Family(it) as family:

@@ -43,13 +43,13 @@ def test_header_and_mirror_agree(tmp_path: Path) -> None:
     header = Path(jobspace.__file__).parent / "csrc" / "nodeinit.h"
     fields = "kind pid reporter code status uid utime_us stime_us maxrss_kb sender zero".split()  # noqa: SIM905
     words = ", ".join(f"(int)offsetof(struct report, {name})" for name in fields)
-    commands = "COMMAND_SETSID, COMMAND_SETPGID, COMMAND_SIBLING, COMMAND_KILL_ALL"
+    commands = "COMMAND_SETSID, COMMAND_SETPGID, COMMAND_SIBLING, COMMAND_KILL_ALL, COMMAND_SEND"
     code = f"""#include <stddef.h>
     #include <stdio.h>
     #include "{header}"
     int main(void) {{
-        int values[] = {{{words}, sizeof(struct report), {commands}}};
-        for (unsigned i = 0; i < sizeof values / sizeof *values; i++) printf("%d ", values[i]);
+        unsigned values[] = {{{words}, sizeof(struct report), {commands}}};
+        for (unsigned i = 0; i < sizeof values / sizeof *values; i++) printf("%u ", values[i]);
     }}"""
     (tmp_path / "sizes.c").write_text(code)
     subprocess.run(["gcc", "-o", tmp_path / "sizes", tmp_path / "sizes.c"], check=True)
@@ -57,7 +57,7 @@ def test_header_and_mirror_agree(tmp_path: Path) -> None:
     mirror = jobspace.REPORT
     offsets = [0, 4, 8, 12, 16, 20, 24, 32, 40, 48, 52]
     command = placeholders.Command
-    assert got == [*offsets, mirror.size, command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL]
+    assert got == [*offsets, mirror.size, command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL, command.SEND]
 
 
 def test_start_and_close(space: JobSpace) -> None:

@@ -77,6 +77,10 @@ static void one_signal(const struct signalfd_siginfo *i)
 	if (kernel && (n == SIGINT || n == SIGQUIT || n == SIGTSTP) && ttys_signal(n))
 		return;
 	if (n != SIGCONT) {
+		if (barrier.what == B_CONT) { /* else this one would overtake it */
+			barrier.what = B_NONE;
+			forward(&barrier.info);
+		}
 		forward(i);
 		return;
 	}
@@ -267,6 +271,17 @@ static void new_stream(int fd, const struct ctl *m, size_t len)
 
 /* ---- control ---- */
 
+/* siginfo then has the pid and user of the real process, which are ours. */
+static void send_signal(int pid, int signo, int code, uint64_t value)
+{
+	union sigval with = { .sival_ptr = (void *)(uintptr_t)value };
+
+	if (code == SI_QUEUE)
+		sigqueue(pid, signo, with);
+	else
+		kill(pid, signo);
+}
+
 static void obey(const struct ctl *m, size_t text, int fd)
 {
 	char name[16] = "";
@@ -277,6 +292,9 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		break;
 	case C_KEEP:
 		keep(m, text);
+		break;
+	case C_SEND:
+		send_signal(m->a, m->b, m->c, m->value);
 		break;
 	case C_REAP:
 		reap(m->a);

@@ -43,6 +43,7 @@ enum ctl_type {
 	C_REAP = 11,  /* a: pid of a child's ghost, which the real parent has waited for */
 	C_IDS = 12,   /* a: session, b: process group, c: uid, d: gid */
 	C_ARGUMENTS = 13, /* text: command line */
+	C_SEND = 15,  /* a: pid, b: signal, c: si_code, value: si_value: send it in the name of the real process */
 	C_KEEP = 14,  /* text: pids (int32_t) of children: tell of them, and leave them to be waited for; a: beside those of before */
 	/* ghost -> master */
 	C_READY = 32,
