@@ -57,7 +57,8 @@ def test_header_and_mirror_agree(tmp_path: Path) -> None:
     mirror = jobspace.REPORT
     offsets = [0, 4, 8, 12, 16, 20, 24, 32, 40, 48, 52]
     command = placeholders.Command
-    assert got == [*offsets, mirror.size, command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL, command.SEND]
+    orders = [command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL, command.SEND]
+    assert got == [*offsets, mirror.size, *orders]
 
 
 def test_start_and_close(space: JobSpace) -> None:
