@@ -117,7 +117,7 @@ def _close(one: _Borrowed) -> None:
 
 
 def _make(file: MappedFile) -> int:
-    name = os.fsdecode(os.path.basename(file.path)[:_MAX_NAME])
+    name = os.fsdecode(os.path.basename(file.path).removesuffix(b" (deleted)")[:_MAX_NAME])
     fd = os.memfd_create(_NAME + name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, file.size)

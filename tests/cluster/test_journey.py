@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.moving import echo, place
+from tests.cluster.moving import echo, move, place
 from tests.cluster.virtual import VirtualCluster, cluster
 from tests.engine.moves import Victim, until
 from tests.engine.test_descriptors import KINDS, SCRIPT
@@ -106,6 +106,23 @@ def test_every_kind_of_descriptor_of_a_stopped_program(it: VirtualCluster, tmp_p
             assert process.wait(60) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
+
+
+def test_a_program_whose_file_has_been_replaced(it: VirtualCluster, tmp_path: Path) -> None:
+    program = tmp_path / "own"
+    shutil.copy(VICTIMS / "bin/threads", program)
+    one = Victim(program, tmp_path, "3", close_fds=True)
+    try:
+        program.unlink()
+        program.write_text("another\n")
+        for node in JOURNEY:
+            move(it, one.pid, node)
+        assert os.readlink(f"/proc/{one.pid}/exe") == "/memfd:bpfs:own (deleted)"
+        one.stop()
+        until(lambda: one.process.poll() is not None, "its end")
+        assert one.process.returncode == 0, one.text()
+    finally:
+        one.close()
 
 
 PROGRAMS = VICTIMS / "programs"
