@@ -39,6 +39,9 @@ def problems(wheel: Path) -> list[str]:
         for name in NEEDED:
             if name not in infos:
                 found.append(f"{name} is missing")
+        for page in ("man1/bpsh.1", "man3/bproc_move.3", "man5/bpfs.5"):
+            if not any(name.endswith(f".data/data/share/man/{page}") for name in infos):
+                found.append(f"{page} is missing")
         for name, info in infos.items():
             if name.endswith((".o", ".pyc")) or name.startswith("tests/"):
                 found.append(f"{name} does not belong in a wheel")

@@ -1,4 +1,4 @@
-"""Hatchling build hook: builds the C helpers and marks the wheel as a Linux one.
+"""Hatchling build hook: builds the C helpers and the pages for man(1), and marks the wheel as a Linux one.
 
 The helpers are static programs that never link against Python, so one wheel serves every Python 3: its tag is
 py3-none-linux_x86_64 rather than that of one interpreter. Hatchling keeps the mode bits, so they stay executable.
@@ -7,6 +7,7 @@ py3-none-linux_x86_64 rather than that of one interpreter. Hatchling keeps the m
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class HelperBuildHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        made = subprocess.run(["make", "-s", "-C", str(root / "mountscripts"), "helpers"], check=False)
+        make = ["make", "-s", "-C", str(root / "mountscripts"), f"PYTHON={sys.executable}", "helpers"]
+        made = subprocess.run(make, check=False)
         if made.returncode != 0:
             raise RuntimeError(f"the C helpers could not be built (make exit code {made.returncode})")
         build_data["tag"] = WHEEL_TAG
@@ -46,3 +48,5 @@ class HelperBuildHook(BuildHookInterface[Any]):
                 program = root / "bpfs" / "bin" / command
                 if program.exists():
                     build_data["shared_scripts"][str(program)] = command
+            for page in (root / "build" / "man").glob("man?/*"):
+                build_data["shared_data"][str(page)] = f"share/man/{page.parent.name}/{page.name}"

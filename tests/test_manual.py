@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_a_page_begins_with_its_name_and_refers_to_pages_that_exist(page: str) -
 
 
 def test_every_keyword_is_on_the_masters_page() -> None:
-    text = PAGES["bpmaster.8"].read_text()
+    text = PAGES["bpmaster.8"].read_text().replace("\\|", "|")  # in a cell of a table
     for name, keyword in KEYWORDS.items():
         assert f"| `{name} {keyword.usage}` |" in text
 
@@ -64,3 +65,36 @@ def test_every_keyword_is_on_the_masters_page() -> None:
 def test_the_readme_names_pages_that_exist() -> None:
     for link in re.findall(r"\]\((bpfs/man/[^)]*)\)", (TOP / "README.md").read_text()):
         assert (TOP / link).exists(), link
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z0-9_]{2,}", text)
+
+
+@pytest.fixture(scope="module")
+def troff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("man")
+    subprocess.run([sys.executable, TOP / "mountscripts" / "manpages", TOP / "bpfs" / "man", folder], check=True)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_man_shows_all_of_a_page(troff: Path) -> None:
+    pages = [troff / f"man{name[-1]}" / name for name in sorted(PAGES)]
+    shown = subprocess.run(
+        ["groff", "-man", "-ww", "-Tutf8", "-Kutf8", "-P-cbou", "-rLL=2000n", "-rcR=0", *pages],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stderr == ""
+    said = set(words(shown.stdout))
+    for name, source in PAGES.items():
+        # Where links lead, and heads of tables, are not shown.
+        text = re.sub(r"\]\([^)]*\)|^\|.*\|\n\|[-| ]+\|$", "", source.read_text(), flags=re.MULTILINE)
+        assert [word for word in words(text) if word not in said] == [], name
+
+
+def test_each_call_of_a_library_has_a_page(troff: Path) -> None:
+    for name in ("bproc", "beostat"):
+        header = (TOP / "bpfs" / "lib" / "csrc" / "sys" / f"{name}.h").read_text()
+        for call in set(re.findall(rf"\b(_?{name}_\w+)\((?!set, i)", header)):
+            assert (troff / "man3" / f"{call}.3").read_text() == f".so man3/lib{name}.3\n"
