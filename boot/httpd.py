@@ -1,5 +1,5 @@
-"""The HTTP server of the boot server: a manifest, a text about the node that asks, and two files. There is nothing
-else that a path could reach: paths are looked up in a table, and never in a file system.
+"""The HTTP server of the boot server: a manifest, a text about the node that asks, two files, and nodes that pass these
+on. There is nothing else that a path could reach: paths are looked up in a table, and never in a file system.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 _REASONS = {200: "OK", 206: "Partial Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
             405: "Method Not Allowed", 416: "Range Not Satisfiable", 503: "Service Unavailable"}  # fmt: skip
 _NAMES = ("kernel", "image")
+_PROGRESS = re.compile(rf"/progress/({'|'.join(_NAMES)})/(\d\d?|100)")
 
 STATIC = (*LOADERS, SCRIPT, "phase1.vmlinuz", "phase1.img")
 """What network ROMs fetch. There is no secret in it, and it is there only where `bpboot` has put it."""
@@ -138,8 +139,7 @@ class HttpServer:
             head = await reader.readuntil(b"\r\n\r\n")
         try:
             request = parse(head)
-            if request.path in ("/seed", "/peers"):
-                words = self._seed(address) if request.path == "/seed" else self._peers()
+            if (words := self._words(request.path, address)) is not None:
                 await self._say(writer, 200, "".join(f"{word}\n" for word in words).encode(), request.method == "HEAD")
                 return
             if request.path in ("/manifest", "/node"):
@@ -213,11 +213,24 @@ class HttpServer:
 
     # -- nodes that pass files on ------------------------------------------------------------------
 
-    def _seed(self, address: str) -> list[str]:
-        """A node says that it passes on what the manifest names."""
-        self._known(address)
-        self._seeds[address] = time.monotonic()
+    def _words(self, path: str, address: str) -> list[str] | None:
+        """The answer to what is asked or said about them; None where it is something else."""
+        if path == "/peers":
+            return self._peers()
+        if path == "/seed":
+            self._seed(address)
+        elif said := _PROGRESS.fullmatch(path):
+            self._reporter.tell(Report.PROGRESS, self._known(address), *said.groups())
+        else:
+            return None
         return ["thanks"]
+
+    def _seed(self, address: str) -> None:
+        """A node says that it passes on what the manifest names."""
+        number = self._known(address)
+        if address not in self._seeds:
+            self._reporter.tell(Report.LOG, number, "it passes kernel and image on")
+        self._seeds[address] = time.monotonic()
 
     def _peers(self) -> list[str]:
         """Some that do, by chance; those that were not heard of for a while are forgotten."""

@@ -40,37 +40,13 @@ DEFAULT_DRIVERS = (
 )  # fmt: skip
 """The cards of nine machines in ten; `--drivers all` takes every wired one."""
 
-# Standard library modules that nothing on a node uses: with them goes OpenSSL, a third of the image.
+ABSENT = Path(__file__).parent / "absent"
+"""What stands for modules of the standard library that are large (OpenSSL is a third of the image) and not used."""
 WITHOUT = frozenset({
-    *("ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"),
+    *("_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"),
     *("multiprocessing", "_multiprocessing", "concurrent.futures.process"),  # boot.python's own
 })  # fmt: skip
-
-_NO_TLS = '''
-"""Nothing on a node speaks TLS; trio only wants the names."""
-
-
-class _Absent:
-    pass
-
-
-class SSLError(OSError):
-    pass
-
-
-class SSLWantReadError(SSLError):
-    pass
-
-
-class CertificateError(SSLError):
-    pass
-
-
-def __getattr__(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return _Absent
-'''
+"""What is left out without that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +78,10 @@ def entries(recipe: Recipe) -> list[Entry]:
     except OSError:
         raise BootError(f"{INIT} is missing: build it with make -C mountscripts helpers") from None
     found = [cpio.file("init", init, 0o755), cpio.file("etc/beowulf/phase", b"%d\n" % recipe.phase), *_skeleton()]
-    found += python.entries(PROGRAMS[recipe.phase], WITHOUT)
-    found.append(cpio.file(f"{python.HOME}/ssl.pyc", python.compiled_text(_NO_TLS, "/ssl.py")))
+    absent = {path.stem: path.read_bytes() for path in ABSENT.glob("[!_]*.py")}
+    found += python.entries(PROGRAMS[recipe.phase], WITHOUT | set(absent))
+    for name, text in sorted(absent.items()):
+        found.append(cpio.file(f"{python.HOME}/{name}.pyc", python.compiled_text(text, f"/{name}.py")))
     found += _modules(recipe)
     if recipe.phase == 1:
         found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n"))

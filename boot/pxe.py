@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from boot import dhcp, rarp
+from boot.answers import Answerer
 from boot.dhcp import Client, Kind
 from boot.directory import Directory
 from boot.reports import Report, Reporter
@@ -25,7 +26,6 @@ LOADERS = (BIOS_LOADER, UEFI_LOADER)
 
 DHCP_PORT, CLIENT_PORT, TFTP_PORT = 67, 68, 69
 
-_PER_TURN = 64
 TRANSFERS_MOST = 128
 """TFTP transfers at once; who comes when there are more asks again."""
 _BLOCK_LEAST, _BLOCK_USUAL, _BLOCK_MOST = 8, 512, 1428
@@ -58,7 +58,7 @@ def bound(interface: str, address: str, port: int) -> socket.socket:
     return sock
 
 
-class DhcpServer:
+class DhcpServer(Answerer):
     """Tells the ROM of a node its address and what to boot."""
 
     def __init__(
@@ -81,27 +81,11 @@ class DhcpServer:
             Client.UEFI: UEFI_LOADER,
             Client.UEFI_HTTP: f"{url}/{UEFI_LOADER}",
         }
-        self._socket = bound(interface, "", DHCP_PORT)
+        super().__init__(bound(interface, "", DHCP_PORT))
 
-    def start(self) -> None:
-        """Serve from now on, in the running event loop."""
-        asyncio.get_running_loop().add_reader(self._socket, self._turn)
-
-    def close(self) -> None:
-        """Serve no more."""
-        asyncio.get_running_loop().remove_reader(self._socket)
-        self._socket.close()
-
-    def _turn(self) -> None:
-        for _ in range(_PER_TURN):
-            try:
-                data = self._socket.recv(2048)
-                answer = self.answer(data)
-                if answer is not None:
-                    # By broadcast, as it has no address yet that it could be asked for by ARP.
-                    self._socket.sendto(answer, ("255.255.255.255", CLIENT_PORT))
-            except OSError:  # nothing left; or the interface is down, and the machine asks again
-                return
+    def _send(self, data: bytes) -> None:
+        # By broadcast, as it has no address yet that it could be asked for by ARP.
+        self._socket.sendto(data, ("255.255.255.255", CLIENT_PORT))
 
     def answer(self, data: bytes) -> bytes | None:
         """The answer to a datagram, where it deserves one."""

@@ -33,7 +33,7 @@ PROGRAM = "usr/lib/bpfs/bpfs-python"
 
 ALWAYS = (
     "encodings.ascii", "encodings.idna", "encodings.latin_1", "encodings.utf_8", "encodings.utf_8_sig", "stringprep",
-    "unicodedata", "importlib.util", "runpy", "pkgutil", "linecache", "traceback", "codecs", "io", "abc",
+    "importlib.util", "runpy", "pkgutil", "linecache", "traceback", "codecs", "io", "abc",
     "site", "os", "stat", "_strptime",
 )  # fmt: skip
 """What the interpreter and the standard library import by themselves, at one time or another."""

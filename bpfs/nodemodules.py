@@ -16,8 +16,19 @@ from bpfs.errors import BpfsError
 
 INSTALLED = (Path("/lib/modules"), Path("/usr/lib/modules"))
 
-_INSERT = 'file=$(mktemp) && cat > "$file" && insmod "$file"; code=$?; rm -f "$file"; exit $code'
-_TIMEOUT = 120.0  # seconds for one module: mounting of a cold view included
+_INSERT = """file=$(mktemp) || exit 1
+trap 'rm -f "$file"' EXIT
+while [ $# -gt 0 ]; do
+    head -c "$2" > "$file"
+    # Somebody else may have loaded it meanwhile.
+    why=$(insmod "$file" 2>&1) || grep -q "^$1 " /proc/modules ||
+        { echo "$1 cannot be loaded: ${why##*: }" >&2; exit 1; }
+    shift 2
+done
+"""
+"""Takes modules from standard input, one after the other; its arguments are the name and the bytes of each."""
+
+_TIMEOUT = 120.0  # seconds for one command: mounting of a cold view included
 
 
 def folder(release: str, images: Path) -> Path:
@@ -61,20 +72,20 @@ def load(node: Node, names: Iterable[str], images: Path) -> list[str]:
     except BootError as error:
         raise BpfsError(ENOENT, str(error)) from None
     there = {plain(line.split()[0]) for line in _run(node, "cat /proc/modules").splitlines() if line}
-    done = []
-    for module in wanted:
-        if module.name not in there:
-            _run(node, _INSERT, module.data, f"{module.name} cannot be loaded")
-            done.append(module.name)
-    return done
+    new = [module for module in wanted if module.name not in there]
+    if new:
+        sizes = [word for module in new for word in (module.name, str(len(module.data)))]
+        _run(node, _INSERT, sizes, b"".join(module.data for module in new))
+    return [module.name for module in new]
 
 
-def _run(node: Node, script: str, data: bytes = b"", doing: str = "") -> str:
+def _run(node: Node, script: str, arguments: Iterable[str] = (), data: bytes = b"") -> str:
+    command = ["/bin/sh", "-c", script, "sh", *arguments]
     try:
-        (done,) = node.cluster.run(["/bin/sh", "-c", script], str(node.number), stdin=data, timeout=_TIMEOUT)
+        (done,) = node.cluster.run(command, str(node.number), stdin=data, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise BpfsError(EIO, f"node {node.number}: no answer within {_TIMEOUT:g} s") from None
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise BpfsError(EIO, f"node {node.number}: {doing or script}: {''.join(said) or done.returncode}")
+        raise BpfsError(EIO, f"node {node.number}: {''.join(said) or f'a command ended with {done.returncode}'}")
     return done.stdout.decode(errors="replace")

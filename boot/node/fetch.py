@@ -22,6 +22,8 @@ TRIES = 3
 """Times that a file is fetched whole and turns out to be damaged, until the node starts over."""
 PEERS_MOST = 3
 """Peers that are tried before the server."""
+TELL_EVERY = 2.0
+"""Seconds between two words to the server of how far a peer's file is: of its own it knows."""
 CHUNK = 1 << 20
 HEAD_MOST = 16384
 
@@ -32,6 +34,12 @@ class Server:
     def __init__(self, address: str, port: int) -> None:
         self._address = (address, port)
         self._peers: list[tuple[str, int]] = []
+        self._told = 0.0
+
+    @property
+    def source(self) -> str:
+        """Whom the next file is asked of first."""
+        return (self._peers[0] if self._peers else self._address)[0]
 
     def find_peers(self) -> None:
         """Ask for nodes that pass files on: they are tried first, in an order of chance."""
@@ -80,7 +88,7 @@ class Server:
             before, reason = have, "the connection ended early"
             peer = self._peers[0] if self._peers else None
             try:
-                self._more(fd, blob, have, peer or self._address)
+                self._more(fd, blob, have, peer, what)
             except (OSError, BootError) as error:
                 if peer is None and isinstance(error, BootError):
                     raise
@@ -96,8 +104,8 @@ class Server:
                     raise BootError(f"the {what} cannot be fetched: {reason}")
                 time.sleep(min(0.25 * 2**attempts, 4.0) * random.uniform(0.5, 1.5))
 
-    def _more(self, fd: int, blob: Blob, have: int, source: tuple[str, int]) -> None:
-        with self._get(f"/{blob.name}", have, source) as sock:
+    def _more(self, fd: int, blob: Blob, have: int, peer: tuple[str, int] | None, what: str) -> None:
+        with self._get(f"/{blob.name}", have, peer or self._address) as sock:
             status, data = _head(sock, blob.name)
             _expect(status, (206,) if have else (200,), blob.name)
             while have < blob.size:
@@ -107,6 +115,15 @@ class Server:
                 os.pwrite(fd, data, have)
                 have += len(data)
                 data = b""
+                if peer is not None and time.monotonic() - self._told > TELL_EVERY:
+                    self._told = time.monotonic()
+                    self._tell(f"/progress/{what}/{100 * have // blob.size}")
+
+    def _tell(self, path: str) -> None:
+        try:
+            self.text(path)
+        except (BootError, OSError):
+            pass  # it is for people to look at only
 
     def _get(self, path: str, start: int, source: tuple[str, int] | None = None) -> socket.socket:
         sock = socket.create_connection(source or self._address, TIMEOUT)

@@ -57,7 +57,7 @@ def fetch(key: bytes, port: int) -> tuple[int, int, str]:
     files = {}
     for what in ("kernel", "image"):
         blob = Blob.parse(listed.get(what, ""), what)
-        say(f"fetching the {what}, {blob.size / 1e6:.1f} MB")
+        say(f"fetching the {what}, {blob.size / 1e6:.1f} MB, from {server.source}")
         files[what] = server.blob(blob, what)
     _append(files["image"], cpio.archive([cpio.file(CONF, node, 0o400)]))
     return files["kernel"], files["image"], _command_line(listed.get("append", ""))

@@ -29,7 +29,8 @@ def operational(kernel: Kernel) -> list[cpio.Entry]:
 
 def test_the_operational_image_is_small_and_has_no_way_in(operational: list[cpio.Entry]) -> None:
     archive = cpio.archive(operational)
-    assert len(archive) < 50e6 and len(image.compress(archive)) < 8e6
+    # 8 MB are promised: what is left of them is for kernels with larger modules.
+    assert len(archive) < 50e6 and len(image.compress(archive)) < 7.8e6
     names = {entry.path.rpartition("/")[2] for entry in operational}
     assert not names & {"sh", "bash", "dash", "busybox", "login", "getty", "sshd", "shadow", "key", "bootkey"}
     (passwd,) = (entry.data for entry in operational if entry.path == "etc/passwd")

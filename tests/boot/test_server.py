@@ -180,6 +180,9 @@ def test_a_booted_node_passes_kernel_and_image_on(lab: Lab, session_folder: Path
                 for path in here:
                     path.with_name(f"hidden-{path.name}").rename(path)
             assert done.returncode == 0, done.stderr
+            # The master is told how far it is.
+            wait_until(lambda: lab.read("nodes/1/reason").startswith("fetching kernel"), "no progress is shown")
+            assert "it passes kernel and image on" in lab.read("nodes/0/log")
             # What a peer has damaged is fetched from the master.
             (damaged,) = folder.glob("image-*")
             content = damaged.read_bytes()
