@@ -179,7 +179,8 @@ build_helpers() {
 install_boot() {
     local meta name folder=$VENV/boot
     LOG=$(mktemp)
-    install_packages qemu-system-x86 ipxe-qemu kmod e2fsprogs zstd cpio openssl ipxe grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools
+    install_packages qemu-system-x86 ipxe-qemu ovmf kmod e2fsprogs zstd cpio openssl ipxe grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools
+    (install_packages nfs-common && unpack_nfs_server "$folder/nfs") || say "the tests of NFS will be skipped"
     rm -f "$LOG"
     mkdir -p "$folder"
     # The small one for most tests, the general one for other cards than virtio.
@@ -195,6 +196,19 @@ install_boot() {
             say "the kernel package $name cannot be fetched: the tests that boot it are skipped"
         fi
     done
+}
+
+# A server of NFS in user space, with the libraries that it wants and that are not here: unpacked only, for installed it
+# would be started with this machine, now and ever after. unpack_nfs_server FOLDER
+unpack_nfs_server() {
+    local package
+    if [ -e "$1/usr/bin/ganesha.nfsd" ] || command -v ganesha.nfsd >/dev/null; then return 0; fi
+    say "fetching an NFS server for the tests"
+    mkdir -p "$1/partial"
+    apt-get install -y -q --no-install-recommends --download-only -o Dir::Cache::archives="$1" nfs-ganesha-vfs \
+        </dev/null >"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; return 1; }
+    for package in "$1"/*.deb; do dpkg-deb -x "$package" "$1" || return 1; done
+    rm -f "$1"/*.deb
 }
 
 # Everything up to a working tree: packages, environment, helpers. Arguments: extras of pyproject.toml.

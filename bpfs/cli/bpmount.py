@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mkfs", choices=policies, help="when to make local file systems")
     parser.add_argument("--fsck", choices=policies, help="when to check them")
     parser.add_argument("--master", metavar="ADDRESS", help="what $MASTER stands for")
+    parser.add_argument("--bootimages", metavar="FOLDER", type=Path, help="where bpboot has put the modules of nodes")
     parser.add_argument("--force", action="store_true", help="also disks of this very machine, for virtual nodes")
     return parser
 
@@ -54,6 +55,7 @@ def _main(argv: Sequence[str] | None) -> int:
     config.fstab = (args.fstab or config.fstab).absolute()
     config.mkfs = Policy(args.mkfs) if args.mkfs else config.mkfs
     config.fsck = Policy(args.fsck) if args.fsck else config.fsck
+    config.bootimages = args.bootimages or config.bootimages
     cluster = Cluster(args.mount)
     config.address = args.master or config.address or Node(cluster, MASTER).address
     numbers = cluster.expand(args.nodes)

@@ -106,8 +106,9 @@ class Stage:
         config = self._config()
         if find(config.fstab, node.number) is None:
             return []
-        options = ["--mount", config.mount, "--fstab", config.fstab, "--mkfs", config.mkfs.value]
-        options += ["--fsck", config.fsck.value, "--master", self._master, *more, str(node.number)]
+        options = ["--mount", config.mount, "--fstab", config.fstab, "--bootimages", config.bootimages]
+        options += ["--mkfs", config.mkfs.value, "--fsck", config.fsck.value, "--master", self._master]
+        options += [*more, str(node.number)]
         # By this very Python, wherever our modules are.
         ours = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         return [Step("fstab", [sys.executable, "-m", "bpfs.cli.bpmount", *map(str, options)], ours)]

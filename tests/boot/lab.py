@@ -63,6 +63,16 @@ def python(module: str, *arguments: str | Path) -> list[str | Path]:
 NETWORK: list[str | Path] = ["-boot", "n"]
 """The medium of a machine whose firmware boots from its network card."""
 
+_OVMF = Path("/usr/share/ovmf/OVMF.fd")
+
+
+def uefi(http: bool = False) -> list[str | Path]:
+    """The medium of a machine with UEFI that boots from its network card: by PXE, or by HTTP."""
+    if not _OVMF.exists():
+        pytest.skip(f"there is no {_OVMF} (package ovmf)")
+    without = [f"name=opt/org.tianocore/IPv{version}PXESupport,string=no" for version in (4, 6)] if http else []
+    return ["-bios", _OVMF, *NETWORK, *(word for setting in without for word in ("-fw_cfg", setting))]
+
 
 class Machine:
     """One virtual machine without a disk; its serial line is kept."""
@@ -277,12 +287,13 @@ class Lab:
         deadline = time.monotonic() + VM_DEADLINE
         while self.read(f"nodes/{number}/state").strip() != state:
             now = f"{self.read(f'nodes/{number}/state').strip()}: {self.read(f'nodes/{number}/reason').strip()}"
+            assert state != "up" or not now.startswith("error"), f"node {number}: {now}"
             assert time.monotonic() < deadline, f"node {number} is not {state} within {VM_DEADLINE:g} s but {now}"
             time.sleep(0.05)
 
-    def disk(self, number: int, size: int) -> list[str | Path]:
-        """Options of a machine that give it an empty disk, /dev/vda."""
-        path = self.folder / f"disk{number}"
+    def disk(self, name: str, size: int) -> list[str | Path]:
+        """Options of a machine that give it one more empty disk, the first being /dev/vda."""
+        path = self.folder / name
         with path.open("wb") as file:
             file.truncate(size)
         return ["-drive", f"file={path},if=virtio,format=raw"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.boot.lab import NETWORK, VM_DEADLINE, Lab, kernel_package, python, run
-from tests.cluster.virtual import wait_until
+from tests.boot import nfs
+from tests.boot.lab import NETWORK, VM_DEADLINE, Lab, kernel_package, python, run, uefi
+from tests.cluster.virtual import TOP, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -19,22 +20,32 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def lab(session_folder: Path) -> Iterator[Lab]:
     package = kernel_package()
-    lab = Lab(session_folder / "boot", config="precopy 1M")  # by soft-dirty marks, which Debian's kernel has
+    # Pre-copy is by soft-dirty marks, which Debian's kernel has; the first machine passes its image on.
+    lab = Lab(session_folder / "boot", config="precopy 1M\nbootpeers 1")
     try:
         lab.open()
         lab.make_images(package, media=("--iso", lab.folder / "phase1.iso"))
-        yield lab
+        home(lab).mkdir()
+        with nfs.serving(lab, home(lab)):
+            yield lab
     finally:
         lab.close()
+
+
+def home(lab: Lab) -> Path:
+    """The users' files, which nodes see by NFS where the master has them."""
+    return lab.folder / "home"
 
 
 TRAVELLER = """
 import hashlib, os, sys
 digest, count, places = b"", 0, []
+notes = open(sys.argv[1], "a", buffering=1)
 while len(places) < 4:
     here = os.uname()[1:3]
     if places[-1:] != [here]:
         places.append(here)
+        print(here[0], file=notes)
         print(*here, flush=True)
     if len(places) == 3 and here[0][0] != "n":
         break
@@ -49,10 +60,11 @@ sys.exit(7 if again == digest else 1)
 
 def travel(lab: Lab) -> None:
     """A process of the master starts on one machine, goes to the other by echo, and comes home."""
-    script = f'echo "$$ onexec" > {lab.mount}/nodes/0/migrate; exec /usr/bin/python3 -c "$0"'
+    script = f'echo "$$ onexec" > {lab.mount}/nodes/0/migrate; exec /usr/bin/python3 -c "$0" "$1"'
+    notes = home(lab) / "notes"
     process = subprocess.Popen(
-        ["/bin/bash", "-c", script, TRAVELLER], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd="/",
-        env={"PATH": "/usr/bin:/bin"},  # bound late, on a CPU that has fewer registers than the master's
+        ["/bin/bash", "-c", script, TRAVELLER, notes], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        cwd="/", env={"PATH": "/usr/bin:/bin"},  # bound late, on a CPU that has fewer registers than the master's
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -63,14 +75,17 @@ def travel(lab: Lab) -> None:
         lab.write("nodes/-1/migrate", str(process.pid))
         assert process.stdout.readline() == f"{os.uname().nodename} {os.uname().release}\n"
         assert process.wait(VM_DEADLINE) == 7
+        assert notes.read_text() == f"n0\nn1\n{os.uname().nodename}\n"
     finally:
         process.kill()
         process.wait()
 
 
 def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: Lab) -> None:
-    (lab.folder / "fstab.0").write_text("/dev/vda /scratch ext4 noatime\n")
-    disc = ["-cdrom", lab.folder / "phase1.iso", *lab.disk(0, 64 << 20)]
+    files = f"$MASTER:{home(lab)} {home(lab)} nfs4\n"
+    (lab.folder / "fstab").write_text(files)
+    (lab.folder / "fstab.0").write_text(f"/dev/vda /scratch ext4 noatime\n/dev/vdb none swap\n{files}")
+    disc = ["-cdrom", lab.folder / "phase1.iso", *lab.disk("scratch", 64 << 20), *lab.disk("swap", 32 << 20)]
     with lab.machine(0, disc) as first, lab.machine(1) as second:
         # They were there before their master was: they ask on.
         for machine in (first, second):
@@ -84,28 +99,39 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         assert lab.read("nodes/0/kernel").strip() in (lab.images / "manifest").read_text()
         assert "asked, and is 10.54.0.10" in lab.read("nodes/0/log")
 
-        # Its disk had nothing on it; the file system's module is none of the image's.
+        # Its disks had nothing on them; the file systems' modules are none of the image's.
         assert "fstab: /scratch: /dev/vda" in lab.read("nodes/0/log")
-        assert lab.bpsh("0", "/usr/bin/stat", "-f", "-c", "%T", "/scratch").stdout == "ext2/ext3\n"
+        script = 'stat -f -c %T /scratch "$0"; sed 1d /proc/swaps; cat "$0/here"; echo there > "$0/there"'
+        (home(lab) / "here").write_text("from the master\n")
+        seen = lab.bpsh("0", "/bin/sh", "-c", script, str(home(lab))).stdout.splitlines()
+        assert seen[:2] == ["ext2/ext3", "nfs"] and seen[2].split()[:2] == ["/dev/vdb", "partition"]
+        assert seen[3:] == ["from the master"] and (home(lab) / "there").read_text() == "there\n"
 
-        # More modules come by hand, each with what it needs, once.
-        modprobe = python("bpfs.cli.bpmodprobe", "-c", lab.config, "--mount", lab.mount, "0", "bridge")
-        assert run(*modprobe) == "0: llc stp bridge\n" and run(*modprobe) == "0: all there already\n"
+        # More modules come by hand, each with what it needs, once; one that is for other hardware is refused by name.
+        modprobe = python("bpfs.cli.bpmodprobe", "-c", lab.config, "--mount", lab.mount, "0")
+        assert (
+            run(*modprobe, "bridge") == "0: llc stp bridge\n" and run(*modprobe, "bridge") == "0: all there already\n"
+        )
+        refused = subprocess.run([*modprobe, "pcc_cpufreq"], capture_output=True, text=True, check=False, cwd=TOP)
+        assert refused.stderr == "bpmodprobe: node 0: pcc_cpufreq cannot be loaded: No such device\n"
 
         # It has no program, library or script of its own, and runs the master's.
         done = lab.bpsh("0", "/bin/sh", "-c", "/usr/bin/uname -r; exit 3")
         assert (done.returncode, done.stdout) == (3, lab.read("nodes/0/kernel")), done.stderr
         travel(lab)
 
-        # Told to start again, it does; meanwhile the other loses its cable, fences itself, starts again, and is back.
-        seen, other = len(first.text), len(second.text)
-        lab.write("nodes/0/state", "reboot")
+        # One loses its cable, fences itself, starts again, and gets kernel and image from the other.
+        wait_until(lambda: "it passes kernel and image on" in lab.read("nodes/0/log"), "nothing is passed on")
+        before, other = len(first.text), len(second.text)
         lab.cut(1, True)
         lab.wait_state(1, "down")
         second.wait_for("no master for 2 s: reboot", other)
         second.wait_for("RARP on eth0", other)
         lab.cut(1, False)
-        first.wait_for("RARP on eth0", seen)
+        second.wait_for("fetching the image, .* from 10.54.0.10\n[^\n]*switching kernels", other)
+        # That one starts again because it is told to.
+        lab.write("nodes/0/state", "reboot")
+        first.wait_for("RARP on eth0", before)
         for number in (0, 1):
             lab.wait_state(number, "up")
 
@@ -120,13 +146,19 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
 
 def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: Path) -> None:
     package = kernel_package("linux-image-amd64")
-    lab = Lab(session_folder / "boot2", machines=1, config="pxe br0")
+    lab = Lab(session_folder / "boot2", config="pxe br0")
     try:
         lab.open()
-        lab.make_images(package, "--drivers", "e1000", media=("--pxe",))
+        lab.make_images(package, "--drivers", "e1000,virtio_net", media=("--pxe",))
         lab.start()
         # The link of this card is up seconds after its driver: the first requests are lost.
         with lab.machine(0, medium=[*NETWORK, "-device", "i6300esb"], card="e1000") as machine:
+            # Beside it one with UEFI gets iPXE by HTTP, and then, by TFTP, all the way to phase 1.
+            with lab.machine(1, medium=uefi(http=True)) as modern:
+                modern.wait_for(r"Start HTTP Boot over IPv4[\s\S]*ipxe.efi[\s\S]*iPXE initialising devices...ok")
+            with lab.machine(1, medium=uefi()) as modern:
+                modern.wait_for(r"Start PXE over IPv4[\s\S]*NBP file downloaded successfully[\s\S]*phase1.img... ok")
+                modern.wait_for("this is node 1\n")
             machine.wait_for("RARP on eth0")
             lab.wait_state(0, "up")
             assert "http://10.54.0.1:933/phase1.img... ok" in machine.text
