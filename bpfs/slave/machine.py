@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import time
 from errno import EOPNOTSUPP
 from pathlib import Path
 
@@ -26,6 +27,10 @@ INIT_COMM = "bpfs-init"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _INITIAL_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _RAM_ROOTS = {0x858458F6, 0x01021994}  # RAMFS_MAGIC, TMPFS_MAGIC of include/uapi/linux/magic.h
+
+SYNC_TIMEOUT = 5.0
+"""Seconds for disks to take what is to be written, before the machine ends all the same: a file system of a server that
+is out of reach would hold it up for ever."""
 
 _COMMANDS = {"reboot": 0x01234567, "halt": 0xCDEF0123, "pwroff": 0x4321FEDC}  # linux/reboot.h
 
@@ -69,11 +74,21 @@ def end(how: str) -> None:
         OSError: the kernel refused.
     """
     _expect_real(how)
-    os.sync()
+    _sync()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.reboot(ctypes.c_int(_COMMANDS[how] - (1 << 32) if _COMMANDS[how] >> 31 else _COMMANDS[how])) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno), how)
+
+
+def _sync() -> None:
+    child = os.fork()
+    if not child:
+        os.sync()
+        os._exit(0)
+    deadline = time.monotonic() + SYNC_TIMEOUT
+    while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def set_clock(realtime_ns: int) -> None:
@@ -83,8 +98,6 @@ def set_clock(realtime_ns: int) -> None:
         BpfsError: EOPNOTSUPP: this is no real node.
         OSError: the kernel refused.
     """
-    import time
-
     _expect_real("the setting of the clock")
     time.clock_settime_ns(time.CLOCK_REALTIME, realtime_ns)
 

@@ -44,6 +44,10 @@ GRACE = 0.2
 END_TIMEOUT = 5.0
 """Seconds for a life to end in peace when we are told to end."""
 
+STUCK_TIMEOUT = 5.0
+"""Seconds for what was killed to be gone. Network file systems of jobs are the reason: their last user says goodbye to
+the server, and a server out of reach is asked for minutes."""
+
 SHORT_LIFE = 5.0
 """A life shorter than this, ended by a fault of its own, is followed by a pause that doubles each time."""
 PAUSE_MAX = 10.0
@@ -141,7 +145,8 @@ class Supervisor:
             code = self._watch(pid, receive)
         finally:
             os.close(receive)
-        kill_descendants()
+        if stuck := kill_descendants():
+            _log.error("killed, and not gone yet (a server or disk out of reach?): %s", " ".join(map(str, stuck)))
         return code
 
     def _be_life(self, send: int) -> None:
@@ -234,16 +239,22 @@ def _reap(wanted: int) -> int | None:
     return found
 
 
-def kill_descendants() -> None:
-    """Kill every descendant and wait until all are gone: orphans come to us, the reaper, and are next."""
+def kill_descendants() -> list[int]:
+    """Kill every descendant and wait until all are gone: orphans come to us, the reaper, and are next.
+
+    One that the kernel cannot end now, because it waits for a disk or a server that is away, runs no more either: after
+    `STUCK_TIMEOUT` they are left to it, and their pids returned.
+    """
+    deadline = time.monotonic() + STUCK_TIMEOUT
     while True:
-        for pid in procfs.children(os.getpid()):
+        _reap(0)
+        left = procfs.children(os.getpid())
+        if not left or time.monotonic() > deadline:
+            return left
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+        time.sleep(0.002)
 
 
 def _describe(code: int) -> str:

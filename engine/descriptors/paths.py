@@ -33,6 +33,8 @@ from engine.linux.openat2 import open_in_root
 
 _FUSE_MAGIC = 0x65735546  # <linux/magic.h>
 _DELETED = b" (deleted)"
+_OF_SERVERS = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"ceph", b"lustre", b"afs", b"9p", b"gfs2", b"ocfs2"})
+"""File systems that hold back what was written until it is asked for, and that others see, too."""
 
 
 def _is_file(_: Source, probe: Probe) -> bool:
@@ -55,6 +57,7 @@ def _dump_file(source: Source, probe: Probe) -> Entry:
 
 def _dump_named(source: Source, probe: Probe) -> Entry:
     _check_name(source, probe)
+    _write_back(source, probe)
     return probe.entry(
         "file", path=probe.link, pos=probe.pos, type=stat.S_IFMT(probe.status.mode), boot=boot_id()
     )  # fmt: skip
@@ -71,6 +74,20 @@ def _dump_deleted(source: Source, probe: Probe) -> Entry:
         "deleted", path=probe.link.removesuffix(_DELETED), pos=probe.pos, mode=stat.S_IMODE(status.mode),
         uid=status.uid, gid=status.gid, **more,
     )  # fmt: skip
+
+
+def _write_back(source: Source, probe: Probe) -> None:
+    """What it has written to a server's file is there before the file is opened at its next place.
+
+    The last close would do that, but not of a process that is killed, and so late that its copy runs already.
+    """
+    if os.major(probe.status.dev) or probe.access == os.O_RDONLY or not is_mode(probe, stat.S_IFREG):
+        return
+    if source.file_system(probe) in _OF_SERVERS:
+        try:
+            os.fsync(source.grab(probe))
+        except OSError as error:
+            raise Refusal(f"cannot be written back to its server: {error.strerror}") from None
 
 
 def _check_name(source: Source, probe: Probe) -> None:
