@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,14 +39,16 @@ def huge_pages(count: int) -> Iterator[None]:
     pool = Path("/proc/sys/vm/nr_hugepages")
     if not pool.exists():
         pytest.skip("this kernel has no hugetlb")
-    before = int(pool.read_text())
-    try:
-        pool.write_text(str(before + count))
-        if int(pool.read_text()) < before + count:
-            pytest.skip(f"the kernel finds no {count} huge pages")
-        yield
-    finally:
-        pool.write_text(str(before))
+    with open(Path(tempfile.gettempdir()) / "bpfs-test-huge-pages", "w") as turn:  # the pool is the machine's
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        before = int(pool.read_text())
+        try:
+            pool.write_text(str(before + count))
+            if int(pool.read_text()) < before + count:
+                pytest.skip(f"the kernel finds no {count} huge pages")
+            yield
+        finally:
+            pool.write_text(str(before))
 
 
 @pytest.mark.parametrize(
