@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpsh as a whole: one command on one node, and one on 64, beside what a user would pick instead."""
+"""bpsh as a whole: one command on one node, and one on 64 and 256, beside what a user would pick instead."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from tests.benchmarks.frame import Row
 from tests.cluster.virtual import TOP, VirtualCluster, cluster
 
 NODES = 64
+LARGE = 256
 ROUNDS = 40
 MANY_ROUNDS = 7
+FEW_ROUNDS = 3
 BPSH = str(TOP / "bpfs" / "bin" / "bpsh")
 
 
@@ -60,6 +62,7 @@ def rows() -> Iterator[Row]:
         else:
             yield Row("ssh localhost true", 0, "ms", note="not measured: no sshd (mountscripts/lib.sh)")
         yield from everywhere(it, statistics.median(logins) if logins else 0.0)
+    yield from growing()
 
 
 def everywhere(it: VirtualCluster, login: float) -> Iterator[Row]:
@@ -76,3 +79,14 @@ def everywhere(it: VirtualCluster, login: float) -> Iterator[Row]:
     yield Row(f"bpsh -a uptime, {NODES} nodes, least of {MANY_ROUNDS}", min(many), "s", base, note)
     yield Row("... median", statistics.median(many), "s")
     yield Row("... processor time of the whole cluster", cost, "s", cost and login * NODES, "ssh, one after another")
+
+
+def growing() -> Iterator[Row]:
+    """The same on more nodes, beside a part of the very same ones."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, cluster(Path(name) / "m", nodes=LARGE) as it:
+        part = timed([BPSH, f"0-{NODES - 1}", "uptime"], it.mount, FEW_ROUNDS)
+        whole = timed([BPSH, "-a", "uptime"], it.mount, FEW_ROUNDS)
+        note = f"{LARGE // NODES} times that of {NODES} of them"
+        yield Row(
+            f"bpsh -a uptime, {LARGE} nodes, least of {FEW_ROUNDS}", min(whole), "s", min(part) * LARGE / NODES, note
+        )

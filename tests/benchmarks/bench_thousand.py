@@ -41,7 +41,7 @@ def rows() -> Iterator[Row]:
     """The table."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name, cluster(Path(name) / "m", nodes=1) as it:
         start = time.perf_counter()
-        with slaves(it, NODES - 1):
+        with slaves(it, NODES - 2):
             wait_until(lambda: up(it) == NODES, "all nodes are up")
             yield Row(f"{NODES} nodes join, from nothing", time.perf_counter() - start, "s")
             time.sleep(SETTLE)
@@ -75,7 +75,7 @@ def reading(it: VirtualCluster) -> Iterator[Row]:
 def starting(it: VirtualCluster) -> Iterator[Row]:
     """A program for all of them: what the master's side of it takes, for the nodes have nothing to do."""
     master = family(it.pid("master"), frozenset([it.pid("n0")]))
-    for count in (64, NODES - 1):
+    for count in (64, NODES - 2):
         spec, before, start = f"1-{count}", cpu(master), time.perf_counter()
         lines = command(it, "bpsh", "-n", spec, "true").count("\n")
         taken = time.perf_counter() - start

@@ -185,6 +185,19 @@ def test_a_template_that_dies_takes_nobody_with_it(it: VirtualCluster) -> None:
         assert (it.mount / "procs" / str(other.pid) / "node").read_text() == "-1\n"
 
 
+def test_a_template_ends_with_its_tracer(it: VirtualCluster) -> None:
+    # It must never run the program at home. Those that wait can be had by the next order.
+    with waiting(2) as (template, other):
+        assert echo(it, f"{template.pid} {other.pid}:0", "procs/onexec").returncode == 0
+        status = Path(f"/proc/{template.pid}/status").read_text()
+        os.kill(int(status.split("\nTracerPid:\t", 1)[1].split()[0]), signal.SIGKILL)
+        assert template.wait(60) == -signal.SIGKILL
+        with waiting(1) as (another,):
+            assert echo(it, f"{another.pid} {other.pid}:1", "procs/onexec").returncode == 0
+            tell(another, "exec uname -n")
+            assert other.communicate(timeout=60)[0] == "n1\n"
+
+
 def test_who_is_killed_while_he_waits_has_no_process_anywhere(it: VirtualCluster) -> None:
     with waiting(3) as (template, killed, other):
         assert echo(it, f"{template.pid} {killed.pid}:0 {other.pid}:1", "procs/onexec").returncode == 0

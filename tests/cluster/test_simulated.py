@@ -20,7 +20,7 @@ COUNTS = (63, 64, 65, 128, 130)  # around the bits of a word, of two, and the no
 @pytest.fixture(scope="module")
 def it(session_folder: Path) -> Iterator[VirtualCluster]:
     with cluster(session_folder / "simulated", nodes=1) as made, slaves(made, max(COUNTS)):
-        wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + 1, "all nodes are up")
+        wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + 2, "all nodes are up")
         yield made
 
 
@@ -41,6 +41,20 @@ def test_one_order_for_many_nodes(it: VirtualCluster, count: int) -> None:
         (int(words[4]), int(words[2])) for words in said
     }
     wait_until(lambda: it.read("procs/onexec") and os.listdir(it.mount / "procs") == FIXED, "all have ended")
+
+
+def test_a_node_that_is_lost_is_named_and_the_others_go_on(it: VirtualCluster) -> None:
+    mortal = max(COUNTS) + 1
+    run = subprocess.run(
+        [str(TOP / "bpfs/bin/bpsh"), "-p", f"1,{mortal},2", "true"], env={**os.environ, "BPFS": str(it.mount)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert run.returncode == 125
+    assert sorted(line.split()[2] for line in run.stdout.splitlines()) == ["1", "2"]
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"{mortal}: bpfs: process ")
+    assert f" cannot run on node {mortal}: node {mortal} was lost: " in line
+    wait_until(lambda: it.state(mortal) == "up", "it is there again")
 
 
 FIXED = ["restart", "onexec"]

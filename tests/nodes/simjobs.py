@@ -16,7 +16,17 @@ import trio
 
 from bpfs.errors import LinkClosed
 from bpfs.wire.handshake import read_key
-from bpfs.wire.messages import Done, JobMade, JobReport, MakeJob, Message, RelayDetach, Signal
+from bpfs.wire.messages import (
+    Done,
+    JobMade,
+    JobReport,
+    JobsStatus,
+    JobsStatusAre,
+    MakeJob,
+    Message,
+    RelayDetach,
+    Signal,
+)
 from bpfs.wire.streams import open_stream
 from engine.facts import facts
 from engine.jobspace import Kind
@@ -35,13 +45,24 @@ class Jobs:
 
     slave: SimulatedSlave
     nursery: trio.Nursery
+    mortal: bool  # its node is lost as soon as it is to make one
 
     def handlers(self) -> dict[type[Message], object]:
         """For `SimulatedSlave.handlers`."""
-        return {MakeJob: self.make, RelayDetach: lambda _: Done(), Signal: lambda _: Done(), **ANSWERS}
+        return {
+            MakeJob: self.make,
+            RelayDetach: lambda _: Done(),
+            Signal: lambda _: Done(),
+            JobsStatus: lambda message: JobsStatusAre((b"",) * len(message.pids) * len(message.names)),
+            **ANSWERS,
+        }
 
     async def make(self, message: MakeJob) -> JobMade:
         """Handler: a job that says its node, its pid and the rank that its image has, and exits with the rank."""
+        if self.mortal:
+            assert self.slave.link is not None
+            self.slave.link.close("it dies")
+            await trio.sleep_forever()
         stream = trio.socket.from_stdlib_socket(await open_stream("127.0.0.1", self.slave.port, message.token))
         image = bytearray(message.image)
         for offset, text in message.patches:
@@ -91,13 +112,14 @@ async def read(stream: trio.socket.SocketType, length: int) -> bytes:
 
 
 def be_slaves(port: int, key: Path, count: int) -> None:
-    """Is nodes 1 to `count` until it is killed."""
+    """Is nodes 1 to `count`, and a mortal one, until it is killed."""
     secret, what = read_key(key), facts()
 
     async def one(number: int, nursery: trio.Nursery) -> None:
+        machine = os.urandom(16)  # who comes back tells so that his last life is over
         while True:
-            slave = SimulatedSlave(port, number=number, key=secret, facts=what)
-            slave.handlers = Jobs(slave, nursery).handlers()
+            slave = SimulatedSlave(port, number=number, key=secret, facts=what, machine=machine)
+            slave.handlers = Jobs(slave, nursery, number > count).handlers()
             try:
                 await slave.run(SAMPLE)
             except (LinkClosed, OSError):
@@ -106,7 +128,7 @@ def be_slaves(port: int, key: Path, count: int) -> None:
 
     async def all_of_them() -> None:
         async with trio.open_nursery() as nursery:
-            for number in range(1, count + 1):
+            for number in range(1, count + 2):
                 nursery.start_soon(one, number, nursery)
 
     trio.run(all_of_them)
@@ -114,7 +136,7 @@ def be_slaves(port: int, key: Path, count: int) -> None:
 
 @contextmanager
 def slaves(it: VirtualCluster, count: int) -> Iterator[None]:
-    """Nodes 1 to `count` in a process of their own, until the context ends."""
+    """Nodes 1 to `count` in a process of their own, until the context ends, and one more, that dies of its jobs."""
     port = (it.rundir.path / "port").read_text().split()[1]
     words = [sys.executable, "-m", "tests.nodes.simjobs", port, str(it.rundir.key), str(count)]
     process = subprocess.Popen(words, cwd=TOP, stdin=subprocess.DEVNULL)
