@@ -235,7 +235,10 @@ class Batches:
         place = self._procs.place(node)
         if proc.away or not isinstance(place, NodePlace):
             raise BpfsError(errno.EOPNOTSUPP, f"process {pid} goes from the master to a node, or not at all")
-        return Copy(rank, proc, self._master, place, self._around)
+        copy = Copy(rank, proc, self._master, place, self._around)
+        if copy.children:
+            raise BpfsError(errno.EOPNOTSUPP, f"process {pid} has children, which it would not know any more")
+        return copy
 
     async def _follow(
         self, template: int, copies: list[Copy], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 
+import trio
+
 from bpfs.engines import WorkerChannel, Workers, pack_call, unpack_reply
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.relay import Ends
 from bpfs.slave.stdio import StdioHost, name_ends
 from bpfs.wire.messages import JobMade, MakeJob
+
+EXPECTED = 1.0  # seconds for which jobwatch surely watches for a job that it was told of (IDLE_MS of jobwatch.c)
 
 
 class JobMaker:
@@ -25,6 +29,7 @@ class JobMaker:
     async def make(self, message: MakeJob) -> JobMade:
         """Handler: make a job's ends, join them to its ghost, and have a worker build the process around them."""
         self._engines.expect_jobs()
+        began = trio.current_time()
         ends = await self._stdio.join(message)
         try:
             return await self._build(message, ends)
@@ -33,7 +38,8 @@ class JobMaker:
             raise
         finally:
             ends.close()
-            self._engines.expect_jobs()
+            if trio.current_time() - began > EXPECTED:
+                self._engines.expect_jobs()
 
     async def _build(self, message: MakeJob, ends: Ends) -> JobMade:
         named = name_ends(ends)

@@ -83,7 +83,7 @@ def everywhere(it: VirtualCluster, login: float) -> Iterator[Row]:
 
 def growing() -> Iterator[Row]:
     """The same on more nodes, beside a part of the very same ones."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, cluster(Path(name) / "m", nodes=LARGE) as it:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, cluster(Path(folder) / "m", nodes=LARGE) as it:
         part = timed([BPSH, f"0-{NODES - 1}", "uptime"], it.mount, FEW_ROUNDS)
         whole = timed([BPSH, "-a", "uptime"], it.mount, FEW_ROUNDS)
         note = f"{LARGE // NODES} times that of {NODES} of them"

@@ -164,6 +164,19 @@ def test_processes_of_others_are_not_to_be_had(it: VirtualCluster) -> None:
         assert "Permission denied" in refused.stderr
 
 
+def test_who_has_children_is_left_with_them(it: VirtualCluster) -> None:
+    with waiting(1) as (template,):
+        parent = subprocess.Popen(["sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE, process_group=0)
+        try:
+            assert parent.stdout is not None and parent.stdout.readline() == b"\n"
+            refused = echo(it, f"{template.pid} {parent.pid}:0", "procs/onexec")
+            assert "Operation not supported" in refused.stderr
+            assert "has children" in it.read("procs/onexec").splitlines()[-1]
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
+            parent.communicate()
+
+
 def test_a_script_can_use_it(it: VirtualCluster) -> None:
     with waiting(3) as (template, *others):
         pairs = " ".join(f"{shell.pid}:{node}" for node, shell in enumerate(others))
