@@ -149,9 +149,7 @@ def forecast(pid: int, close: bool, at_home: bool, contents: int = CONTENT_LIMIT
     return obstacles(running, stat, family=True) + Survey(running).refusals + descriptors.refusals
 
 
-def obstacles_of(
-    pid: int, family: bool = False, at_home: bool = False, contents: int = CONTENT_LIMIT
-) -> list[str]:
+def obstacles_of(pid: int, family: bool = False, at_home: bool = False, contents: int = CONTENT_LIMIT) -> list[str]:
     """Every obstacle of a process that nobody holds; it is stopped for a moment to look, if that is possible.
 
     Args:

@@ -200,10 +200,10 @@ def place_child(
         FileExistsError: the pid is in use there.
         OSError: the namespace is gone.
     """
-    standing = _seize_standing(init, pid, pgid, sid, children)
+    tty = Terminal(init, (pid, pgid, sid), terminal, front)
+    standing = _seize_standing(init, pid, pgid, sid, children, tty)
     if standing is not None:
         return standing
-    tty = Terminal(init, (pid, pgid, sid), terminal, front)
     with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
         child = _spawn_patiently(place.maker, pid, place.sibling)
         target = Fresh(child)
@@ -215,6 +215,7 @@ def place_child(
                 calls.add("setpgid", 0, place.pgid, label=f"process group {place.pgid}")
             if children:
                 calls.run()
+                tty.settle(target.injection)
                 bear_stand_ins(child, children)
                 calls = Calls(target.injection)
             calls.add("close_range", 0, 0xFFFFFFFF, 0)
@@ -229,7 +230,9 @@ def place_child(
     return target
 
 
-def _seize_standing(init: int, pid: int, pgid: int, sid: int, children: Sequence[Relative]) -> Target | None:
+def _seize_standing(
+    init: int, pid: int, pgid: int, sid: int, children: Sequence[Relative], tty: Terminal
+) -> Target | None:
     """The placeholder with this pid, seized; None where there is none."""
     hostpid, missing = find_placeholder(init, pid, [child.pid for child in children])
     if hostpid is None:
@@ -247,6 +250,7 @@ def _seize_standing(init: int, pid: int, pgid: int, sid: int, children: Sequence
             calls.add("setsid", must=False)
         calls.add("setpgid", 0, pgid, must=False)
         calls.run()
+        tty.settle(target.injection)
         child = Child(hostpid, target.injection, frozen.vmas, frozen.threads[0].registers)
         bear_stand_ins(child, [one for one in children if one.pid in missing], kill=False)
     except BaseException:

@@ -35,7 +35,6 @@ from bpfs.procs.process import MASTER, ExitStatus, Process
 from bpfs.procs.rights import may_control
 from bpfs.procs.routes import Leave, Surroundings
 from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, new_stream, plain
-from bpfs.procs.terminal import in_foreground
 from bpfs.procs.verbs import parse_pid
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_number
@@ -159,9 +158,10 @@ class Copy(Leave):
     async def _make_there(self, original: Original, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
         proc, place, who = self.proc, self.destination, self.proc.identity
         number = self._stdio.stream = new_stream()
+        session, front = self.terminal_of(channels)
         with self._around.streams.expect() as expected:
             message = MakeJob(
-                proc.pid, who.ppid, who.pgid, who.sid, in_foreground(proc.pid), number, expected.token,
+                proc.pid, who.ppid, who.pgid, who.sid, session, front, number, expected.token,
                 plain(channels), who.uid, who.gid, original.image, original.patches(self.rank), original.random,
             )  # fmt: skip
             try:

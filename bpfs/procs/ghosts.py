@@ -49,7 +49,7 @@ class Away:
         quiet: held while a migration moves the process: signals wait that long.
         children: what its ghost has as children here, until the process has waited for them.
         continued: when its ghost got the last SIGCONT, by trio's clock.
-        continuing: SIGCONTs on their way to the node: stops that are reported meanwhile were before them.
+        continuing: SIGCONTs on their way to the node: stops that are reported before its answer were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
     """
@@ -61,7 +61,7 @@ class Away:
     asked_stop: bool = False
     stopped_by: int = signal.SIGSTOP
     retired: bool = False
-    continuing: int = 0
+    continuing: set[object] = field(default_factory=set)
     continued: float = -math.inf
     children: set[int] = field(default_factory=set)
 
@@ -156,7 +156,7 @@ class Ghosts:
     def is_continuing(self, pid: int) -> bool:
         """Whether a SIGCONT is on its way to a process: it overtakes no stop that is reported now."""
         away = self._away.get(pid)
-        return away is not None and away.continuing > 0
+        return away is not None and bool(away.continuing)
 
     def is_expected(self, pid: int, node: int) -> bool:
         """Whether a process may run on `node` though we have not been told yet."""
@@ -211,15 +211,9 @@ class Ghosts:
         match event:
             case control.Signal(signo=signo):
                 if signo == signal.SIGCONT:
-                    away.asked_stop = False
-                    away.continuing += 1
-                    away.continued = trio.current_time()
-                try:
+                    await self._continue(away, event)
+                else:
                     await self._send(away, signo, event.code, event.pid, event.uid, event.value)
-                    if signo == signal.SIGCONT:
-                        await self._continue_absent(away)
-                finally:
-                    away.continuing -= signo == signal.SIGCONT
             case control.Child():
                 await self._child_changed(away, event)
             case control.Interrupted():
@@ -233,6 +227,20 @@ class Ghosts:
                 _log.info("process %d: its stream ended (%s)", away.proc.pid, os.strerror(code) if code else "closed")
             case control.Stopped() | control.Continued():
                 pass  # what was asked for has happened
+
+    async def _continue(self, away: Away, event: control.Signal) -> None:
+        away.asked_stop = False
+        away.continued = trio.current_time()
+        away.continuing.add(event)
+
+        def replied() -> None:
+            away.continuing.discard(event)
+
+        try:
+            await self._send(away, event.signo, event.code, event.pid, event.uid, event.value, replied)
+            await self._continue_absent(away)
+        finally:
+            replied()
 
     def has_child(self, away: Away, pid: int) -> None:
         """A process, or its ghost, is a child of this ghost."""
@@ -333,14 +341,17 @@ class Ghosts:
             await away.ghost.stream(connection, ghost_table(away.stdio.channels.values()))
 
     async def _send(
-        self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0
-    ) -> None:
+        self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0,
+        replied: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         async with away.quiet:
-            await self._send_now(away.proc, messages.Signal(away.proc.pid, signo, code, pid, uid, value))
+            await self._send_now(away.proc, messages.Signal(away.proc.pid, signo, code, pid, uid, value), replied)
 
-    async def _send_now(self, proc: Process, message: messages.Signal) -> None:
+    async def _send_now(
+        self, proc: Process, message: messages.Signal, replied: Callable[[], None] | None = None
+    ) -> None:
         if proc.place != MASTER:
-            await self.nodes.get(proc.place).live_session().link.request(message, NODE_TIMEOUT)
+            await self.nodes.get(proc.place).live_session().link.request(message, NODE_TIMEOUT, replied)
             return
         try:
             os.kill(proc.pid, message.sig)

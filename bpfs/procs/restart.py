@@ -213,9 +213,7 @@ class _Revival:
             return int(reply["pid"])
         raise AssertionError("unreachable")
 
-    async def _build(
-        self, place: Place, source: Engine, dst: Engine, away: Away, image: dict[str, Any]
-    ) -> None:
+    async def _build(self, place: Place, source: Engine, dst: Engine, away: Away, image: dict[str, Any]) -> None:
         await away.ghost.wait_ready()
         await tell(away.ghost.name(away.stdio.comm))
         if isinstance(place, NodePlace):

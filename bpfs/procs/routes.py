@@ -32,10 +32,10 @@ from bpfs.procs.process import Process, ProcState
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
 from bpfs.procs.table import read_identity
-from bpfs.procs.terminal import in_foreground, on_terminal
+from bpfs.procs.terminal import foreground_group, on_terminal, session_of
 from bpfs.view.exports import Exports
 from bpfs.wire import messages
-from bpfs.wire.mux import Channel, ghost_table
+from bpfs.wire.mux import ChanKind, Channel, ghost_table
 from bpfs.wire.streams import StreamBook
 from engine.linux import procfs
 
@@ -58,9 +58,7 @@ class Surroundings:
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
     """
 
-    def __init__(
-        self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, config: Config
-    ) -> None:
+    def __init__(self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, config: Config) -> None:
         self.precopy = config.precopy
         self.contents = config.contentlimit
         self.compress = config.compress
@@ -93,6 +91,8 @@ class ToNode(Migration):
         self._around = around
         self._externals: Externals | None = None  # what `_attached` was made for
         self._attached: Attached | None = None
+        self._session = 0  # whose controlling terminal it has open
+        self._front = 0  # its group, where that is in the foreground there
         self._landing: Landing | None = None
         self._born_as: tuple[object, ...] = ()
         self.children = self.expected_children()  # have stand-ins over there
@@ -104,6 +104,17 @@ class ToNode(Migration):
     @abstractmethod
     def channels(self, externals: Externals) -> list[Channel]:
         """The channels that these are. Raises BpfsError."""
+
+    def terminal_of(self, channels: list[Channel]) -> tuple[int, int]:
+        """The session whose controlling terminal is among these channels, 0 where none is; and the process's group,
+        where that is in its foreground, else 0."""
+        fds = next((self.home_fds(channel) for channel in channels if channel.kind is ChanKind.TTY), [])
+        session = session_of(self.proc.pid, fds)
+        return session, foreground_group(self.proc.pid) if session else 0
+
+    def home_fds(self, channel: Channel) -> list[int]:
+        """The descriptors of a channel that the process, or its ghost, has on the master."""
+        return channel.fds
 
     async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
@@ -164,8 +175,11 @@ class ToNode(Migration):
     async def _attach(self, externals: Externals) -> None:
         await self._enter(Phase.ATTACH)
         identity, channels = self.proc.identity, self.channels(externals)
+        self._session, self._front = self.terminal_of(channels)
         self._externals = externals
-        self._attached = await attach(self.destination, self._around.streams, channels, identity.uid, identity.gid)
+        self._attached = await attach(
+            self.destination, self._around.streams, channels, identity.uid, identity.gid, self._session, self._front
+        )
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.
@@ -198,10 +212,10 @@ class ToNode(Migration):
         self._born_as = self._birth()
         identity = proc.identity
         address = place.address(self.source)
+        terminal = self._attached.terminal if self._attached is not None and self._session else ""
         reply = await dst.call(
             "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
-            place=place.target(proc.pid), address=address, front=in_foreground(proc.pid),
-            terminal=self._attached.terminal if self._attached is not None else "",
+            place=place.target(proc.pid), address=address, front=self._front != 0, terminal=terminal,
             children=self.children,
         )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
@@ -326,6 +340,9 @@ class Hop(ToNode):
 
     def channels(self, externals: Externals) -> list[Channel]:
         return self._away.stdio.regroup(externals)
+
+    def home_fds(self, channel: Channel) -> list[int]:
+        return self._away.stdio.channels[channel.number].fds
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._around.ghosts.settle_family(self._away, summary["process"]["children"])

@@ -133,15 +133,23 @@ def plain(channels: Iterable[Channel]) -> list[list[Any]]:
     return [[channel.number, int(channel.kind), channel.access, list(channel.externals)] for channel in channels]
 
 
-async def attach(place: NodePlace, streams: StreamBook, channels: list[Channel], uid: int, gid: int) -> Attached:
+async def attach(
+    place: NodePlace, streams: StreamBook, channels: list[Channel], uid: int, gid: int, session: int = 0, front: int = 0
+) -> Attached:
     """Has a node make ends for these channels and join them to a new stream.
+
+    Args:
+        place, streams, channels: where, how and what.
+        uid, gid: whose the ends are.
+        session: whose controlling terminal the terminal among the channels is; 0: no session's.
+        front: the group of the process, where that is in the terminal's foreground; else 0.
 
     Raises:
         BpfsError: the node's errno; ETIMEDOUT.
     """
     number = new_stream()
     with streams.expect() as expected:
-        request = messages.RelayAttach(number, expected.token, plain(channels), uid, gid)
+        request = messages.RelayAttach(number, expected.token, plain(channels), uid, gid, session, front)
         try:
             reply = await place.link.request(request, CALL_TIMEOUT)
             connection = await expected.wait_connected(CONNECT_TIMEOUT)
@@ -161,7 +169,7 @@ async def reconnect(link: Link, streams: StreamBook, stream: int) -> socket.sock
         BpfsError: the node's errno; ETIMEDOUT.
     """
     with streams.expect() as expected:
-        await link.request(messages.RelayAttach(stream, expected.token, [], -1, -1), CALL_TIMEOUT)
+        await link.request(messages.RelayAttach(stream, expected.token, [], -1, -1, 0, 0), CALL_TIMEOUT)
         return await expected.wait_connected(CONNECT_TIMEOUT)
 
 

@@ -183,6 +183,8 @@ class Slave:
             _log.error("%s", error)
             self.link.notify_nowait(Fault(error.sentence))
             return
+        if self.stdio is not None:
+            self.stdio.init = jobs.init
         self.handlers |= {
             Signal: jobs.signal,
             KillAll: jobs.kill_all,

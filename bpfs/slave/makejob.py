@@ -47,7 +47,8 @@ class JobMaker:
             "make",
             {
                 "place": {"init": self._init}, "pid": message.pid, "ppid": message.ppid, "pgid": message.pgid,
-                "sid": message.sid, "front": message.front, "terminal": ends.terminal or "", "image": message.image,
+                "sid": message.sid, "front": message.front != 0, "terminal": (message.session and ends.terminal) or "",
+                "image": message.image,
                 "patches": message.patches, "random": message.random,
                 "externals": {key: index for index, key in enumerate(ends.job)},
             },

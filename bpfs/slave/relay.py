@@ -64,7 +64,17 @@ class StreamBroke:
     stream: int
 
 
-Event = StreamEnded | StreamBroke
+@dataclass(frozen=True, slots=True)
+class Front:
+    """This process group (0: the session leader's) is to be in the foreground of the stream's terminal; iorelay waits
+    for `Relay.fronted`."""
+
+    stream: int
+    group: int
+    order: int
+
+
+Event = StreamEnded | StreamBroke | Front
 
 
 @dataclass(slots=True)
@@ -75,6 +85,7 @@ class Ends:
         channels: the channels, numbered as the ghost does.
         job: the job's end of each external, by its key; for the engine.
         relay: iorelay's descriptors of each channel, in its order.
+        master: a duplicate of the terminal's master side, -1 where there is none.
         terminal: path of the job's terminal, None where it has none. The session leader on the node makes it its
             controlling terminal (TIOCSCTTY), and closes it again.
     """
@@ -82,6 +93,7 @@ class Ends:
     channels: list[Channel] = field(default_factory=list)
     job: dict[int, int] = field(default_factory=dict)
     relay: list[list[int]] = field(default_factory=list)
+    master: int = -1
     terminal: str | None = None
 
     def close_job(self) -> None:
@@ -101,6 +113,9 @@ class Ends:
         """Close all."""
         self.close_job()
         self.close_relay()
+        if self.master >= 0:
+            os.close(self.master)
+            self.master = -1
 
     @property
     def ghost_table(self) -> bytes:
@@ -118,8 +133,16 @@ def make_ends(externals: Iterable[Mapping[str, Any]], uid: int = -1, gid: int = 
     return make_channel_ends(channels_of(externals), uid, gid)
 
 
-def make_channel_ends(channels: list[Channel], uid: int = -1, gid: int = -1) -> Ends:
+def make_channel_ends(
+    channels: list[Channel], uid: int = -1, gid: int = -1, shared: int = -1, front: bool = False
+) -> Ends:
     """The same for channels that have their numbers already.
+
+    Args:
+        channels: what there is.
+        uid, gid: whose the ends are.
+        shared: master side of the terminal, where other jobs of the session have brought it here; -1: it is new.
+        front: the job is in the terminal's foreground at home: what it has set there counts here.
 
     Raises:
         OSError: out of descriptors or terminals.
@@ -128,14 +151,15 @@ def make_channel_ends(channels: list[Channel], uid: int = -1, gid: int = -1) -> 
     try:
         for channel in ends.channels:
             if channel.kind is ChanKind.TTY:
-                _make_terminal(ends, channel)
+                _make_terminal(ends, channel, shared, front)
             elif channel.two_way:
                 _make_pair(ends, channel)
             else:
                 _make_pipe(ends, channel)
             _share_end(ends, channel)
-        for fd in ends.job.values():
-            os.fchown(fd, uid, gid)  # so that /dev/stdin and its like open for an ordinary user
+        if uid or shared < 0:  # a terminal stays its user's when root's job comes to it
+            for fd in ends.job.values():
+                os.fchown(fd, uid, gid)  # so that /dev/stdin and its like open for an ordinary user
     except BaseException:
         ends.close()
         raise
@@ -173,19 +197,21 @@ def _add_job_end(ends: Ends, external: Mapping[str, Any], fd: int) -> None:
         os.set_blocking(fd, False)
 
 
-def _make_terminal(ends: Ends, channel: Channel) -> None:
-    master, slave = os.openpty()
-    fds = [master, slave]
-    ends.relay.append(fds)
-    # Its own open file: nonblocking, while the job's block.
-    fds[1] = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-    ends.terminal = os.ttyname(slave)
+def _make_terminal(ends: Ends, channel: Channel, shared: int, front: bool) -> None:
     first = channel.externals[0]
-    if first.get("termios"):
-        fcntl.ioctl(master, 0x5402, bytes(first["termios"]))  # TCSETS
-    if first.get("winsize"):
-        fcntl.ioctl(master, termios.TIOCSWINSZ, bytes(first["winsize"]))
-    os.close(slave)
+    if shared < 0:
+        master, slave = os.openpty()
+        os.close(slave)
+    else:
+        master = os.dup(shared)
+    fds = [master]
+    ends.relay.append(fds)
+    if shared < 0 or front:
+        _set_up(master, first)
+    # Its own open file: nonblocking, while the job's block.
+    fds.append(fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    ends.terminal = os.ttyname(fds[1])
+    ends.master = os.dup(master)
     for external in channel.externals:
         flags = int(external["access"]) | (int(external.get("flags", 0)) & (os.O_NONBLOCK | os.O_APPEND))
         # Not O_CLOEXEC: TIOCGPTPEER keeps it in the open file's own flags, and /proc shows it of each duplicate then.
@@ -193,6 +219,13 @@ def _make_terminal(ends: Ends, channel: Channel) -> None:
         os.set_inheritable(fd, False)
         ends.job[external["key"]] = fd
     fds.append(os.dup(ends.job[first["key"]]))
+
+
+def _set_up(master: int, first: Mapping[str, Any]) -> None:
+    if first.get("termios"):
+        fcntl.ioctl(master, 0x5402, bytes(first["termios"]))  # TCSETS
+    if first.get("winsize"):
+        fcntl.ioctl(master, termios.TIOCSWINSZ, bytes(first["winsize"]))
 
 
 @dataclass(slots=True)
@@ -227,10 +260,17 @@ class Relay:
         """The TCP port that ghosts' streams come to; 0 without a listener."""
         return int(self._listener.socket.getsockname()[1]) if self._listener else 0
 
-    async def attach(self, stream: int, connection: socket.socket, ends: Ends) -> None:
+    async def attach(
+        self, stream: int, connection: socket.socket, ends: Ends, session: bool = False, front: int = 0
+    ) -> None:
         """Joins the pairs to a connection whose other end the job's ghost has or will have.
 
         Our copies of connection and relay ends are closed; the job's ends stay with `ends`.
+
+        Args:
+            stream, connection, ends: what is joined.
+            session: the terminal is its session's controlling one.
+            front: the job's group, where that is in the foreground at home.
 
         Raises:
             BpfsError: EIO where iorelay is dead.
@@ -239,10 +279,14 @@ class Relay:
         table = relay_table(zip(ends.channels, ends.relay, strict=True))
         try:
             tune_stream(connection)
-            await self._send(Packet(Ctl.ATTACH, stream, text=table), fds)
+            await self._send(Packet(Ctl.ATTACH, stream, int(session), front, text=table), fds)
         finally:
             connection.close()
             ends.close_relay()
+
+    async def fronted(self, order: int) -> None:
+        """A `Front` has been carried out, or cannot be."""
+        await self._send(Packet(Ctl.FRONTED, order))
 
     async def detach(self, stream: int) -> None:
         """Closes everything of a stream: a job that still had its ends reads end of file and writes to a closed pipe.
@@ -333,6 +377,8 @@ class Relay:
                 await self._send_event.send(StreamEnded(packet.a))
             elif packet.type == Ctl.LOST:
                 await self._send_event.send(StreamBroke(packet.a))
+            elif packet.type == Ctl.FRONT:
+                await self._send_event.send(Front(packet.a, packet.b, packet.c))
 
 
 def _start(control: socket.socket) -> subprocess.Popen[bytes]:

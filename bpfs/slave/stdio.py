@@ -4,28 +4,84 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass, field
 from errno import EINVAL
+from typing import Final
 
 import trio
 
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave.enginehost import HeldFds
 from bpfs.slave.options import SlaveOptions
-from bpfs.slave.relay import Ends, Relay, StreamBroke, make_channel_ends
+from bpfs.slave.relay import Ends, Front, Relay, StreamBroke, StreamEnded, make_channel_ends
 from bpfs.wire.link import Link
 from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
 from bpfs.wire.mux import ChanKind, Channel
 from bpfs.wire.streams import open_stream
+from engine.terminals import foreground, order_foreground
+
+FRONT_SECONDS: Final = 0.2  # a placeholder takes 0.1 ms; one that is stopped, for its parent to see, does not answer
+FRONT_LOOK: Final = 0.0003  # seconds between looks
+
+
+@dataclass(slots=True)
+class _Terminal:
+    """A session's controlling terminal on this node, while jobs of it have it."""
+
+    master: int
+    streams: set[int] = field(default_factory=set)
+
+
+class Terminals:
+    """The controlling terminals of this node, by session."""
+
+    def __init__(self) -> None:
+        self._terminals: dict[int, _Terminal] = {}
+
+    def master(self, session: int) -> int:
+        """The master side of a session's terminal; -1: it has none yet."""
+        known = self._terminals.get(session)
+        return known.master if known is not None else -1
+
+    def session(self, stream: int) -> int:
+        """The session of whose terminal this is a stream; 0: of none."""
+        return next((sid for sid, known in self._terminals.items() if stream in known.streams), 0)
+
+    def take(self, session: int, stream: int, ends: Ends) -> None:
+        """A stream of a session's terminal is about to be attached."""
+        if not session or ends.master < 0:
+            return
+        if session not in self._terminals:
+            self._terminals[session] = _Terminal(ends.master)
+            ends.master = -1
+        self._terminals[session].streams.add(stream)
+
+    def drop(self, stream: int) -> None:
+        """The stream has ended. With the last one the terminal ends."""
+        session = self.session(stream)
+        if not session:
+            return
+        known = self._terminals[session]
+        known.streams.remove(stream)
+        if not known.streams:
+            del self._terminals[session]
+            os.close(known.master)
 
 
 class StdioHost:
-    """Serves RelayAttach and RelayDetach."""
+    """Serves RelayAttach and RelayDetach.
+
+    Attributes:
+        init: pid of the job space's init; 0 as long as there is none.
+    """
 
     def __init__(self, relay: Relay, held: HeldFds, options: SlaveOptions, link: Link) -> None:
         self._relay = relay
         self._held = held
         self._options = options
         self._link = link
+        self._terminals = Terminals()
+        self.init = 0
 
     async def attach(self, message: RelayAttach) -> RelayAttached:
         """Handler: make a job's ends, join them to a new stream to its ghost, hold the job's ends for the engine."""
@@ -41,14 +97,19 @@ class StdioHost:
         Raises:
             BpfsError: there is no such stream then.
         """
+        session, stream = message.session, message.stream
         try:
-            ends = make_channel_ends(parse_channels(message.channels), message.uid, message.gid)
+            shared = self._terminals.master(session)
+            channels, front = parse_channels(message.channels), message.front != 0
+            ends = make_channel_ends(channels, message.uid, message.gid, shared, front)
         except OSError as error:
             raise BpfsError(error.errno or EINVAL, f"no pipes or terminals for the job: {error.strerror}") from None
         try:
+            self._terminals.take(session, stream, ends)
             connection = await open_stream(self._options.host, self._options.port, message.token)
-            await self._relay.attach(message.stream, connection, ends)
+            await self._relay.attach(stream, connection, ends, session != 0, message.front)
         except BaseException as error:
+            self._terminals.drop(stream)
             ends.close()
             if not isinstance(error, OSError) or isinstance(error, BpfsError):
                 raise
@@ -72,11 +133,27 @@ class StdioHost:
             await self._relay.detach(stream)
 
     async def watch(self) -> None:
-        """Tells the master which streams broke; never returns while iorelay lives."""
+        """Tells the master which streams broke, and does what iorelay asks for; never returns while iorelay lives."""
         async for event in self._relay.events:
-            if isinstance(event, StreamBroke):
-                with suppress(LinkClosed):
-                    self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
+            match event:
+                case StreamBroke():
+                    with suppress(LinkClosed):
+                        self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
+                case StreamEnded():
+                    self._terminals.drop(event.stream)
+                case Front():
+                    await self._put_in_front(event)
+                    await self._relay.fronted(event.order)
+
+    async def _put_in_front(self, event: Front) -> None:
+        session = self._terminals.session(event.stream)
+        if not session or not self.init:
+            return
+        with suppress(OSError):
+            wanted = order_foreground(self.init, session, event.group)
+            with trio.move_on_after(FRONT_SECONDS):
+                while wanted and foreground(self.init, session) != wanted:
+                    await trio.sleep(FRONT_LOOK)
 
 
 def name_ends(ends: Ends) -> list[list[int]]:

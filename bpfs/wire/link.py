@@ -77,7 +77,7 @@ class Link:
         """The address by which this machine reaches the peer."""
         self._sock = sock
         self._ids = itertools.count(1)
-        self._waiting: dict[int, tuple[trio.lowlevel.Task, list[Frame | None]]] = {}
+        self._waiting: dict[int, tuple[trio.lowlevel.Task, list[Frame | None], Callable[[], None] | None]] = {}
         self._serving: dict[int, trio.CancelScope] = {}
         self._out = bytearray()
         self._has_out = trio.Event()
@@ -155,11 +155,15 @@ class Link:
         self._send(codec.encode(Kind.NOTICE, 0, message))
         await self._below_high_water()
 
-    async def request(self, message: Message, timeout: float | None = None) -> Any:
+    async def request(
+        self, message: Message, timeout: float | None = None, replied: Callable[[], None] | None = None
+    ) -> Any:
         """Send a request and wait for its reply. Cancelling it cancels the peer's handler.
 
         Args:
+            message: the request.
             timeout: seconds, or None.
+            replied: called when the reply is read, before anything that the peer has sent after it is taken.
 
         Raises:
             RemoteError: the peer's handler raised; errno and sentence are its own.
@@ -167,20 +171,20 @@ class Link:
             BpfsError: ETIMEDOUT.
         """
         if timeout is None:
-            return await self._request(message)
+            return await self._request(message, replied)
         with trio.move_on_after(timeout) as scope:
-            return await self._request(message)
+            return await self._request(message, replied)
         assert scope.cancelled_caught
         raise BpfsError(ETIMEDOUT, f"{self.name} did not answer within {timeout:g} s")
 
-    async def _request(self, message: Message) -> Message:
+    async def _request(self, message: Message, replied: Callable[[], None] | None) -> Message:
         frame_id = next(self._ids)
         await trio.lowlevel.checkpoint_if_cancelled()
         self._send(codec.encode(Kind.REQUEST, frame_id, message))
         if self.reason:  # what waited to be sent was too much
             raise LinkClosed(f"the link to {self.name} ended: {self.reason}")
         box: list[Frame | None] = []
-        self._waiting[frame_id] = (trio.lowlevel.current_task(), box)
+        self._waiting[frame_id] = (trio.lowlevel.current_task(), box, replied)
         try:
             await trio.lowlevel.wait_task_rescheduled(self._abandon)
         finally:
@@ -285,8 +289,10 @@ class Link:
         if frame.kind in (Kind.REPLY, Kind.ERROR):
             waiter = self._waiting.pop(frame.id, None)
             if waiter is not None:  # else: nobody waits any more
-                task, box = waiter
+                task, box, replied = waiter
                 box.append(frame)
+                if replied is not None:
+                    replied()
                 trio.lowlevel.reschedule(task)
         elif frame.kind is Kind.CANCEL:
             scope = self._serving.get(frame.id)
@@ -369,7 +375,7 @@ class Link:
                 trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
         waiting, self._waiting = self._waiting, {}
-        for task, box in waiting.values():
+        for task, box, _ in waiting.values():
             box.append(None)
             trio.lowlevel.reschedule(task)
         self._out.clear()

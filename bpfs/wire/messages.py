@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 9
+VERSION = 10
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -481,6 +481,8 @@ class RelayAttach(Message):
     # empty for a stream that is there already and wants but a new connection
     uid: int  # whose the ends are, so that /dev/stdin and its like open for him
     gid: int
+    session: int  # the terminal is this session's controlling one, which its jobs on a node share; 0: it is not
+    front: int  # the process group of the job, where that is in the terminal's foreground; else 0
 
 
 @_message(51)
@@ -504,7 +506,8 @@ class MakeJob(Message):
     ppid: int
     pgid: int
     sid: int
-    front: bool  # in its terminal's foreground on the master
+    session: int  # this and `front`: as in RelayAttach
+    front: int
     stream: int
     token: bytes
     channels: Plain

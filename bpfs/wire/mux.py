@@ -58,8 +58,10 @@ class Ctl(IntEnum):
     INTERRUPTED = 41
     ATTACH = 64
     DETACH = 65
+    FRONTED = 66
     ENDED = 96
     LOST = 97
+    FRONT = 98
 
 
 class ChanKind(IntEnum):

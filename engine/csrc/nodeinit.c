@@ -287,6 +287,15 @@ static void take_terminal(int number)
 	call(__NR_close, tty);
 }
 
+static void put_in_front(int group)
+{
+	long tty = call(__NR_open, "/dev/tty", O_RDWR | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0);
+	if (tty < 0)
+		return;
+	call(__NR_ioctl, tty, TIOCSPGRP, &group);
+	call(__NR_close, tty);
+}
+
 /* ---- standing for a child that is elsewhere --------------------------------------------------- */
 
 static void let_come(int signal, int how)
@@ -348,6 +357,10 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 	}
 	if (command & COMMAND_KILL_ALL) {
 		call(__NR_kill, -1, SIGKILL);
+		return;
+	}
+	if ((command & COMMAND_FOREGROUND) == COMMAND_FOREGROUND) {
+		put_in_front(pid);
 		return;
 	}
 	if (command & COMMAND_TERMINAL) {

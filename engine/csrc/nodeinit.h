@@ -40,6 +40,7 @@ enum command {
 	COMMAND_SEND = 128u << 24,   /* send NUMBER the signal in si_errno, with SENT_QUEUED as sigqueue(3) does; 0: the value is
 	                              * in si_errno (upper half) and si_uid */
 	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
+	COMMAND_FOREGROUND = COMMAND_TERMINAL | COMMAND_SETPGID, /* its foreground is process group NUMBER */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */
 

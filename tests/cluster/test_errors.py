@@ -221,5 +221,3 @@ def test_who_cannot_be_stopped_times_out(it: VirtualCluster, silent_mount: Path)
     with contextlib.suppress(OSError):
         kernel.umount(str(silent_mount), kernel.MNT_FORCE)
     assert process.communicate(timeout=60) == (b"False\n", None)
-
-

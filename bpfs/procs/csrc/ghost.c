@@ -56,6 +56,14 @@ void forward(const struct signalfd_siginfo *i)
 
 /* ---- signals ---- */
 
+/* The terminal's settings shall be there before the job goes on. */
+static void start_continuing(const struct signalfd_siginfo *i)
+{
+	ttys_refresh(true);
+	barrier_start(B_CONT, SIGCONT);
+	barrier.info = *i;
+}
+
 static void one_signal(const struct signalfd_siginfo *i)
 {
 	int n = i->ssi_signo;
@@ -90,10 +98,7 @@ static void one_signal(const struct signalfd_siginfo *i)
 	}
 	if (barrier.what == B_END)
 		return;
-	/* The terminal's settings shall be there before the job goes on. */
-	ttys_refresh(true);
-	barrier_start(B_CONT, SIGCONT);
-	barrier.info = *i;
+	start_continuing(i);
 }
 
 /* Did the user continue it just now? The SIGCONT that the master has announced, and that may be unread yet, is no such thing. */
@@ -203,6 +208,12 @@ bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
 		return true;
 	case F_FLUSH:
 		tty_discard(c);
+		return true;
+	case F_SYNC:
+		tty_sync(c, value);
+		return true;
+	case F_NATIVE:
+		c->tty->native = true;
 		return true;
 	}
 	return false;
@@ -328,17 +339,23 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		barrier_start(B_END, m->a);
 		break;
 	case C_STOP:
-		if (barrier.what == B_END || cont_pending())
+		/* The user's SIGCONT, which the job is about to get, comes after any stop. */
+		if (barrier.what == B_END || barrier.what == B_CONT || cont_pending())
 			break;
-		if (ttys_stop_is_stale(m->a))
-			tell(C_SIGNAL, SIGCONT, SI_USER, getpid(), getuid(), 0);
-		else
+		if (ttys_stop_is_stale(m->a)) {
+			struct signalfd_siginfo own = { .ssi_signo = SIGCONT, .ssi_pid = getpid(), .ssi_uid = getuid() };
+
+			start_continuing(&own);
+		} else {
 			barrier_start(B_STOP, m->a);
+		}
 		break;
 	case C_CONT:
 		announced_cont = true;
-		if (barrier.what == B_STOP)
+		if (barrier.what == B_STOP) {
 			barrier.what = B_NONE;
+			ttys_refresh(true);
+		}
 		break;
 	}
 }

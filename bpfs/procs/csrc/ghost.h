@@ -7,6 +7,7 @@
 
 #include "mux.h"
 
+#include <sys/ioctl.h>
 #include <sys/signalfd.h>
 
 /* struct termios as the kernel's TCGETS has it; the C library's is longer. */
@@ -33,6 +34,11 @@ struct tty {
 	size_t before;     /* bytes of `out` that come before that */
 	struct kernel_termios termios;
 	int64_t next_ttin, next_ttou; /* at most one such signal a second */
+	bool native;       /* F_NATIVE: the node's kernel sends them */
+	uint32_t sync;     /* F_SYNC to be answered when `sync_after` bytes of `out` are written; 0: none */
+	size_t sync_after;
+	struct kernel_termios pushed; /* as the node was told last */
+	struct winsize size;
 };
 
 extern struct stream the_stream;
@@ -92,6 +98,7 @@ bool ttys_barred(void);
 bool ttys_stop_is_stale(int signo);
 bool ttys_signal(int signo);
 void ttys_winsize(void);
+void tty_sync(struct chan *c, uint32_t token);
 
 /* ghost_pump.c */
 int pump_all(void); /* errno or 0 */

@@ -105,7 +105,8 @@ void barrier_start(enum barrier_what what, int number)
 	barrier.drained = !the_stream.open || the_stream.held;
 	barrier.deadline = now_ms() + (what != B_END ? BARRIER_MS : all_written() ? NETWORK_MS : READER_MS);
 	if (!barrier.drained) {
-		uint32_t data[2] = { barrier.token, what == B_END };
+		uint32_t why = what == B_END ? DRAIN_END : what == B_STOP ? DRAIN_STOP : DRAIN_CONT;
+		uint32_t data[3] = { barrier.token, why, getpgrp() };
 		frame_put(&the_stream, F_DRAIN, 0, data, sizeof(data));
 	}
 }

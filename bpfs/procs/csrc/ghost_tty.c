@@ -20,6 +20,8 @@
 #define TIOCGPGRP 0x540F
 #endif
 
+#define STALE_MS 300
+
 static int tty_fd(const struct chan *c)
 {
 	return c->src.fd >= 0 ? c->src.fd : c->sink.fd;
@@ -43,18 +45,29 @@ static void tell_background(int signo)
 	tell(C_SIGNAL, signo, 0x80, 0, 0, 0);
 }
 
-/* The job has stopped since it was in the background, which it no longer is: the shell's SIGCONT was quicker than our signal. */
+/* The job has stopped since it was in the background, which it no longer is: the shell was quicker than the signal, of ours
+ * or of the node's kernel, which has heard of the foreground from us. Once in a while only: should it go on like that, let
+ * it be stopped. */
 bool ttys_stop_is_stale(int signo)
 {
-	bool told = told_background;
+	static int64_t next;
+	bool told = told_background, stale = false;
 
 	if (signo != SIGTTIN && signo != SIGTTOU)
 		return false;
 	told_background = false;
-	for (int i = 0; told && i < the_stream.nchans; i++)
-		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0 && !in_foreground(&the_chans[i]))
+	for (int i = 0; i < the_stream.nchans; i++) {
+		struct chan *c = &the_chans[i];
+
+		if (!c->tty || tty_fd(c) < 0)
+			continue;
+		if (!in_foreground(c))
 			return false;
-	return told;
+		stale |= told || (c->tty->native && c->tty->controlling && now_ms() >= next);
+	}
+	if (stale)
+		next = now_ms() + STALE_MS;
+	return stale;
 }
 
 void tty_init(struct chan *c)
@@ -66,10 +79,8 @@ void tty_init(struct chan *c)
 
 static void put_winsize(struct chan *c)
 {
-	struct winsize size;
-
-	if (ioctl(tty_fd(c), TIOCGWINSZ, &size) == 0)
-		frame_put(c->stream, F_WINSIZE, c->id, &size, sizeof(size));
+	if (ioctl(tty_fd(c), TIOCGWINSZ, &c->tty->size) == 0)
+		frame_put(c->stream, F_WINSIZE, c->id, &c->tty->size, sizeof(c->tty->size));
 }
 
 static void put_termios(struct chan *c)
@@ -79,8 +90,22 @@ static void put_termios(struct chan *c)
 		uint32_t seen;
 	} data = { .seen = c->stream->settings };
 
-	if (ioctl(tty_fd(c), TCGETS, &data.now) == 0)
-		frame_put(c->stream, F_TERMIOS, c->id, &data, sizeof(data));
+	if (ioctl(tty_fd(c), TCGETS, &data.now) < 0)
+		return;
+	c->tty->pushed = data.now;
+	frame_put(c->stream, F_TERMIOS, c->id, &data, sizeof(data));
+}
+
+/* What others do to the terminal meanwhile counts for background jobs as well: `stty tostop`, a new size. */
+static void push_news(struct chan *c)
+{
+	struct kernel_termios now;
+	struct winsize size;
+
+	if (ioctl(tty_fd(c), TCGETS, &now) == 0 && memcmp(&now, &c->tty->pushed, sizeof(now)) != 0)
+		put_termios(c);
+	if (ioctl(tty_fd(c), TIOCGWINSZ, &size) == 0 && memcmp(&size, &c->tty->size, sizeof(size)) != 0)
+		put_winsize(c);
 }
 
 /* The real terminal's settings are the truth: the shell may have changed them while the job was not in front. */
@@ -97,13 +122,16 @@ static void refresh(struct chan *c, bool force)
 	struct tty *t = c->tty;
 	bool front = in_foreground(c);
 
-	if (front == t->foreground && !force)
+	if (front == t->foreground && !force) {
+		if (!front && t->native)
+			push_news(c);
 		return;
+	}
 	t->foreground = front;
 	t->pending = false;
 	t->want = 0;
 	c->src_gate = front;
-	frame_put_u32(c->stream, F_FOREGROUND, c->id, front);
+	frame_put_u32(c->stream, F_FOREGROUND, c->id, !front ? 0 : t->controlling ? getpgrp() : 1);
 	if (front) {
 		c->sink_gate = false;
 		push_state(c);
@@ -127,11 +155,32 @@ void ttys_greet(void)
 
 		if (!c->tty || tty_fd(c) < 0)
 			continue;
+		c->tty->native = false;
 		if (!c->tty->changed)
 			put_termios(c);
 		put_winsize(c);
 		refresh(c, true);
 	}
+}
+
+static void answer_sync(struct chan *c)
+{
+	frame_put_u32(c->stream, F_SYNCED, c->id, c->tty->sync);
+	c->tty->sync = 0;
+}
+
+/* The terminal's output so far came by our stream; what comes next may come by another job's. */
+void tty_sync(struct chan *c, uint32_t token)
+{
+	struct tty *t = c->tty;
+
+	if (t->sync != token)
+		t->sync_after = c->out.len;
+	t->sync = token;
+	if (!t->sync_after || !c->out.len)
+		answer_sync(c);
+	else
+		frame_put_u32(c->stream, F_SYNCED, c->id, 0);
 }
 
 bool ttys_barred(void)
@@ -158,7 +207,10 @@ bool ttys_signal(int signo)
 	for (int i = 0; i < the_stream.nchans; i++) {
 		struct chan *c = &the_chans[i];
 
-		if (c->tty && tty_fd(c) >= 0 && (in_foreground(c), c->tty->controlling)) {
+		if (!c->tty || tty_fd(c) < 0)
+			continue;
+		refresh(c, false); /* it may have come to the foreground just now, without a SIGCONT */
+		if (c->tty->controlling) {
 			frame_put_u32(&the_stream, F_TTYSIG, c->id, signo);
 			return true;
 		}
@@ -169,8 +221,10 @@ bool ttys_signal(int signo)
 void ttys_winsize(void)
 {
 	for (int i = 0; i < the_stream.nchans; i++)
-		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0)
+		if (the_chans[i].tty && tty_fd(&the_chans[i]) >= 0) {
+			refresh(&the_chans[i], false);
 			put_winsize(&the_chans[i]);
+		}
 }
 
 /* ---- output and settings ---- */
@@ -195,10 +249,12 @@ void tty_settle(struct chan *c)
 void tty_set(struct chan *c, const struct kernel_termios *t)
 {
 	c->stream->settings++;
+	if (c->tty->native && !in_foreground(c))
+		return; /* not ours: the terminal is shared, and whose it is sets it */
 	c->tty->termios = *t;
 	c->tty->changed = true;
 	c->tty->before = c->out.len;
-	if (!in_foreground(c) && c->tty->controlling && now_ms() >= c->tty->next_ttou) {
+	if (!in_foreground(c) && c->tty->controlling && !c->tty->native && now_ms() >= c->tty->next_ttou) {
 		/* As the kernel does to a background process; in the foreground again it is applied. */
 		c->tty->next_ttou = now_ms() + 1000;
 		tell_background(SIGTTOU);
@@ -210,7 +266,7 @@ bool tty_write_barred(struct chan *c)
 {
 	struct kernel_termios now;
 
-	if (c->tty->foreground || ioctl(tty_fd(c), TCGETS, &now) < 0 || !(now.lflag & K_TOSTOP) || in_foreground(c))
+	if (c->tty->foreground || c->tty->native || ioctl(tty_fd(c), TCGETS, &now) < 0 || !(now.lflag & K_TOSTOP) || in_foreground(c))
 		return false;
 	c->sink_gate = true; /* until refresh() finds us in front */
 	if (now_ms() >= c->tty->next_ttou) {
@@ -296,8 +352,12 @@ ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n)
 	if (t->changed && t->before && n > t->before)
 		n = t->before;
 	ssize_t r = write_processed(c, data, n);
-	if (r > 0)
-		t->before -= (size_t)r < t->before ? (size_t)r : t->before;
+	if (r <= 0)
+		return r;
+	t->before -= (size_t)r < t->before ? (size_t)r : t->before;
+	t->sync_after -= (size_t)r < t->sync_after ? (size_t)r : t->sync_after;
+	if (t->sync && !t->sync_after)
+		answer_sync(c);
 	return r;
 }
 

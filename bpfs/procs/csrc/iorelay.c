@@ -29,9 +29,9 @@
 static struct stream *streams;
 static struct port control;
 
-void report(uint32_t type, int id)
+void report(uint32_t type, int id, int b, int c)
 {
-	struct ctl m = { .type = type, .a = id };
+	struct ctl m = { .type = type, .a = id, .b = b, .c = c };
 
 	send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
 }
@@ -167,17 +167,20 @@ void side_lost(struct stream *s, int err)
 	(void)err;
 	if (s->over)
 		return; /* destroy() is at work */
+	for (int i = 0; i < s->nchans; i++)
+		if (s->chans[i].tty)
+			line_look(s->chans[i].tty->line);
 	if (s->drain_over && !anything_alive(s)) {
 		destroy(s);
-		report(C_ENDED, s->id);
+		report(C_ENDED, s->id, 0, 0);
 	} else {
-		report(C_LOST, s->id);
+		report(C_LOST, s->id, 0, 0);
 	}
 }
 
 /* ---- attach and detach ---- */
 
-static bool open_chan(struct chan *c, const int *fds, int n)
+static bool open_chan(struct chan *c, const int *fds, int n, const struct ctl *m)
 {
 	int i;
 
@@ -186,7 +189,7 @@ static bool open_chan(struct chan *c, const int *fds, int n)
 	c->window = INPUT_WINDOW;
 	fcntl(fds[0], F_SETFL, fcntl(fds[0], F_GETFL) | O_NONBLOCK);
 	if (c->kind == K_TTY)
-		return tty_open(c, fds, n);
+		return tty_open(c, fds, n, m->b, m->c);
 	if (c->access != O_WRONLY)
 		port_open(&c->sink, chan_bidirectional(c) ? fcntl(fds[0], F_DUPFD_CLOEXEC, 0) : fds[0],
 			  chan_sink_event, c);
@@ -233,16 +236,19 @@ static bool attach(const struct ctl *m, size_t len, const int *fds, int nfds)
 		c->id = r.chan;
 		c->kind = r.kind;
 		c->access = r.access;
-		if (!r.nfds || used + r.nfds > nfds || !open_chan(c, fds + used, r.nfds))
+		if (!r.nfds || used + r.nfds > nfds || !open_chan(c, fds + used, r.nfds, m))
 			break;
 		s->nchans++;
 	}
 	s->next = streams;
 	streams = s;
 	stream_init(s, fds[0]);
-	for (int i = 0; i < s->nchans; i++)
+	for (int i = 0; i < s->nchans; i++) {
 		if (s->chans[i].sink.fd >= 0)
 			chan_grant(&s->chans[i], s->chans[i].window);
+		if (s->chans[i].tty)
+			line_look(s->chans[i].tty->line);
+	}
 	return true;
 }
 
@@ -270,6 +276,8 @@ static void control_event(struct port *p, uint32_t events)
 	}
 	if (m.type == C_ATTACH && attach(&m, r - CTL_HEAD, fds, n))
 		return;
+	if (m.type == C_FRONTED)
+		line_fronted(m.a);
 	for (int i = 0; i < n; i++)
 		close(fds[i]);
 	if (m.type != C_DETACH)
@@ -277,7 +285,7 @@ static void control_event(struct port *p, uint32_t events)
 	for (struct stream *s = streams; s; s = s->next)
 		if (s->id == m.a)
 			destroy(s);
-	report(C_ENDED, m.a); /* also of one that is gone already: bpslave waits for it */
+	report(C_ENDED, m.a, 0, 0); /* also of one that is gone already: bpslave waits for it */
 }
 
 static void bury(void)
@@ -296,7 +304,7 @@ static void bury(void)
 /* What must be looked at by time. Returns ms until the next look, -1: none. */
 static int ticks(void)
 {
-	int64_t now = now_ms(), next = INT64_MAX;
+	int64_t now = now_ms(), next = lines_tick(now);
 
 	for (struct stream *s = streams; s; s = s->next)
 		for (int i = 0; i < s->nchans && s->open && !s->held; i++) {

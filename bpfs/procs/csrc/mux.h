@@ -57,12 +57,16 @@ enum ctl_type {
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0 */
 	/* slave -> iorelay */
-	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table.
+	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table; b: the
+	                * terminal is its session's, c: the job's group, where that is in the foreground at home.
 	                * Of a stream that is there already: only a new TCP socket for it */
 	C_DETACH = 65, /* a: stream id: close everything of it; answered by C_ENDED, whether or not it exists */
+	C_FRONTED = 66, /* a: c of a C_FRONT that has been carried out */
 	/* iorelay -> slave */
 	C_ENDED = 96, /* a: stream id: the ghost said goodbye, all is closed */
 	C_LOST = 97,  /* a: stream id: the stream broke; the job's ends stay open until C_DETACH */
+	C_FRONT = 98, /* a: stream id, b: the group to be in the foreground of its terminal, 0: the session leader's; c: number
+	               * of this order; answered by C_FRONTED */
 };
 
 /* What a child's ghost is born with. */
@@ -103,12 +107,18 @@ enum frame_type {
 	F_BACK = 12,      /* relay: unread input; an empty one is a terminal's end-of-file */
 	F_HELD = 13,      /* relay: nothing is left here */
 	F_RESUME = 14,    /* ghost: go on after F_HELD */
-	F_DRAIN = 15,     /* ghost: payload u32 token, u32 1 = the job is over: send all output */
+	F_DRAIN = 15,     /* ghost: payload u32 token, u32 enum drain, u32 its process group: send all output */
 	F_DRAINED = 16,   /* relay: payload u32 token: done */
-	F_FOREGROUND = 17,/* ghost: payload u32: 1 = in the terminal's foreground group */
+	F_FOREGROUND = 17,/* ghost: payload u32: its group, in the terminal's foreground; 0 = not there; 1 = no job control */
 	F_FLUSH = 18,     /* relay: the job discarded its terminal's unread input */
 	F_BYE = 19,       /* ghost: an orderly end of this stream */
+	F_SYNC = 20,      /* relay: payload u32 token: say when all of the terminal's output so far is written */
+	F_SYNCED = 21,    /* ghost: payload u32 token: it is; 0: not yet */
+	F_NATIVE = 22,    /* relay: the kernel there knows what is in the background, and does SIGTTIN and SIGTTOU by itself */
 };
+
+/* What the ghost is about to do. */
+enum drain { DRAIN_CONT = 0, DRAIN_END = 1, DRAIN_STOP = 2 };
 
 #define OUTPUT_WINDOW (256u << 10) /* job -> master, per channel */
 #define INPUT_WINDOW (64u << 10)   /* master -> job at first: what is read ahead is lost when a job ends early */
@@ -204,7 +214,7 @@ struct stream {
 	bool progress;
 	uint32_t settings; /* F_TERMIOS frames from relay to ghost so far */
 	/* iorelay */
-	bool drain_asked, drain_over;
+	bool drain_asked, drain_over, drain_stops;
 	uint32_t drain_token;
 	struct stream *next, *next_dirty;
 };

@@ -47,7 +47,7 @@ static bool still_draining(struct stream *s)
 	if (s->splice_left)
 		return true;
 	for (int i = 0; i < s->nchans; i++)
-		if (s->chans[i].draining)
+		if (s->chans[i].draining || (s->chans[i].tty && s->chans[i].tty->line->settling))
 			return true;
 	return false;
 }
@@ -56,6 +56,13 @@ static void drain_start(struct stream *s)
 {
 	for (int i = 0; i < s->nchans; i++)
 		s->chans[i].draining = !s->chans[i].src_end || !s->chans[i].eof_sent;
+}
+
+static void look_at_lines(struct stream *s)
+{
+	for (int i = 0; i < s->nchans; i++)
+		if (s->chans[i].tty)
+			line_look(s->chans[i].tty->line);
 }
 
 void side_serviced(struct stream *s)
@@ -68,13 +75,16 @@ void side_serviced(struct stream *s)
 		s->holding = false;
 		s->held = true;
 		frame_put(s, F_HELD, 0, NULL, 0);
+		look_at_lines(s);
 	}
 	if (s->drain_asked) {
 		s->drain_asked = false;
-		for (int i = 0; s->drain_over && i < s->nchans; i++) {
+		for (int i = 0; i < s->nchans; i++) {
 			struct chan *c = &s->chans[i];
 
-			if (c->sink.fd >= 0 && hangs(c->sink.fd))
+			if (c->tty)
+				tty_drained(c, s->drain_over, s->drain_stops);
+			if (s->drain_over && c->sink.fd >= 0 && hangs(c->sink.fd))
 				chan_sink_gone(c);
 		}
 		frame_put_u32(s, F_DRAINED, 0, s->drain_token);
@@ -100,9 +110,12 @@ static void give_rest(struct chan *c)
 		close(fd);
 }
 
-static void drain(struct stream *s, uint32_t token, bool over)
+static void drain(struct stream *s, uint32_t token, uint32_t why, uint32_t group)
 {
+	bool over = why == DRAIN_END;
+
 	s->drain_asked = true;
+	s->drain_stops = why == DRAIN_STOP;
 	s->drain_token = token;
 	s->drain_over |= over;
 	for (int i = 0; over && i < s->nchans; i++) {
@@ -115,7 +128,7 @@ static void drain(struct stream *s, uint32_t token, bool over)
 			close(c->peer);
 		c->peer = -1;
 		if (c->tty)
-			tty_over(c);
+			tty_over(c, group);
 	}
 	drain_start(s);
 }
@@ -140,12 +153,13 @@ void relay_resume(struct stream *s)
 		if (c->sink.fd >= 0)
 			chan_grant(c, c->window);
 	}
+	look_at_lines(s);
 }
 
 bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
 {
 	struct chan *c = chan_find(s, h->chan);
-	uint32_t v[2] = { 0, 0 };
+	uint32_t v[3] = { 0, 0, 0 };
 
 	memcpy(v, data, h->len < sizeof(v) ? h->len : sizeof(v));
 	switch (h->type) {
@@ -157,11 +171,11 @@ bool side_frame(struct stream *s, const struct frame *h, const uint8_t *data)
 		relay_resume(s);
 		return true;
 	case F_DRAIN:
-		drain(s, v[0], v[1]);
+		drain(s, v[0], v[1], v[2]);
 		return true;
 	case F_BYE:
 		destroy(s);
-		report(C_ENDED, s->id);
+		report(C_ENDED, s->id, 0, 0);
 		return true;
 	}
 	return c && c->tty && tty_frame(c, h, data);

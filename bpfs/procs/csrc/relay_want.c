@@ -1,4 +1,4 @@
-/* relay_want.c - does anybody wait to read from a terminal? Told by /proc/PID/task/TID/syscall (proc(5)).
+/* relay_want.c - who is at a terminal: does anybody wait to read from it? Told by /proc/PID/task/TID/syscall (proc(5)).
  *
  * Typed bytes stay in the real terminal until somebody on the node waits for them, since whoever reads next, be it
  * the user's shell, has a right to them. A reader waits in read(2) or in poll, select or epoll with the terminal
@@ -174,4 +174,43 @@ uint32_t reader_waits(uint64_t device, int group, int *hint, bool lines)
 	}
 	closedir(d);
 	return most;
+}
+
+/* The last of the numbers after `NSpgid:` in /proc/PID/status. */
+static uint32_t own_group(int pid)
+{
+	char path[64], text[4096];
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	if (read_file(path, text, sizeof(text)) <= 0)
+		return 0;
+	char *at = strstr(text, "\nNSpgid:"), *end = at ? strchr(at + 1, '\n') : NULL;
+	if (!end)
+		return 0;
+	*end = 0;
+	char *last = strrchr(at, '\t');
+	return last ? (uint32_t)atoi(last) : 0;
+}
+
+bool group_lives(uint64_t device, uint32_t group)
+{
+	unsigned number = (minor(device) & 0xff) | major(device) << 8 | (minor(device) & ~0xffu) << 12; /* new_encode_dev */
+	char path[64], text[512], state;
+	bool found = false;
+	struct dirent *e;
+	unsigned tty;
+	DIR *d = opendir("/proc");
+
+	while (d && !found && (e = readdir(d))) {
+		int pid = atoi(e->d_name);
+
+		snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+		char *end = pid > 0 && read_file(path, text, sizeof(text)) > 0 ? strrchr(text, ')') : NULL;
+		if (end && sscanf(end + 1, " %c %*d %*d %*d %u", &state, &tty) == 2 && tty == number && state != 'Z' &&
+		    state != 'X')
+			found = own_group(pid) == group;
+	}
+	if (d)
+		closedir(d);
+	return found;
 }
