@@ -57,7 +57,7 @@ nodeassign append
 #fsck if_needed
 
 # Programs that are run here before a node is up, with its number in $NODE.
-#nodeup /etc/beowulf/node_up.d
+#nodeup {folder}/node_up.d
 #nodeparallel 16
 
 # A line a node: number and hardware addresses.
@@ -101,8 +101,9 @@ def _main(argv: Sequence[str] | None) -> int:
     first = _first(args.first or _ask("address of node 0", str(network.ip + 10)), nodes, network)
     text = TEMPLATE.format(interface=interface, first=first, last=first + nodes - 1, nodes=nodes, folder=args.folder)
     key = args.folder / "key"
-    if key != configuration.DEFAULT_KEY:
-        text = f"key {key}\n" + text
+    if args.folder != DEFAULT_PATH.parent:
+        own = {"key": "key", "fstab": "fstab", "nodeup": "node_up.d", "nodedown": "node_down.d"}
+        text = "".join(f"{keyword} {args.folder.absolute() / name}\n" for keyword, name in own.items()) + text
     configuration.parse(text, str(path))  # what bpmaster would refuse must not be written
     for folder in (args.folder, args.folder / "node_up.d", args.folder / "node_down.d"):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ import pytest
 
 from bpfs.config import read
 from bpfs.wire.handshake import read_key
-from tests.boot.lab import TOP, Lab
+from tests.boot.lab import TOP, Lab, mac
+from tests.cluster.virtual import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -25,6 +26,19 @@ def lab(session_folder: Path) -> Iterator[Lab]:
         yield lab
     finally:
         lab.close()
+
+
+@pytest.mark.slow
+def test_a_master_runs_by_it_and_gives_the_first_machine_its_number(lab: Lab, session_folder: Path) -> None:
+    folder = session_folder / "setup" / "etc"
+    assert bpsetup(lab, folder, *GOOD).returncode == 0
+    options = ["-c", folder / "config", "--mount", lab.mount, "--state", folder / "state"]
+    lab.spawn("bpfs.cli.bpmaster", "-f", *options, "--log", lab.folder / "master.log")
+    wait_until(lambda: "nodes can boot" in lab.log(), "the boot server is not there")
+    lab.add_client(0)
+    assert lab.client(0, "ask", "20").stdout == "10.54.0.10\n"
+    wait_until((lab.mount / "nodes/0").exists, "the new node is not there")
+    assert (folder / "config").read_text().endswith(f"\nnode 0 {mac(0)}\n")
 
 
 def bpsetup(lab: Lab, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +59,7 @@ def test_what_it_writes(lab: Lab, tmp_path: Path) -> None:
     config = read(tmp_path / "etc/config")
     assert (config.interface, config.nodes, config.bootserver, config.nodeassign) == ("br0", 16, True, "append")
     assert [config.address_for(number) for number in (0, 15, 16)] == ["10.54.0.10", "10.54.0.25", None]
+    assert (config.fstab, config.nodeup) == (tmp_path / "etc/fstab", tmp_path / "etc/node_up.d")
     assert len(read_key(config.key)) == 64 and stat.S_IMODE(config.key.stat().st_mode) == 0o600
 
     again = bpsetup(lab, tmp_path / "etc", *GOOD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from bpfs.errors import ConfigError
 from bpfs.fstab import Entry, Kind, Policy, find, read
 from bpfs.rundir import RunDir
+from tests.cluster.daemons import end, start
 from tests.cluster.virtual import TOP, wait_until
 
 VALUES = {"MASTER": "10.0.0.1", "NODE": "3"}
@@ -116,26 +116,18 @@ def desk(session_folder: Path) -> Iterator[Desk]:
     (folder / "fstab").write_text(f"tmpfs /fast tmpfs size=1m\n{disk} /scratch ext4 noatime\n")
     daemons: list[subprocess.Popen[bytes]] = []
 
-    def start(module: str, *arguments: str | Path | int) -> None:
-        command = [sys.executable, "-m", f"bpfs.cli.{module}", *map(str, arguments)]
-        daemons.append(subprocess.Popen(command, cwd=TOP, stdin=subprocess.DEVNULL))
-
     try:
-        start("bpmaster", "-f", "-c", folder / "config", "--address", "127.0.0.1", "--log", folder / "master.log")
+        options = ("-f", "-c", folder / "config", "--address", "127.0.0.1", "--log", folder / "master.log")
+        daemons.append(start("bpmaster", *options))
         rundir = RunDir(str(mount))
         wait_until(lambda: os.path.ismount(mount) and rundir.read("port"), "the master should be ready")
         host, port = (rundir.read("port") or "").split()
         where = ("--no-mount", "--root", "empty", "--cache", folder / "cache", f"{host}:{port}")
-        start("bpslave", "-f", "-k", key, "-n", 0, "--log", folder / "slave.log", *where)
+        daemons.append(start("bpslave", "-f", "-k", key, "-n", 0, "--log", folder / "slave.log", *where))
         yield Desk(folder, mount, disk)
     finally:
         for daemon in reversed(daemons):
-            daemon.send_signal(signal.SIGTERM)
-            try:
-                daemon.wait(30)
-            finally:
-                daemon.kill()
-                daemon.wait()
+            end(daemon)
         subprocess.run(["losetup", "-d", disk], check=False)
 
 

@@ -5,30 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bpfs.rundir import RunDir
+from tests.cluster.daemons import end, start
 from tests.cluster.virtual import TOP, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-def start(module: str, *arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"bpfs.cli.{module}", *map(str, arguments)], cwd=TOP, stdin=subprocess.DEVNULL
-    )
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def text(path: Path) -> str:
