@@ -31,7 +31,7 @@ from bpfs.procs.ghosts import Away, carefully, tell
 from bpfs.procs.migration import Externals, refuse
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE
 from bpfs.procs.places import CALL_TIMEOUT, Engine, MasterPlace, NodePlace
-from bpfs.procs.process import MASTER, ExitStatus, Process
+from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState
 from bpfs.procs.rights import may_control
 from bpfs.procs.routes import Leave, Surroundings
 from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, new_stream, plain
@@ -270,7 +270,16 @@ class Batches:
                 raise BpfsError(errno.ENOENT, f"{os.fsdecode(hidden[0])} is not exported: each has to go by itself")
         return Original(unlike, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])
 
+    def _is_elsewhere(self, proc: Process) -> bool:
+        # Another order, or somebody who moved it, was faster.
+        known = self._procs.table.known(proc.pid)
+        return known is not None and (known.away or known.state is ProcState.MIGRATING)
+
     async def _make_one(self, engine: Engine, copy: Copy, original: Original) -> None:
+        if self._is_elsewhere(copy.proc):
+            error = BpfsError(errno.EBUSY, f"process {copy.proc.pid} does not wait any more")
+            self._note(copy.proc.pid, copy.destination.number, error)
+            return
         try:
             await self._procs.carry_out(copy, lambda: copy.make(engine, original))
             self._note(copy.proc.pid, copy.destination.number, None)

@@ -198,6 +198,19 @@ def test_a_template_that_dies_takes_nobody_with_it(it: VirtualCluster) -> None:
         assert (it.mount / "procs" / str(other.pid) / "node").read_text() == "-1\n"
 
 
+def test_who_has_become_another_program_is_left_alone(it: VirtualCluster) -> None:
+    with waiting(2) as (first, other), waiting(1) as (second,):
+        for template, node in ((first, 0), (second, 1)):
+            assert echo(it, f"{template.pid} {other.pid}:{node}", "procs/onexec").returncode == 0
+        tell(first, "exec cat")
+        node = it.mount / "procs" / str(other.pid) / "node"
+        wait_until(lambda: node.read_text() == "0\n", "it runs on node 0")
+        tell(second, "exec cat")
+        assert second.wait(60) == 0
+        wait_until(lambda: outcomes(it, 1) == {1: "EBUSY"}, "the second order finds it taken")
+        assert other.communicate("still the first\n", timeout=60)[0] == "still the first\n"
+
+
 def test_a_template_ends_with_its_tracer(it: VirtualCluster) -> None:
     # It must never run the program at home. Those that wait can be had by the next order.
     with waiting(2) as (template, other):
