@@ -20,6 +20,8 @@ from engine.restart import Sleep, adjust, look_at_sleep
 from engine.runner import SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone
 
 STOP_TIMEOUT_S: Final = 10.0
+# One that is in an uninterruptible call for that long is not just waiting for a busy disk, or for the processor.
+_BLOCKED_S: Final = 3.0
 # Spin this long for a stop before sleeping between looks: a stop takes some 30 us, a sleep three times as much.
 _SEIZE_PATIENCE_S: Final = 0.5
 _TRACER_PATIENCE_S: Final = 2.0
@@ -82,7 +84,7 @@ class Frozen:
         """Wait until all threads stand, then read what every later step needs.
 
         Raises:
-            TimeoutError: a thread would not stop within 10 s (uninterruptible).
+            TimeoutError: a thread would not stop within 3 s (uninterruptible), or 10 s.
             ProcessGone: it ended meanwhile.
         """
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -193,7 +195,7 @@ class Frozen:
                 now = time.monotonic()
                 if now > spin + _VFORK_PATIENCE_S and _waits_for_child(thread.tid):
                     raise InVfork
-                if now > deadline:
+                if now > deadline or (now > spin + _BLOCKED_S and _is_blocked(thread.tid)):
                     raise TimeoutError(
                         110, f"thread {thread.tid} does not stop: it is in an uninterruptible system call"
                     )
@@ -354,6 +356,13 @@ def _is_held_by_us(pid: int) -> bool:
     try:
         tracer = procfs.parse_status(procfs.read(procfs.own_file(pid, "status")))["TracerPid"]
         return tracer == "0" or procfs.read(f"/proc/{tracer}/comm").startswith(b"bpfs-")
+    except OSError:
+        return False
+
+
+def _is_blocked(tid: int) -> bool:
+    try:
+        return procfs.parse_stat(procfs.read(procfs.own_file(tid, "stat"))).state == "D"
     except OSError:
         return False
 

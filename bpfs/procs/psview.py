@@ -54,6 +54,7 @@ class PsView:
         self._silent: set[int] = set()  # did not answer in time when somebody looked last
         self._asking: set[int] = set()
         self._trouble = ""
+        self._sending = trio.Lock()  # a socket takes one that waits for room
 
     async def run(self) -> None:
         """Works for as long as the master does."""
@@ -122,7 +123,8 @@ class PsView:
         if self._trouble:
             return
         with suppress(OSError, trio.ClosedResourceError):  # `_listen` finds out
-            await self._socket.send(pack(word, *items))
+            async with self._sending:
+                await self._socket.send(pack(word, *items))
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
