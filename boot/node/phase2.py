@@ -17,6 +17,10 @@ KEY = Path("/run/bpfs-key")
 MARK = Path("/run/bpfs-node-image")
 """bpslave takes this machine for a real node when this file has the boot's id (bpfs/slave/machine.py)."""
 
+PID_MAX, PID_LIMIT = Path("/proc/sys/kernel/pid_max"), 1 << 22
+"""Jobs have the master's pids, and their children those of the node's block: a small machine's kernel ends at 32768 by
+itself (PID_MAX_LIMIT of include/linux/threads.h)."""
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -34,6 +38,7 @@ def run() -> None:
     answer = network.find_server()
     say(f"{answer.interface} {answer.mac} is {answer.address}, server {answer.server}")
     _be_node(conf, answer)
+    _allow_all_pids()
     _write_secret(KEY, conf["key"].encode() + b"\n", 0o600)
     _write_secret(MARK, _BOOT_ID.read_bytes(), 0o400)
     Path(conf["mount"]).mkdir(parents=True, exist_ok=True)
@@ -61,6 +66,13 @@ def _be_node(conf: dict[str, str], answer: network.Answer) -> None:
     network.configure("lo", "127.0.0.1", 8)
     network.configure(answer.interface, answer.address, int(conf["prefix"]))
     socket.sethostname(conf.get("hostname", f"n{conf['node']}"))
+
+
+def _allow_all_pids() -> None:
+    try:
+        PID_MAX.write_text(f"{PID_LIMIT}\n")
+    except OSError as error:
+        say(f"{PID_MAX}: {error.strerror}")
 
 
 def _write_secret(path: Path, data: bytes, mode: int) -> None:

@@ -115,6 +115,9 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         refused = subprocess.run([*modprobe, "pcc_cpufreq"], capture_output=True, text=True, check=False, cwd=TOP)
         assert refused.stderr == "bpmodprobe: node 0: pcc_cpufreq cannot be loaded: No such device\n"
 
+        # It takes every pid that its master may have, and those of its own block.
+        assert lab.bpsh("0", "/bin/cat", "/proc/sys/kernel/pid_max").stdout == "4194304\n"
+
         # It has no program, library or script of its own, and runs the master's.
         done = lab.bpsh("0", "/bin/sh", "-c", "/usr/bin/uname -r; exit 3")
         assert (done.returncode, done.stdout) == (3, lab.read("nodes/0/kernel")), done.stderr
