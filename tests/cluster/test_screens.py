@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster.desk import PROMPT, Desk, desk, session, stat_of
 from tests.cluster.test_commands import BPSH
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
@@ -20,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def it(session_folder):
-    with cluster(session_folder / "screens", nodes=3) as made:
+    with cluster(session_folder / "screens", nodes=4) as made:
         yield made
 
 
@@ -116,3 +118,40 @@ def test_top_follows_the_window(it, screen):
     screen.shows("ready>")
     screen.type("clear; stty size", "Enter")
     screen.shows("12 85")
+
+
+def group(leader: int, at: Desk) -> list[int]:
+    return [pid for pid in session(at.shell.pid) if stat_of(pid)[1][1] == str(leader)]
+
+
+def test_control_z_suspends_64_processes_and_bg_starts_them(it):
+    with desk() as at:
+        inner = f"for n in 0 1 2 3; do for i in $(seq 16); do {BPSH} $n sleep 1000 & done; done; wait"
+        at.type(f"BPFS={it.mount} sh -c '{inner}'\r")
+        wait_until(lambda: at.foreground() != at.shell.pid, "it should begin")
+        leader = at.foreground()
+
+        def away() -> list[int]:
+            return [int(pid) for node in range(4) for pid in os.listdir(it.mount / f"nodes/{node}/procs")]
+
+        def all_are(state: str) -> bool:
+            return all(it.read(f"procs/{pid}/state") == state for pid in away())
+
+        wait_until(lambda: len(away()) == 64 and len(group(leader, at)) == 65, "64 should be away")
+        for node in range(4):
+            assert len(os.listdir(it.mount / f"nodes/{node}/procs")) == 16
+        for _ in range(2):
+            at.type("\x1a")
+            at.see("Stopped", PROMPT)
+            wait_until(lambda: all_are("stopped\n"), "all should be suspended")
+            wait_until(lambda: {stat_of(pid)[0] for pid in group(leader, at)} == {"T"}, "and their ghosts")
+            at.run("bg")
+            wait_until(lambda: all_are("running\n"), "all should run")
+            assert "Running" in at.run("jobs")
+            at.type("fg\r")
+            at.see("sh -c")
+            wait_until(lambda: at.foreground() == leader, "it should have the terminal")
+        at.type("\x1a")
+        at.see("Stopped", PROMPT)
+        at.run("kill %1; bg")
+        wait_until(lambda: not away(), "all should end")

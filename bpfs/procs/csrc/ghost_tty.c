@@ -209,7 +209,12 @@ bool ttys_signal(int signo)
 
 		if (!c->tty || tty_fd(c) < 0)
 			continue;
-		refresh(c, false); /* it may have come to the foreground just now, without a SIGCONT */
+		/* It may have come to the foreground just now, without a SIGCONT. That it has left it again, for a job whose leader
+		 * has stopped already, is not to be told before the signal is. */
+		if (!c->tty->foreground && in_foreground(c))
+			refresh(c, false);
+		if (c->tty->native && !c->tty->foreground)
+			return false;
 		if (c->tty->controlling) {
 			frame_put_u32(&the_stream, F_TTYSIG, c->id, signo);
 			return true;
