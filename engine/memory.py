@@ -308,6 +308,13 @@ def groups(runs: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]],
         yield group, size
 
 
+def copy(pid: int, source: list[tuple[int, int]], target: list[tuple[int, int]], size: int) -> None:
+    """Copy a piece of at most CHUNK bytes within a stopped process. Raises OSError."""
+    for runs, inward in ((source, True), (target, False)):
+        if process_vm.transfer(pid, _buffer_address, runs, inward=inward) != size:
+            raise OSError(14, f"memory of process {pid} could not be moved")
+
+
 def send_pages(pid: int, memory: int, runs: list[tuple[int, int]], send: Callable[[memoryview], object]) -> int:
     """Stream pages of a stopped process. Returns the bytes sent.
 

@@ -23,6 +23,7 @@ from engine.linux.credentials import Credentials
 from engine.linux.libc import NR, syscall
 from engine.linux.ptrace import Registers
 from engine.memory import receive_pages
+from engine.mending import mend
 from engine.restart import prime
 from engine.restore_files import begins_in_root, open_all
 from engine.restore_state import credential_rows, process_rows, signal_rows
@@ -110,6 +111,11 @@ class Builder:
         if self._ahead is not None:
             stage, keep = self._ahead
             stage.settle(calls, image, keep)
+            calls.run()
+            kinds = {r.start: r.flags for r in image.regions}
+            mend(target.injection, [(start, end, kinds[start]) for start, end in keep.regions])
+            calls = Calls(target.injection)
+            stage.protect(calls, image, keep)
             stage.forget()
         self._move_special(calls)
         self._map_regions(calls, numbers)
@@ -134,7 +140,9 @@ class Builder:
 
     def _choose_trap(self) -> int:
         # It must not be pending (it would be taken for our stop) nor have an action (it would run, should we die).
-        busy, unfit = self.image.busy_signals, self.target.pending()
+        # What is queued may have come after META.
+        queued = [info for thread in self.image.threads for info in thread.pending] + self.image.shared_pending
+        busy, unfit = self.image.busy_signals, {info[0] for info in queued} | self.target.pending()
         return next((n for n in TRAP_SIGNALS if not busy >> (n - 1) & 1 and n not in unfit), 0)
 
     def _credentials(self) -> Credentials:
@@ -256,6 +264,9 @@ class Builder:
         """All other state; afterwards only `resume` is left."""
         image, target = self.image, self.target
         self._fit_cpu()
+        if target.injection.trap != (trap := self._choose_trap()):
+            target.injection.trap = trap
+            target.injection.write_slot()
         leader = image.threads[0]
         if self._foreign is not None:
             self._settle_vdso(self._foreign)

@@ -236,7 +236,7 @@ class Source:
             }
         stream = self._open_stream(request)
         try:
-            image = self._image = self._image or dump.build(self._inspection)
+            image = self._image = self._image or dump.describe(self._inspection)
             if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
                 _pack(stream)
             if request.get("ahead") and self._inspection.keep is not None:

@@ -229,7 +229,11 @@ class Stage:
                 calls.add("mmap", start, end - start, _READ_WRITE, kind, -1, 0, label="mapping memory")
         for start, end in both(merge(keep.stale), merge(keep.regions)):
             calls.add("madvise", start, end - start, _MADV_DONTNEED, label="dropping stale pages")
-        for region in keep.regions:
-            prot = regions[region[0]].prot
+
+    def protect(self, calls: Calls, image: Image, keep: Keep) -> None:
+        """Add the calls after which they have their protections."""
+        regions = {r.start: r for r in image.regions}
+        for start, end in keep.regions:
+            prot = regions[start].prot
             if prot != _READ_WRITE:
-                calls.add("mprotect", region[0], region[1] - region[0], prot, label="protecting memory")
+                calls.add("mprotect", start, end - start, prot, label="protecting memory")

@@ -26,9 +26,10 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, LinkClosed, errno_name
+from bpfs.procs.exchange import refuse
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Away, carefully, tell
-from bpfs.procs.migration import Externals, refuse
+from bpfs.procs.migration import Externals
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE
 from bpfs.procs.places import CALL_TIMEOUT, Engine, MasterPlace, NodePlace
 from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState

@@ -19,8 +19,9 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, errno_name
+from bpfs.procs.exchange import refuse, transfer
 from bpfs.procs.ghosts import carefully
-from bpfs.procs.migration import Figures, refuse, transfer
+from bpfs.procs.phases import Figures
 from bpfs.procs.places import Engine, MasterPlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.rights import Rights, may_control, writes_itself

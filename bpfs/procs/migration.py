@@ -10,45 +10,43 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
   it has just seen the exec, or the end. Where it cannot (it died, the connection broke, a fence was waited for), the
   master says it, once it knows; the destination takes the first word that comes, and there is none after it. An engine
   that failed to end its source never says it; where one dies after its word, the destination's answer tells;
-* where a process is small, neither engine asks the master between the image and the copy's first step (`_go_straight`):
+* where a process is small, neither engine asks the master between the image and the copy's first step (straight.py):
   the source ends it when the destination says that its copy is whole;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
 
-A large process's memory goes ahead in rounds (`_copy_ahead`, engine/precopy.py) while it runs on and nothing has been
+A large process's memory goes ahead in rounds (ahead.py, engine/precopy.py) while it runs on and nothing has been
 decided: its signals, stops, forks and its end are dealt with as if nothing moved it.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
+from typing import Any
 
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError, EngineRefused
+from bpfs.errors import BpfsError
 from bpfs.procs import faults
-from bpfs.procs.places import CALL_TIMEOUT, Engine, Place
-from bpfs.procs.process import ExitStatus, Process, ProcState
+from bpfs.procs.ahead import copy_ahead
+from bpfs.procs.exchange import refuse, together, transfer
+from bpfs.procs.phases import Figures, Landing, Phase, Surprise, is_watched_closely
+from bpfs.procs.places import Engine, Place
+from bpfs.procs.process import ExitStatus, Process
+from bpfs.procs.straight import go_straight
 from bpfs.tree.base import WriteRequest
 from engine.facts import unlike, unpacks
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
-CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
-MB = 1 << 20
 FRESH = 0.002  # seconds after the destination said that its copy is whole within which it need not be asked again
-SLICE = 0.2  # seconds of copying ahead between two reports
-STRAIGHT = 32 * MB  # bytes of an image that are on their way before anybody can think better of it
-LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
+STRAIGHT = 32 << 20  # bytes of an image that are on their way before anybody can think better of it
 RECEIVE_TIMEOUT = 15.0  # seconds that the destination waits for the source to connect, and for each piece
 
 _log = log.get("procs")
@@ -64,65 +62,6 @@ Stop = Callable[[], Awaitable[dict[str, Any]]]
 
 Release = Callable[[BpfsError], Awaitable[object]]
 """Lets a stopped source go on (or end) because of this error."""
-
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-class Phase(enum.Enum):
-    """Where a migration is, in the words of procs/PID/state."""
-
-    PREPARE = "prepare"  # the destination makes an empty process with the pid
-    PRECOPY = "precopy"  # memory goes ahead, round by round, while the process runs; only of large ones
-    ATTACH = "attach"  # ends of stdio at the destination are made, beside prepare; anew where the freeze shows others
-    FREEZE = "freeze"  # the source stops, all threads; its own write is answered
-    INSPECT = "inspect"  # what cannot move is refused here; nothing has been touched yet
-    TRANSFER = "transfer"  # the image goes from source to destination, which rebuilds the process, stopped
-    DEPART = "depart"  # the source goes: into the ghost, or killed. From its end on the new place is the place
-    RESUME = "resume"  # the destination lets its copy run
-
-
-@dataclass(slots=True)
-class Figures:
-    """What a move cost."""
-
-    began: float  # time.perf_counter()
-    frozen: float = 0.0
-    whole: float = 0.0
-    running: float = 0.0
-    bytes: int = 0
-
-    @property
-    def freeze_ms(self) -> float:
-        """Milliseconds during which no copy ran; 0 for a move that did not come about."""
-        return (self.running - self.frozen) * 1e3 if self.frozen and self.running else 0.0
-
-    @property
-    def total_ms(self) -> float:
-        """Milliseconds from the request to the process running at its new place (or to now)."""
-        return ((self.running or time.perf_counter()) - self.began) * 1e3
-
-
-@dataclass(slots=True)
-class Landing:
-    """Where the destination's engine waits for the image, and the descriptors it needs for it.
-
-    Attributes:
-        fds: of the destination, for its operation receive.
-        externals: on a node: key of an external -> index into `fds`.
-        ghost_fds: at home: key of an external -> its number in the ghost.
-    """
-
-    host: str
-    port: int
-    token: bytes
-    fds: list[int] = field(default_factory=list)
-    externals: dict[int, int] = field(default_factory=dict)
-    ghost_fds: dict[int, int] = field(default_factory=dict)
-
-
-class Surprise(BpfsError):
-    """The process stands still, and is not what everything was made ready for."""
 
 
 class Migration(ABC):
@@ -141,9 +80,9 @@ class Migration(ABC):
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
         self.before = proc.state  # what it does when no move owns it
         self.compress = False  # pages may be packed, where that is faster
-        self._ahead = False  # the destination has memory that went ahead
-        self._watched = False  # the source's engine may hold its record of writes
-        self._calm = AsyncExitStack()  # has `quiet`
+        self.ahead = False  # the destination has memory that went ahead
+        self.watched = False  # the source's engine may hold its record of writes
+        self.calm = AsyncExitStack()  # has `quiet`
         self._scope: trio.CancelScope | None = None  # of all that can be called off
         self._foresees = False  # the engines may do without us from the freeze on
         self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
@@ -163,13 +102,13 @@ class Migration(ABC):
             BpfsError: the process runs on where it was, or ended with the place that held it.
         """
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._calm)
-            await self._calm.enter_async_context(self.quiet())
+            await stack.enter_async_context(self.calm)
+            await self.calm.enter_async_context(self.quiet())
             src = await stack.enter_async_context(self.source.engine())
             dst = await stack.enter_async_context(self.destination.engine())
 
             async def release(error: BpfsError) -> None:
-                if self._watched and not self.figures.frozen:
+                if self.watched and not self.figures.frozen:
                     await src.call("unwatch")
                 if self.figures.frozen:
                     await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
@@ -273,9 +212,9 @@ class Migration(ABC):
         """What `send` is told of the end of the source, where it goes straight; it may come any time from now on."""
         return {}
 
-    async def has_departed(self, refused: bool) -> bool:
-        """Whether the source has ended all the same, though its engine refused to end it, or is not heard any more."""
-        del refused
+    async def has_departed(self, heard: bool) -> bool:
+        """Whether the source has ended all the same, though its engine said no, or was not `heard`."""
+        del heard
         return False
 
     @abstractmethod
@@ -314,7 +253,7 @@ class Migration(ABC):
     async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> Landing | None:
         """All that can be called off. Returns where the image is to go, where the engines do the rest by themselves."""
         await self._enter(Phase.PREPARE)
-        closely = _is_watched_closely()
+        closely = is_watched_closely()
         if look and self._foresees and not closely:
             await self.make_ready(dst, look, _nothing)
             if (foreseen := self.foreseen()) is not None:
@@ -323,7 +262,7 @@ class Migration(ABC):
         else:
             summary = await (self.make_ready(dst, look, stop) if look else stop())
         if "large" in summary:
-            await self._copy_ahead(src, dst)
+            await copy_ahead(self, src, dst)
             summary = await stop()
         landing = await self.land(dst, summary)
         if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not closely:
@@ -335,77 +274,26 @@ class Migration(ABC):
         return None
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
-        await transfer(lambda: self._send(src, landing), lambda: self._receive(dst, landing), self.figures)
+        await transfer(lambda: self.send(src, landing), lambda: self.receive(dst, landing), self.figures)
 
-    async def _send(self, src: Engine, landing: Landing, op: str = "send", **more: Any) -> dict[str, Any]:
+    async def send(self, src: Engine, landing: Landing, op: str = "send", **more: Any) -> dict[str, Any]:
         return await src.call(
-            op, self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self._ahead,
-            env=self.ghost_environment, pack=self._packs, **more,
+            op, self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self.ahead,
+            env=self.ghost_environment, pack=self.packs, **more,
         )  # fmt: skip
 
     @property
-    def _packs(self) -> bool:
+    def packs(self) -> bool:
+        """Whether pages may be packed on their way."""
         return self.compress and unpacks(self.destination.facts)
 
-    async def _stop_and_send(self, src: Engine, landing: Landing) -> dict[str, Any]:
-        self.figures.frozen = time.perf_counter()
-        reply = await self._send(
-            src, landing, "straight", pid=await self.source.hostpid(self.proc), expected=self.looked, **self.looking,
-            **self.departure(),
-        )  # fmt: skip
-        self.figures.frozen = reply["frozen_at"]
-        refuse(reply.get("refusals", []))
-        if reply.get("surprise"):
-            raise Surprise(errno.EAGAIN, f"process {self.proc.pid} has changed since it was looked at")
-        return reply
-
-    async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         return await dst.call(
             "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
-            timeout_s=RECEIVE_TIMEOUT, ahead=self._ahead, lends=True, **more,
+            timeout_s=RECEIVE_TIMEOUT, ahead=self.ahead, lends=True, **more,
         )  # fmt: skip
 
-    # -- ahead of them -----------------------------------------------------------------------------------------
-
-    async def _copy_ahead(self, src: Engine, dst: Engine) -> None:
-        async with self._at_large():
-            landing, where = await self.stage(dst)
-            self._watched = True
-            reply = await src.call(
-                "watch", pid=await self.source.hostpid(self.proc), host=landing.host, port=landing.port,
-                token=landing.token, pack=self._packs, **self.looking,
-            )  # fmt: skip
-            if not reply["watched"]:
-                _log.info("process %d is copied while it stands still: %s", self.proc.pid, reply["why"])
-                return
-            await transfer(
-                lambda: self._rounds(src), lambda: dst.call("stage", timeout_s=CALL_TIMEOUT, **where), self.figures
-            )
-            self._ahead = True
-
-    async def _rounds(self, src: Engine) -> dict[str, Any]:
-        while True:
-            at = await src.call("copy", seconds=SLICE)
-            self.proc.copying = f"round {at['round']}, {at['sent'] // MB} of {-(-at['size'] // MB)} MB"
-            await faults.hold(Phase.PRECOPY.value)
-            if at["done"]:
-                return {"bytes": at["total"]}
-
-    @asynccontextmanager
-    async def _at_large(self) -> AsyncIterator[None]:
-        """The process runs on in this context: nothing is kept back from it, whatever happens to it counts at once."""
-        proc = self.proc
-        proc.state, proc.busy, proc.copying = self.before, f"it moves to node {self.destination.number}", "round 1"
-        await self._calm.aclose()
-        try:
-            yield
-        finally:
-            proc.busy = proc.copying = ""
-            if proc.state in (ProcState.RUNNING, ProcState.STOPPED):
-                self.before, proc.state = proc.state, ProcState.MIGRATING
-        await self._calm.enter_async_context(self.quiet())
-        if proc.state is not ProcState.MIGRATING or proc.source_lost:
-            raise BpfsError(errno.ESRCH, f"process {proc.pid} ended on the way")
+    # -- what the source's engine is asked ------------------------------------------------------------------------
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
@@ -445,7 +333,7 @@ class Migration(ABC):
         await self._enter(Phase.DEPART if straight is None else Phase.TRANSFER)
         try:
             if straight is not None:
-                reply = await self._go_straight(src, dst, straight)
+                reply = await go_straight(self, src, dst, straight)
             else:
                 if time.perf_counter() - self.figures.whole > FRESH:
                     await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
@@ -467,48 +355,6 @@ class Migration(ABC):
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = self.figures.running or time.perf_counter()
         await self.arrived(reply)
-
-    async def _go_straight(self, src: Engine, dst: Engine, landing: Landing) -> dict[str, Any] | None:
-        """Transfer, departure and resume, with no word of ours in between; the freeze as well, where it has not been.
-
-        Returns, raises:
-            As `_hand_over`.
-        """
-        left: list[bool] = []
-        refused: list[bool] = []
-        arrived: list[dict[str, Any]] = []
-
-        async def send() -> dict[str, Any]:
-            try:
-                if self.figures.frozen:
-                    reply = await self._send(src, landing, **self.departure())
-                else:
-                    reply = await self._stop_and_send(src, landing)
-            except (EngineRefused, Surprise):
-                refused.append(True)
-                raise
-            left.append(True)
-            with trio.CancelScope(shield=True):  # the copy may run already
-                await self.departed()
-            return reply
-
-        async def receive() -> dict[str, Any]:
-            reply = await self._receive(dst, landing, follow=True)
-            self.figures.running = time.perf_counter() - reply.get("running_for", 0.0)
-            arrived.append(reply)
-            return reply
-
-        try:
-            await transfer(send, receive, self.figures)
-        except BpfsError:
-            if not left:
-                if not (arrived and arrived[0]["running"]) and not await self.has_departed(bool(refused)):
-                    raise
-                await self.departed()  # the source's engine died right after
-        if arrived and arrived[0]["running"]:
-            return arrived[0]
-        self.figures.running = 0.0
-        return None
 
     async def _hand_over(self, src: Engine, dst: Engine) -> dict[str, Any] | None:
         """Ends the source, whose engine then tells the destination's that the copy may run.
@@ -564,78 +410,5 @@ class Migration(ABC):
             _log.info("process %d: %s after a failed move: %s", self.proc.pid, what, error)
 
 
-def _is_watched_closely() -> bool:
-    """Whether a test holds one of the phases that are ours to tell apart only where we take part in them."""
-    return any(faults.is_held(phase.value) for phase in Phase if phase not in (Phase.PREPARE, Phase.ATTACH))
-
-
 async def _nothing() -> dict[str, Any]:
     return {}
-
-
-def refuse(refusals: list[str]) -> None:
-    """Raises BpfsError EOPNOTSUPP with all the obstacles, where there are any."""
-    if refusals:
-        raise BpfsError(errno.EOPNOTSUPP, "; ".join(refusals))
-
-
-async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]]) -> tuple[A, B]:
-    """Runs both at once, to the end of both: an engine must not be left in the middle of a call.
-
-    Raises:
-        BpfsError: that of `second`, else that of `first`: the source knows best why a process cannot move.
-    """
-    left: list[A] = []
-    right: list[B] = []
-    errors: dict[int, BpfsError] = {}
-
-    async def one(index: int, work: Callable[[], Awaitable[Any]], results: list[Any]) -> None:
-        try:
-            results.append(await work())
-        except BpfsError as error:
-            errors[index] = error
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(one, 0, first, left)
-        nursery.start_soon(one, 1, second, right)
-    for index in (1, 0):
-        if index in errors:
-            raise errors[index]
-    return left[0], right[0]
-
-
-async def transfer(
-    send: Callable[[], Awaitable[dict[str, Any]]], receive: Callable[[], Awaitable[dict[str, Any]]], figures: Figures
-) -> None:
-    """Sends and receives at once.
-
-    Where one side fails the other may never hear of it and is not waited for; but where only the connection
-    failed, the destination says a moment later why.
-
-    Raises:
-        BpfsError: the source's, which knows what the destination said; else the destination's.
-    """
-    errors: dict[str, BpfsError] = {}
-    source_scope, scope = trio.CancelScope(), trio.CancelScope()
-
-    async def sending() -> None:
-        with source_scope:
-            try:
-                figures.bytes += int((await send())["bytes"])
-            except BpfsError as error:
-                errors["source"] = error
-                scope.deadline = trio.current_time() + LAST_WORD
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(sending)
-        with scope:
-            try:
-                await receive()
-            except BpfsError as error:
-                errors["destination"] = error
-                source_scope.deadline = trio.current_time() + LAST_WORD
-    source = errors.get("source")
-    if source is not None and not (source.code in CONNECTION_ERRORS and "destination" in errors):
-        raise source
-    if errors:
-        raise errors["destination"]

@@ -20,9 +20,10 @@ from bpfs import log
 from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER
 from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, Saved, split
+from bpfs.procs.exchange import transfer
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Away, carefully, tell
-from bpfs.procs.migration import Figures, transfer
+from bpfs.procs.phases import Figures
 from bpfs.procs.places import HANDLES, LOOPBACK, Engine, MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Pid, Process, ProcState
 from bpfs.procs.rights import Rights, admits

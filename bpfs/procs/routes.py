@@ -24,9 +24,11 @@ from bpfs.config import Config
 from bpfs.errors import BpfsError, EngineRefused
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
+from bpfs.procs.exchange import together
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
-from bpfs.procs.migration import STRAIGHT, Externals, Landing, Look, Migration, Phase, Stop, together
+from bpfs.procs.migration import STRAIGHT, Externals, Look, Migration, Stop
+from bpfs.procs.phases import Landing, Phase
 from bpfs.procs.places import CALL_TIMEOUT, HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.programs import Programs
@@ -197,7 +199,7 @@ class ToNode(Migration):
             await detach(self.destination, attached.number)
 
     async def _prepare_anew(self, dst: Engine) -> None:
-        self._ahead = False  # what went ahead goes with the process that it went to
+        self.ahead = False  # what went ahead goes with the process that it went to
         await dst.call("discard")
         await self._prepare(dst)
 
@@ -249,7 +251,7 @@ class Leave(ToNode):
         return [self._program, self._control[1].fileno()]
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
-        if self._watched:  # it has been running for a while
+        if self.watched:  # it has been running for a while
             self.proc.identity = read_identity(self.proc.pid)
         landing = await super().land(dst, summary)
         self._make_ghost_ready(summary["process"])
@@ -290,9 +292,9 @@ class Leave(ToNode):
         self._around.ghosts.expect(self.proc, self.destination.number)
         return {"depart": "become_ghost", "go": True}
 
-    async def has_departed(self, refused: bool) -> bool:
+    async def has_departed(self, heard: bool) -> bool:
         # The worker may have died right after the exec, or be in it, unheard: what the process is then decides.
-        if not refused:
+        if not heard:
             with trio.move_on_after(UNTRACED_WITHIN):
                 while _is_traced(self.proc.pid):
                     await trio.sleep(0.002)
@@ -410,8 +412,8 @@ class Return(Migration):
         reply = await dst.call("listen", address=address)
         return Landing(address, reply["port"], reply["token"]), {"ghost": self.proc.pid}
 
-    async def _receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
-        reply = await super()._receive(dst, landing, part=self._has_tids_of_nodes, **more)
+    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+        reply = await super().receive(dst, landing, part=self._has_tids_of_nodes, **more)
         if self._has_tids_of_nodes:
             # Threads that it has made on a node keep their ids, which the kernel does not give away here. Nobody else
             # can make a process with such an id meanwhile: not before all of the memory has come.

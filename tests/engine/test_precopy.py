@@ -10,8 +10,10 @@ import msgpack
 import pytest
 
 from engine import spans
+from engine.freeze import freeze
 from engine.image import ImageError
 from engine.linux import procfs, userfaultfd
+from engine.mending import mend
 from engine.precopy import Layout
 from engine.staging import NORESERVE, PLAIN, Keep
 from engine.tracking import Unwatchable, begin, is_plain
@@ -96,11 +98,14 @@ class Toy:
         assert self.process.stdout is not None
         self.base = int(self.process.stdout.readline())
 
-    def do(self, line: str) -> None:
+    def say(self, line: str) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def do(self, line: str) -> None:
+        self.say(line)
+        assert self.process.stdout is not None
         assert self.process.stdout.readline() == "done\n"
 
     def watched(self) -> list[procfs.Vma]:
@@ -149,6 +154,49 @@ def test_writes_that_nobody_would_see_are_not_recorded(toy: Toy, tmp_path: objec
     with pytest.raises(Unwatchable, match="O_DIRECT"):
         begin(toy.process.pid)
     assert not toy.watched()
+
+
+# Two pieces with pages of their own, then the gap between them: 48 pages, which the kernel keeps as two mappings.
+IN_PIECES = """
+c = ctypes.CDLL(None, use_errno=True); c.mmap.restype = c.mremap.restype = ctypes.c_void_p
+at = c.mmap(ctypes.c_void_p(0), 512 * 4096, 0, 0x22, -1, 0) + 256 * 4096
+def piece(first, count):
+    assert c.mmap(ctypes.c_void_p(at + first * 4096), count * 4096, 3, 0x32, -1, 0) == at + first * 4096
+def byte(page): return ctypes.c_ubyte.from_address(at + page * 4096)
+piece(0, 16); byte(0).value = 1; byte(15).value = 2
+piece(32, 16); byte(32).value = 3
+piece(16, 16); byte(16).value = 4
+print(at, flush=True)
+"""
+GROWN = """
+new = c.mremap(ctypes.c_void_p(at), ctypes.c_size_t(48 * 4096), ctypes.c_size_t(700 * 4096), 1)
+assert new not in (None, 2**64 - 1), ctypes.get_errno()
+at = new
+assert [byte(n).value for n in (0, 1, 15, 16, 32, 47, 699)] == [1, 0, 2, 4, 3, 0, 0]
+"""
+
+
+def test_memory_in_pieces_is_made_one_mapping(toy: Toy) -> None:
+    assert toy.process.stdout is not None
+    toy.say(f"exec({IN_PIECES!r}, globals())")
+    at = int(toy.process.stdout.readline())
+    assert toy.process.stdout.readline() == "done\n"
+    span = (at, at + 48 * PAGE)
+
+    def mappings() -> int:
+        vmas = procfs.parse_maps(procfs.read(f"/proc/{toy.process.pid}/maps"))
+        return sum(vma.start < span[1] and vma.end > span[0] for vma in vmas)
+
+    assert mappings() == 2
+    frozen = freeze(toy.process.pid)
+    try:
+        injection = frozen.open_injection()
+        assert mend(injection, [(*span, PLAIN)]) == 1
+        assert mend(injection, [(*span, PLAIN)]) == 0
+    finally:
+        frozen.release()
+    assert mappings() == 1
+    toy.do(f"exec({GROWN!r}, globals())")
 
 
 def test_what_goes_ahead() -> None:

@@ -1,0 +1,86 @@
+"""Two engines at work on one thing at once, and whose error counts."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import trio
+
+from bpfs.errors import BpfsError
+from bpfs.procs.phases import Figures
+
+CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
+LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def refuse(refusals: list[str]) -> None:
+    """Raises BpfsError EOPNOTSUPP with all the obstacles, where there are any."""
+    if refusals:
+        raise BpfsError(errno.EOPNOTSUPP, "; ".join(refusals))
+
+
+async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]]) -> tuple[A, B]:
+    """Runs both at once, to the end of both: an engine must not be left in the middle of a call.
+
+    Raises:
+        BpfsError: that of `second`, else that of `first`: the source knows best why a process cannot move.
+    """
+    left: list[A] = []
+    right: list[B] = []
+    errors: dict[int, BpfsError] = {}
+
+    async def one(index: int, work: Callable[[], Awaitable[Any]], results: list[Any]) -> None:
+        try:
+            results.append(await work())
+        except BpfsError as error:
+            errors[index] = error
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one, 0, first, left)
+        nursery.start_soon(one, 1, second, right)
+    for index in (1, 0):
+        if index in errors:
+            raise errors[index]
+    return left[0], right[0]
+
+
+async def transfer(
+    send: Callable[[], Awaitable[dict[str, Any]]], receive: Callable[[], Awaitable[dict[str, Any]]], figures: Figures
+) -> None:
+    """Sends and receives at once.
+
+    Where one side fails the other may never hear of it and is not waited for; but where only the connection
+    failed, the destination says a moment later why.
+
+    Raises:
+        BpfsError: the source's, which knows what the destination said; else the destination's.
+    """
+    errors: dict[str, BpfsError] = {}
+    source_scope, scope = trio.CancelScope(), trio.CancelScope()
+
+    async def sending() -> None:
+        with source_scope:
+            try:
+                figures.bytes += int((await send())["bytes"])
+            except BpfsError as error:
+                errors["source"] = error
+                scope.deadline = trio.current_time() + LAST_WORD
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sending)
+        with scope:
+            try:
+                await receive()
+            except BpfsError as error:
+                errors["destination"] = error
+                source_scope.deadline = trio.current_time() + LAST_WORD
+    source = errors.get("source")
+    if source is not None and not (source.code in CONNECTION_ERRORS and "destination" in errors):
+        raise source
+    if errors:
+        raise errors["destination"]
