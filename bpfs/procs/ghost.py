@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from errno import EIO, ESRCH, ETIMEDOUT
+from errno import EINVAL, EIO, ESRCH, ETIMEDOUT
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -23,9 +23,12 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.wire.mux import BIRTH, MAX_PACKET, MAX_TEXT, Ctl, Packet, tune_stream, unpack
+from engine.linux import process_vm
 from engine.linux.procfs import own_file
 
 EXECUTABLE: Final = Path(__file__).resolve().parent.parent / "bin" / "ghost"
+HEIR: Final = b"BPFS_HEIR="
+ROOM_FOR_HEIR: Final = HEIR + b"0000000000"  # in a ghost's environment
 ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
 BIRTH_SECONDS: Final = 2.0  # for BORN; nothing else waits for it but other births
 ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
@@ -69,6 +72,13 @@ class StreamLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """The ghost of an earlier master has taken this one for its own; stream: the number of the one it has, or 0."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
 class Gone:
     """The control socket ended: the ghost is dead, has ended as told, or has become the process again."""
 
@@ -87,7 +97,7 @@ class Interrupted:
     """Something that is no signal has stopped the ghost for a moment, as a debugger does that attaches."""
 
 
-Event = Child | Interrupted | Signal | Stopped | Continued | Reborn | StreamLost | Gone
+Event = Adopted | Child | Interrupted | Signal | Stopped | Continued | Reborn | StreamLost | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,7 @@ class Ghost:
         self._answers: dict[Ctl, Packet | None] = {}
         self._answered = trio.Condition()
         self._streams = 0  # given to this run of the program
+        self._seen = 0  # events for which `seen` was called
         self._pidfd = -1
         self._stat = -1
 
@@ -142,6 +153,24 @@ class Ghost:
         """A control socket: our end and the ghost's. Must be made by the master's daemon itself: the ghost knows its
         continue signals by the pid that made the socket."""
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    @classmethod
+    async def adopt(cls, pid: int) -> Ghost:
+        """The handle of a ghost whose master has died: takes our end of a control socket out of it.
+
+        A stopped ghost hears of it when it goes on.
+
+        Raises:
+            BpfsError: ESRCH, it is gone; EINVAL, it is no ghost, or none that can be adopted.
+        """
+        ghost = cls(pid, take_heir(pid))
+        ghost._ready.set()
+        try:
+            await ghost._send(Packet(Ctl.ADOPT))
+        except BpfsError:
+            ghost.close()
+            raise
+        return ghost
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -189,6 +218,8 @@ class Ghost:
                     await self._send_event.send(StreamLost(a))
             case Ctl.INTERRUPTED:
                 await self._send_event.send(Interrupted())
+            case Ctl.ADOPTED:
+                await self._send_event.send(Adopted(a))
             case Ctl.CHILD:
                 await self._send_event.send(Child(a, packet.b, packet.c))
             case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:
@@ -282,20 +313,26 @@ class Ghost:
         """Has it send a signal to another process here, in the name of its own. code, value as in siginfo_t."""
         await self._send(Packet(Ctl.SEND, pid, signo, code, value=value))
 
+    async def seen(self) -> None:
+        """One more `Signal` or `Child` has been dealt with; what has not when we die, it tells the next master."""
+        self._seen += 1
+        await self._send(Packet(Ctl.SEEN, self._seen))
+
     async def reap(self, pid: int) -> None:
         """The child's ghost with this pid has been waited for."""
         await self._send(Packet(Ctl.REAP, pid))
 
-    async def stream(self, connection: socket.socket, table: bytes) -> None:
+    async def stream(self, connection: socket.socket, table: bytes, number: int = 0) -> None:
         """Gives it a connected TCP socket whose other end an iorelay has or will have; closes ours.
 
         Args:
+            number: of the stream, which it tells its next master.
             table: `bpfs.wire.mux.ghost_table`. Channels of an earlier stream go on with what they hold.
         """
         try:
             tune_stream(connection)
             self._streams += 1
-            await self._send(Packet(Ctl.STREAM, text=table), connection.fileno())
+            await self._send(Packet(Ctl.STREAM, number, text=table), connection.fileno())
         finally:
             connection.close()
 
@@ -376,6 +413,31 @@ class Ghost:
         async with self._answered:
             self._answers[kind] = packet
             self._answered.notify_all()
+
+
+def take_heir(pid: int) -> socket.socket:
+    """The end of a control socket that a ghost keeps for its next master (csrc/ghost_heir.c).
+
+    Raises:
+        BpfsError: ESRCH, there is no such process; EINVAL, it keeps none.
+    """
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        number = next((int(word[len(HEIR) :]) for word in words if word.startswith(HEIR)), 0)
+        process = os.pidfd_open(pid)
+        try:
+            taken = socket.socket(fileno=process_vm.pidfd_getfd(process, number)) if number else None
+        finally:
+            os.close(process)
+    except (FileNotFoundError, ProcessLookupError):
+        raise BpfsError(ESRCH, f"process {pid} has ended") from None
+    except (OSError, ValueError) as error:
+        raise BpfsError(EINVAL, f"process {pid} is no ghost that can be adopted: {error}") from None
+    if taken is None or (taken.family, taken.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        if taken is not None:
+            taken.close()
+        raise BpfsError(EINVAL, f"process {pid} is no ghost that can be adopted")
+    return taken
 
 
 class NoGhost(Ghost):

@@ -46,6 +46,8 @@ class Ctl(IntEnum):
     ARGUMENTS = 13
     KEEP = 14
     SEND = 15
+    ADOPT = 17
+    SEEN = 16
     READY = 32
     SIGNAL = 33
     HELD = 34
@@ -56,6 +58,7 @@ class Ctl(IntEnum):
     BORN = 39
     CHILD = 40
     INTERRUPTED = 41
+    ADOPTED = 42
     ATTACH = 64
     DETACH = 65
     FRONTED = 66

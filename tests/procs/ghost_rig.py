@@ -124,12 +124,13 @@ class Rig:
         """A ghost as our child."""
         with self.control() as (ours, number):
             env = {**os.environ, "BPFS_CONTROL": str(number), "BPFS_LEASE": str(lease)}
+            env["BPFS_HEIR"] = ghosts.ROOM_FOR_HEIR.removeprefix(ghosts.HEIR).decode()
             process = self.popen([name], executable=ghosts.EXECUTABLE, env=env, pass_fds=[number, *keep], **options)
         return await self.handle(process.pid, ours), process
 
-    async def handle(self, pid: int, ours: socket.socket) -> Ghost:
+    async def handle(self, pid: int, ours: socket.socket | Ghost) -> Ghost:
         """A handle whose events are collected in `log`."""
-        ghost = Ghost(pid, ours)
+        ghost = ours if isinstance(ours, Ghost) else Ghost(pid, ours)
         self.nursery.start_soon(ghost.run)
         self.log[id(ghost)] = events = []
         self.ghosts.append(ghost)
@@ -160,7 +161,7 @@ class Rig:
         token = relay.expect(stream, ends)
         connection = await ghosts.connect_stream("127.0.0.1", relay.port, token)
         await relay.wait_attached(stream)
-        await ghost.stream(connection, ends.ghost_table)
+        await ghost.stream(connection, ends.ghost_table, stream)
         return ends
 
     def job(self, ends: Ends, args: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:

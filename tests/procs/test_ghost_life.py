@@ -6,15 +6,17 @@ import os
 import resource
 import signal
 import subprocess
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bpfs.procs.ghost import Continued, Gone, Signal, Stopped, StreamLost
+from bpfs.errors import BpfsError
+from bpfs.procs.ghost import Adopted, Continued, Ghost, Gone, Signal, Stopped, StreamLost, take_heir
 from bpfs.slave.relay import open_relay
-from tests.procs.ghost_rig import OUT, ended, eventually, open_rig, read_all
+from tests.procs.ghost_rig import OUT, end_like, ended, eventually, open_rig, read_all
 
 NULL: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
 
@@ -163,3 +165,59 @@ async def test_lost_stream_is_told_and_the_ghost_waits() -> None:
         assert process.poll() is None
         await ghost.killed(signal.SIGKILL)
         assert await ended(process) == -signal.SIGKILL
+
+
+async def test_the_next_master_is_told_what_came_meanwhile() -> None:
+    async with open_rig() as rig:
+        ghost, process = await rig.ghost(**NULL)
+        for signo in (signal.SIGUSR1, signal.SIGUSR2):  # and its next one again
+            ghost.close()
+            os.kill(process.pid, signo)
+            ghost = await rig.handle(process.pid, await Ghost.adopt(process.pid))
+            await eventually(partial(rig.told, ghost, Adopted(0)), "it is ours")
+            await eventually(partial(rig.told, ghost, Signal(signo, 0, os.getpid(), os.getuid(), 0)), "it tells")
+        await ghost.exit(3)
+        assert await ended(process) == 3
+
+
+async def test_a_stopped_ghost_is_adopted_as_it_goes_on() -> None:
+    async with open_rig() as rig:
+        ghost, process = await rig.ghost(**NULL)
+        os.kill(process.pid, signal.SIGSTOP)
+        await eventually(lambda: ghost.state() == "T", "it is stopped")
+        ghost.close()
+        given_up = await Ghost.adopt(process.pid)  # by a master that dies at once
+        ghost = await rig.handle(process.pid, await Ghost.adopt(process.pid))
+        given_up.close()
+        await ghost.exit(4)
+        await ghost.cont()
+        assert await ended(process) == 4
+        assert not rig.events(ghost, Signal), "the SIGCONT was the master's"
+
+
+async def test_output_goes_on_without_a_master() -> None:
+    async with open_rig() as rig, open_relay("127.0.0.1") as relay:
+        read, write = os.pipe()
+        ghost, process = await rig.ghost(stdin=subprocess.DEVNULL, stdout=write)
+        os.close(write)
+        ends = await rig.join(ghost, relay, OUT, stream=17)
+        job = rig.job(ends, ["seq", "300000"])
+        ghost.close()
+        ghost = await rig.handle(process.pid, await Ghost.adopt(process.pid))
+        await eventually(partial(rig.told, ghost, Adopted(17)), "it has its stream")
+        end = partial(end_like, ghost)
+        rig.nursery.start_soon(_end_with, job, end)
+        assert (await read_all(read)).split() == [b"%d" % n for n in range(1, 300001)]
+        assert await ended(process) == 0
+        os.close(read)
+
+
+def test_what_is_no_ghost_is_not_adopted() -> None:
+    with pytest.raises(BpfsError, match="no ghost that can be adopted"):
+        take_heir(os.getpid())
+    with pytest.raises(BpfsError, match="has ended"):
+        take_heir(2**22 - 1)
+
+
+async def _end_with(job: subprocess.Popen[bytes], end: Callable[[int], Awaitable[None]]) -> None:
+    await end(await ended(job))

@@ -3,8 +3,9 @@
  * It is exec'd inside the very process that left: same pid, parent, group, session and terminal, all descriptors
  * open, all signals blocked. It forwards signals, relays the job's terminals, pipes and sockets over the stream,
  * stops and continues with the real process, and ends with its very status. Environment: BPFS_CONTROL (number of the
- * SEQPACKET socket to bpmaster), BPFS_LEASE (seconds to go on without it), BPFS_DEATHSIG (PR_SET_PDEATHSIG of the
- * process, which the exec of a program with capabilities clears).
+ * SEQPACKET socket to bpmaster), BPFS_LEASE (seconds to go on without it), BPFS_HEIR (digits in which to say where the
+ * next master finds it: ghost_heir.c), BPFS_DEATHSIG (PR_SET_PDEATHSIG of the process, which the exec of a program with
+ * capabilities clears).
  */
 #define _GNU_SOURCE
 #include "ghost.h"
@@ -37,16 +38,39 @@ static bool typed_there; /* the real process has the session's terminal on its n
 static jmp_buf beginning;
 static int handed_control = -1; /* in a clone: its control socket */
 
-static int streams; /* how many C_STREAM came */
+static int streams; /* how many C_STREAM came from this master */
+static int stream_number; /* of the last one */
 static bool hold_asked, hold_home;
 static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
+
+/* What may be lost with a master that dies before it has dealt with it. */
+#define UNSEEN_MOST 256
+static struct { uint8_t head[CTL_HEAD]; } unseen[UNSEEN_MOST];
+static unsigned told, seen;    /* of all */
+static unsigned counted_from; /* where this master began to count */
+
+static void say(const void *head)
+{
+	if (control.fd >= 0) /* without a master nobody reads: it waits there, or is too much */
+		send(control.fd, head, CTL_HEAD, MSG_NOSIGNAL | (lease_ends < 0 ? 0 : MSG_DONTWAIT));
+}
 
 void tell(uint32_t type, int a, int b, int c, int d, uint64_t value)
 {
 	struct ctl m = { .type = type, .a = a, .b = b, .c = c, .d = d, .value = value };
 
-	if (control.fd >= 0)
-		send(control.fd, &m, CTL_HEAD, MSG_NOSIGNAL);
+	if (type == C_SIGNAL || type == C_CHILD)
+		memcpy(&unseen[told++ % UNSEEN_MOST], &m, CTL_HEAD);
+	say(&m);
+}
+
+static void tell_again(void)
+{
+	unsigned first = told - seen > UNSEEN_MOST ? told - UNSEEN_MOST : seen;
+
+	for (unsigned i = first; i != told; i++)
+		say(&unseen[i % UNSEEN_MOST]);
+	seen = first;
 }
 
 void forward(const struct signalfd_siginfo *i)
@@ -249,6 +273,7 @@ static void new_stream(int fd, const struct ctl *m, size_t len)
 	int high = fd >= 0 ? high_fd(fd) : -1;
 
 	streams++;
+	stream_number = m->a;
 	if (fd >= 0)
 		close(fd);
 	if (the_stream.open) {
@@ -291,6 +316,34 @@ static void send_signal(int pid, int signo, int code, uint64_t value)
 		sigqueue(pid, signo, with);
 	else
 		kill(pid, signo);
+}
+
+/* A new master: what the last one was about to do with the job it has not done. */
+static void adopted(pid_t by)
+{
+	master_pid = by;
+	lease_ends = -1;
+	announced_cont = false;
+	streams = 0;
+	heir_taken();
+	if (the_stream.open && the_stream.held)
+		resume();
+	tell(C_ADOPTED, the_stream.open ? stream_number : 0, 0, 0, 0, 0);
+}
+
+static void orphaned(void)
+{
+	int number = control.fd;
+
+	port_close(&control); /* the job may go on for one lease */
+	lease_ends = now_ms() + lease_seconds * 1000;
+	int fd = heir_follow(number);
+	if (fd < 0)
+		return;
+	port_open(&control, fd, control_event, NULL);
+	port_want(&control, EPOLLIN);
+	tell_again();
+	counted_from = seen;
 }
 
 static void obey(const struct ctl *m, size_t text, int fd)
@@ -350,6 +403,9 @@ static void obey(const struct ctl *m, size_t text, int fd)
 			barrier_start(B_STOP, m->a);
 		}
 		break;
+	case C_SEEN:
+		seen = counted_from + m->a;
+		break;
 	case C_CONT:
 		announced_cont = true;
 		if (barrier.what == B_STOP) {
@@ -363,8 +419,9 @@ static void obey(const struct ctl *m, size_t text, int fd)
 static void control_event(struct port *p, uint32_t events)
 {
 	struct ctl m;
+	struct ucred sender = { .uid = (uid_t)-1 };
 	union {
-		char space[CMSG_SPACE(sizeof(int))];
+		char space[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))];
 		struct cmsghdr align;
 	} anc;
 	struct iovec v = { &m, sizeof(m) };
@@ -373,17 +430,23 @@ static void control_event(struct port *p, uint32_t events)
 	ssize_t r = recvmsg(p->fd, &h, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 
 	(void)events;
-	if (r < 0 && (errno == EAGAIN || errno == EINTR))
+	/* Reset: the master died with something unread; what it said itself may still be here. */
+	if (r < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNRESET))
 		return;
-	struct cmsghdr *c = r > 0 ? CMSG_FIRSTHDR(&h) : NULL;
-	if (c && c->cmsg_type == SCM_RIGHTS)
-		memcpy(&fd, CMSG_DATA(c), sizeof(fd));
-	if (r < (ssize_t)CTL_HEAD) { /* the master is gone: the job may go on for one lease */
-		port_close(p);
-		lease_ends = now_ms() + lease_seconds * 1000;
+	for (struct cmsghdr *c = r > 0 ? CMSG_FIRSTHDR(&h) : NULL; c; c = CMSG_NXTHDR(&h, c)) {
+		if (c->cmsg_type == SCM_RIGHTS)
+			memcpy(&fd, CMSG_DATA(c), sizeof(fd));
+		if (c->cmsg_type == SCM_CREDENTIALS)
+			memcpy(&sender, CMSG_DATA(c), sizeof(sender));
+	}
+	if (r < (ssize_t)CTL_HEAD) {
+		orphaned();
 		return;
 	}
-	obey(&m, r - CTL_HEAD, fd);
+	if (m.type == C_ADOPT && sender.uid == 0)
+		adopted(sender.pid);
+	else
+		obey(&m, r - CTL_HEAD, fd);
 	stream_mark(&the_stream);
 }
 
@@ -454,9 +517,11 @@ void start_over(int control_fd, bool has_terminal)
 {
 	the_stream = (struct stream){ .tcp.fd = -1, .way = { -1, -1 } };
 	loop_forget();
+	heir_forget();
 	memset(&barrier, 0, sizeof(barrier));
 	control.fd = signals.fd = -1;
 	announced_cont = hold_asked = hold_home = false;
+	told = seen = counted_from = 0;
 	hold_deadline = 0;
 	lease_ends = -1;
 	typed_there = has_terminal;
@@ -494,6 +559,7 @@ int main(void)
 	close(fd);
 	port_want(&control, EPOLLIN);
 	port_want(&signals, EPOLLIN);
+	heir_make();
 	tell(C_READY, 0, 0, 0, 0, 0);
 	for (;;) {
 		the_stream.progress = false;

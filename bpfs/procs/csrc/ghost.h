@@ -1,6 +1,6 @@
 /* ghost.h - the parts of the ghost: ghost.c (control, signals), ghost_life.c (stop, continue, end), ghost_io.c
  * (descriptors), ghost_tty.c (the real terminal), ghost_pump.c (processes that pump on without the ghost),
- * ghost_child.c (ghosts of the job's children).
+ * ghost_child.c (ghosts of the job's children), ghost_heir.c (the next master).
  */
 #ifndef BPFS_GHOST_H
 #define BPFS_GHOST_H
@@ -80,6 +80,13 @@ bool all_written(void);
 bool any_alive(void);
 int high_fd(int fd);
 void close_copies(struct chan *c);
+
+/* ghost_heir.c */
+void heir_make(void);
+int heir_follow(int number); /* the control socket to the next master, or -1 */
+void heir_taken(void);
+void heir_close(void);
+void heir_forget(void);
 
 /* ghost_tty.c */
 void tty_init(struct chan *c);

@@ -43,6 +43,7 @@ static void become_pump(void)
 	prctl(PR_SET_NAME, "bpfs-pump");
 	close(control.fd);
 	close(signals.fd);
+	heir_close();
 	control.fd = signals.fd = -1;
 	sigfillset(&set);
 	sigdelset(&set, SIGTERM);

@@ -31,7 +31,7 @@ struct ctl {
 enum ctl_type {
 	/* master -> ghost */
 	C_NAME = 1,   /* text: comm */
-	C_STREAM = 2, /* + descriptor of a connected TCP socket; text: channel table */
+	C_STREAM = 2, /* a: its number; + descriptor of a connected TCP socket; text: channel table */
 	C_HOLD = 3,   /* a: 1 when the process comes home */
 	C_RESUME = 4, /* undo C_HOLD on the same stream */
 	C_EXIT = 5,   /* a: exit code */
@@ -45,6 +45,8 @@ enum ctl_type {
 	C_ARGUMENTS = 13, /* text: command line */
 	C_SEND = 15,  /* a: pid, b: signal, c: si_code, value: si_value: send it in the name of the real process */
 	C_KEEP = 14,  /* text: pids (int32_t) of children: tell of them, and leave them to be waited for; a: beside those of before */
+	C_ADOPT = 17, /* from a new master, on the socket that it took out of the ghost (BPFS_HEIR): you are mine */
+	C_SEEN = 16,  /* a: so many of your C_SIGNAL and C_CHILD have been dealt with; the next master is told the others */
 	/* ghost -> master */
 	C_READY = 32,
 	C_SIGNAL = 33,      /* a: signo, b: si_code, c: si_pid, d: si_uid, value: si_value */
@@ -56,6 +58,7 @@ enum ctl_type {
 	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0 */
+	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table; b: the
 	                * terminal is its session's, c: the job's group, where that is in the foreground at home.
