@@ -36,6 +36,8 @@ NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
 BORN_WITHIN = 1.0  # seconds that the ghost of a child may take that its parent has just made
 SI_USER = 0
 SI_QUEUE = -1
+SI_KERNEL = 0x80
+ORPHANED = 1.0  # seconds from the end of a process to what the kernel does then to its ghost's children
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
 
 _log = log.get("procs")
@@ -52,6 +54,7 @@ class Away:
         continuing: SIGCONTs on their way to the node: stops that are reported before its answer were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
+        orphaned: when its parent, which was on the same node, ended there, by trio's clock.
     """
 
     proc: Process
@@ -64,6 +67,7 @@ class Away:
     continuing: set[object] = field(default_factory=set)
     continued: float = -math.inf
     children: set[int] = field(default_factory=set)
+    orphaned: float = -math.inf
 
     @property
     def real(self) -> bool:
@@ -210,6 +214,8 @@ class Ghosts:
     async def _take(self, away: Away, event: control.Event) -> None:
         match event:
             case control.Signal(signo=signo):
+                if self._knows_already(away, event):
+                    return
                 if signo == signal.SIGCONT:
                     await self._continue(away, event)
                 else:
@@ -241,6 +247,11 @@ class Ghosts:
             await self._continue_absent(away)
         finally:
             replied()
+
+    def _knows_already(self, away: Away, event: control.Signal) -> bool:
+        # A stopped group that is orphaned is hung up by the kernel; where the parent was on the node, that of the node.
+        hung_up = event.code == SI_KERNEL and event.signo in (signal.SIGHUP, signal.SIGCONT)
+        return hung_up and trio.current_time() < away.orphaned + ORPHANED
 
     def has_child(self, away: Away, pid: int) -> None:
         """A process, or its ghost, is a child of this ghost."""
@@ -457,12 +468,21 @@ class Ghosts:
             del self._away[proc.pid]
         elif away is not None and away.proc is proc:
             await self._carry_offsets(away)
+            self._orphan(away)
             if status.signal is None:
                 await tell(away.ghost.exit(status.code or 0))
             else:
                 await tell(away.ghost.killed(status.signal, status.core))
             if stopped or away.ghost.state() == "T":
                 await tell(away.ghost.cont())  # a stopped ghost would never hear of it
+
+    def _orphan(self, parent: Away) -> None:
+        with_it = [self._away[pid] for pid in parent.children & self._away.keys()]
+        with_it = [child for child in with_it if child.proc.native and child.proc.place == parent.proc.place]
+        stopped = {child.proc.identity.pgid for child in with_it if child.proc.state is ProcState.STOPPED}
+        for child in with_it:
+            if child.proc.identity.pgid in stopped:
+                child.orphaned = trio.current_time()
 
     async def _carry_offsets(self, away: Away) -> None:
         session = self.nodes.get(away.proc.place).session

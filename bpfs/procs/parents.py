@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INIT = 1
 SETTLE = 0.05  # seconds between looks whether a child's move is over
+GO_ON = 1.0  # seconds from SIGCONT for a ghost to the report that its process goes on
 DROP_TIMEOUT = 10.0  # seconds for a node to answer
 
 
@@ -54,10 +55,19 @@ class Parents:
             if proc.away and proc.identity.ppid == parent:
                 self._ghosts.nursery.start_soon(self._orphan, proc, parent, name=f"orphan {proc.pid}")
 
+    async def _hung_up(self, proc: Process) -> None:
+        """The kernel here has sent SIGHUP and SIGCONT to the ghosts of a stopped group that is orphaned now: its
+        processes are to have them before the node's own kernel finds the same, or they would get them twice."""
+        away = self._ghosts.stand_in(proc.pid)
+        with trio.move_on_after(GO_ON):
+            while away is not None and proc.state is ProcState.STOPPED and away.ghost.state() not in "TtX":
+                await trio.sleep(SETTLE / 10)
+
     async def _orphan(self, proc: Process, parent: int) -> None:
         while proc.state is ProcState.MIGRATING:
             await trio.sleep(SETTLE)
         proc.identity = replace(proc.identity, ppid=INIT)
+        await self._hung_up(proc)
         if proc.native or not proc.away or proc.status is not None:
             return
         session = self._ghosts.nodes.get(proc.place).session
