@@ -109,6 +109,12 @@ class Ghosts:
             raise BpfsError(errno.ESRCH, f"process {proc.pid} is not away")
         return away
 
+    async def wait_born(self, proc: Process) -> None:
+        """Waits, for a moment at most, for the ghost of a process that has just been forked on its node."""
+        with trio.move_on_after(BORN_WITHIN):
+            while proc.away and proc.status is None and proc.pid not in self._away:
+                await trio.sleep(BORN_WITHIN / 100)
+
     def adopt(self, proc: Process, ghost: Ghost, stdio: Stdio) -> Away:
         """Takes charge of a ghost that has just come to be (or anew, after a failed return)."""
         away = Away(proc, ghost, stdio)
@@ -525,6 +531,7 @@ class Ghosts:
             BpfsError: ESRCH, EHOSTDOWN.
         """
         if proc.away:
+            await self.wait_born(proc)
             await self._send(self.of(proc), signo, SI_USER, caller.pid, caller.uid)
             return
         try:

@@ -96,6 +96,7 @@ class Procs:
         proc = self.table.find(pid)
         may_control(caller, proc)
         target = self.nodes.get(node)
+        await self.ghosts.wait_born(proc)
         if proc.state is ProcState.MIGRATING and caller.pid == pid:
             await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
