@@ -87,6 +87,7 @@ class Ghosts:
         self._parents = Parents(self)
         self._debuggers = Debuggers()
         self._groups = Groups(self)
+        self._forwarding: dict[int, trio.Event] = {}  # receiver -> when the last signal for it has been passed on
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
@@ -420,7 +421,9 @@ class Ghosts:
     async def _take_reports(self) -> None:
         async for node, report in self._incoming:
             if report.kind == SIGNAL_REPORT:
-                self.nursery.start_soon(self._forward, report)
+                before = self._forwarding.get(report.pid)
+                self._forwarding[report.pid] = done = trio.Event()
+                self.nursery.start_soon(self._forward_after, before, done, report)
             elif not self.defer(report.pid, node, partial(self._changed, node, report)):
                 await carefully(report.pid, self._changed(node, report))
 
@@ -494,6 +497,17 @@ class Ghosts:
         session = self.nodes.get(away.proc.place).session
         if session is not None:
             await tell(carry_offsets(session.link, away.stdio, away.proc.pid))
+
+    async def _forward_after(self, before: trio.Event | None, done: trio.Event, report: messages.JobReport) -> None:
+        # In their order: a SIGCONT that overtakes a SIGSTOP leaves its process stopped for ever.
+        if before is not None:
+            await before.wait()
+        try:
+            await self._forward(report)
+        finally:
+            done.set()
+            if self._forwarding.get(report.pid) is done:
+                del self._forwarding[report.pid]
 
     async def _forward(self, report: messages.JobReport) -> None:
         # A job signalled a placeholder on its node: the signal is meant for the process that is elsewhere.

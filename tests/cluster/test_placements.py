@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 MASTER = -1
 ALL = (MASTER, 0, 1, 2)
-AT_ONCE = 8
+AT_ONCE = 4
 VICTIM = Path(__file__).parents[1] / "victims/bin/placed"
 
 Arrangement = tuple[str, int, tuple[int, ...]]
