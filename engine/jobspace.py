@@ -51,7 +51,8 @@ class Report:
         code: CHILD: CLD_EXITED, CLD_KILLED, CLD_DUMPED, CLD_STOPPED or CLD_CONTINUED; SIGNAL: si_code.
         status: CHILD: exit status or signal; SIGNAL: the signal; FAILED: errno.
         uid: CHILD: the child's real uid; SIGNAL: the sender's.
-        utime_us, stime_us, maxrss_kb: CHILD: its usage, with that of its own reaped children.
+        utime_us, stime_us, maxrss_kb: CHILD: its usage, with that of its own reaped children. SIGNAL, in stime_us: of a
+            SIGCONT, the how manieth of its placeholder it is.
         value: SIGNAL: si_value of sigqueue(3).
         sender: SIGNAL: the sender's pid; 0 from outside of the namespace or from the kernel.
     """
@@ -280,11 +281,13 @@ class JobSpace:
         self._dropped.update(dropped)
         return dropped
 
-    def act_for(self, pid: int, code: int, status: int) -> None:
+    def act_for(self, pid: int, code: int, status: int, heard: int = 0) -> None:
         """Have a placeholder end, stop or go on as the process that it stands for did, for its parent to see.
 
         Args:
             code, status: as waitid(2) gives them.
+            heard: of a stop, how many SIGCONTs to the placeholder had been passed on before it. Where there have been
+                more, it is over.
 
         Raises:
             ProcessLookupError: no placeholder has this pid.
@@ -296,7 +299,7 @@ class JobSpace:
             case os.CLD_KILLED | os.CLD_DUMPED:
                 placeholders.command(self.init, hostpid, Command.END, status & 0x7F)
             case os.CLD_STOPPED if not procfs.is_stopped(hostpid):  # its parent may have been faster
-                placeholders.command(self.init, hostpid, Command.STOP, status & 0x7F)
+                placeholders.command(self.init, hostpid, Command.STOP, status & 0x7F, more=heard)
             case os.CLD_CONTINUED:
                 self.signal(pid, signal.SIGCONT)
 

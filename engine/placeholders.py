@@ -440,11 +440,11 @@ def _search(init: int, pid: int) -> int | None:
     return None
 
 
-def command(init: int, target: int, order: Command, pid: int = 0, uid: int = 0) -> None:
+def command(init: int, target: int, order: Command, pid: int = 0, uid: int = 0, more: int = 0) -> None:
     """Send one command to nodeinit or a placeholder (pids as the caller sees them). Raises OSError."""
     handle = process_vm.pidfd_open(target)
     try:
-        pidfd.queue(handle, COMMAND_SIGNAL, _cookie(init) << 32 | order | pid, uid)
+        pidfd.queue(handle, COMMAND_SIGNAL, _cookie(init) << 32 | order | pid, uid, more)
     finally:
         os.close(handle)
 

@@ -54,6 +54,7 @@ class Away:
         continuing: SIGCONTs on their way to the node: stops that are reported before its answer were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
+        stopped_after: how many SIGCONTs to its stand-in had been passed on then.
         orphaned: when its parent, which was on the same node, ended there, by trio's clock.
     """
 
@@ -63,6 +64,7 @@ class Away:
     quiet: trio.Lock = field(default_factory=trio.Lock)
     asked_stop: bool = False
     stopped_by: int = signal.SIGSTOP
+    stopped_after: int = 0
     retired: bool = False
     continuing: set[object] = field(default_factory=set)
     continued: float = -math.inf
@@ -87,6 +89,7 @@ class Ghosts:
         self._parents = Parents(self)
         self._debuggers = Debuggers()
         self._groups = Groups(self)
+        self._heard: dict[int, int] = {}  # SIGCONTs from its stand-in, of who is a child elsewhere
         self._forwarding: dict[int, trio.Event] = {}  # receiver -> when the last signal for it has been passed on
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
@@ -244,14 +247,18 @@ class Ghosts:
     async def _continue(self, away: Away, event: control.Signal) -> None:
         away.asked_stop = False
         away.continued = trio.current_time()
-        away.continuing.add(event)
+        await self._send_continue(away, event.code, event.pid, event.uid, event.value)
+        await self._continue_absent(away)
+
+    async def _send_continue(self, away: Away, code: int, pid: int, uid: int, value: int) -> None:
+        this = object()
+        away.continuing.add(this)
 
         def replied() -> None:
-            away.continuing.discard(event)
+            away.continuing.discard(this)
 
         try:
-            await self._send(away, event.signo, event.code, event.pid, event.uid, event.value, replied)
-            await self._continue_absent(away)
+            await self._send(away, signal.SIGCONT, code, pid, uid, value, replied)
         finally:
             replied()
 
@@ -326,7 +333,10 @@ class Ghosts:
             if itself is not None and itself.proc.place == away.proc.place:
                 return  # they are together, and need nobody between them
             link = self.nodes.get(away.proc.place).live_session().link
-            await link.request(messages.StandIn(child.pid, child.code, child.status), NODE_TIMEOUT)
+            heard = itself.stopped_after if itself is not None else self._heard.get(child.pid, 0)
+            if child.code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+                self._heard.pop(child.pid, None)
+            await link.request(messages.StandIn(child.pid, child.code, child.status, heard), NODE_TIMEOUT)
 
     async def _gone(self, away: Away) -> None:
         if away.retired:
@@ -445,7 +455,7 @@ class Ghosts:
         if proc.state is ProcState.RUNNING:
             proc.state = ProcState.STOPPED
             self.table.changed(proc, "stopped")
-        away.asked_stop, away.stopped_by = True, signo
+        away.asked_stop, away.stopped_by, away.stopped_after = True, signo, self._heard.get(proc.pid, 0)
         await tell(away.ghost.stop(signo))
 
     async def continued(self, away: Away) -> None:
@@ -515,8 +525,13 @@ class Ghosts:
             target = self.table.find(report.pid)
             if report.uid not in (0, target.identity.uid):
                 return
-            if target.away:
-                await self._send(self.of(target), report.status, report.code, report.sender, report.uid, report.value)
+            if report.status == signal.SIGCONT:
+                self._heard[report.pid] = report.stime_us
+            who = report.code, report.sender, report.uid, report.value
+            if target.away and report.status == signal.SIGCONT:
+                await self._send_continue(self.of(target), *who)
+            elif target.away:
+                await self._send(self.of(target), report.status, *who)
             else:
                 await self._signal_at_home(report)
         except OSError as error:

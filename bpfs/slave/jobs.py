@@ -167,7 +167,7 @@ class Jobs:
     def stand_in(self, message: StandIn) -> None:
         """Handler: a child of a job did something elsewhere; the job shall find that when it waits."""
         try:
-            self._space.act_for(message.pid, message.code, message.status)
+            self._space.act_for(message.pid, message.code, message.status, message.heard)
         except ProcessLookupError:
             raise BpfsError(ESRCH, f"nothing stands for process {message.pid} on this node") from None
 

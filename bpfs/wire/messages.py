@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 10
+VERSION = 11
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -392,6 +392,7 @@ class StandIn(Message):
     pid: int
     code: int  # CLD_... of siginfo
     status: int  # exit code or signal number
+    heard: int  # of a stop: how many SIGCONTs to its stand-in had been passed on before
 
 
 @_message(45)

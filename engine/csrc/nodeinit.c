@@ -213,6 +213,8 @@ static void report_children(void)
 	}
 }
 
+static uint32_t continues; /* SIGCONTs that have been told: a stop that was before them comes too late */
+
 /* What the kernel sends (a key typed, a terminal hung up, an orphaned group) it sends to the process on its own machine, too. */
 static void report_signal(const siginfo_t *info)
 {
@@ -231,6 +233,8 @@ static void report_signal(const siginfo_t *info)
 		.utime_us = info->si_code == SI_QUEUE ? (uint64_t)info->si_value.sival_ptr : 0,
 		.sender = info->si_code <= 0 ? info->si_pid : 0,
 	};
+	if (info->si_signo == SIGCONT)
+		report.stime_us = ++continues;
 	send_report(&report);
 }
 
@@ -350,6 +354,8 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 	if (command & COMMAND_END && own_pid() != 1)
 		end_as(pid);
 	if (command & COMMAND_STOP && own_pid() != 1) {
+		if (continues > more)
+			return;
 		call(__NR_prctl, PR_SET_NAME, "nodeinit-halted"); /* jobwatch: nobody else has stopped it */
 		suffer(pid);
 		call(__NR_prctl, PR_SET_NAME, "nodeinit");
