@@ -23,8 +23,8 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.registry import Node, NodeTable
-from bpfs.procs.ghost import Birth, Ghost
-from bpfs.procs.ghosts import Away, Ghosts, carefully, tell
+from bpfs.procs.ghost import Birth, Ghost, Signal
+from bpfs.procs.ghosts import SI_USER, Away, Ghosts, carefully, tell
 from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
 from bpfs.procs.stdio import Stdio
 from bpfs.procs.table import read_identity
@@ -37,6 +37,7 @@ AGAIN_TIMES = 25
 
 TURN = 0.02  # seconds at most that pid_max stays raised
 LATE = 0.05  # seconds that what a node tells may be old
+SIGCONT = Signal(signal.SIGCONT, SI_USER, 0, 0, 0)
 EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
 
 _log = log.get("procs")
@@ -150,8 +151,9 @@ class Births:
         identity = Identity(record.uid, record.gid, record.ppid, record.pgid, record.sid, groups, 0, record.cmdline)
         proc = Process(Pid(record.pid), identity, int(node.number), native=True)
         self._table.add(proc)
+        continued = False
         try:
-            await self._make_ghost(proc, parent, record)
+            continued = await self._make_ghost(proc, parent, record, since)
         except BpfsError as error:
             self._ghosts.adopt_absent(proc)
             if node.number not in self._complained:
@@ -159,19 +161,14 @@ class Births:
                 _log.warning("process %d of node %d, and maybe others, cannot be shown here: %s",
                              record.pid, node.number, error)  # fmt: skip
         self._table.changed(proc, f"forked by {record.ppid}")
-        if record.state == "T":
-            await self._born_stopped(self._ghosts.of(proc), parent, since)
+        if continued:  # whatever it was told to be: its stop may have been just under way
+            await self._ghosts.go_on(self._ghosts.of(proc), SIGCONT)
+        elif record.state == "T":
+            await self._ghosts.stopped(self._ghosts.of(proc), signal.SIGSTOP)
 
-    async def _born_stopped(self, away: Away, parent: Away | None, since: float) -> None:
-        # A stopped ghost makes no other, so this one may come so late that its group has been continued meanwhile: by a
-        # signal that did not find it.
-        same_group = parent is not None and parent.proc.identity.pgid == away.proc.identity.pgid
-        if parent is not None and same_group and parent.continued > since - LATE:
-            await self._ghosts.signal(away.proc, signal.SIGCONT, Caller(0, 0, 0))
-        else:
-            await self._ghosts.stopped(away, signal.SIGSTOP)
-
-    async def _make_ghost(self, proc: Process, parent: Away | None, record: Record) -> None:
+    async def _make_ghost(self, proc: Process, parent: Away | None, record: Record, since: float) -> bool:
+        """Returns whether its group has been continued meanwhile, by a signal that did not find it: it may come late,
+        as a stopped ghost makes no other."""
         maker = parent if parent is not None and parent.real else self._ghosts.in_session(record.sid)
         if maker is None or maker.ghost.state() == "T":
             raise BpfsError(errno.ESRCH, "no ghost of its session can make one")
@@ -183,7 +180,7 @@ class Births:
         with theirs:
             try:
                 await self._raise()
-                await self._bear(maker.ghost, birth, theirs)
+                continued = await self._bear(maker.ghost, birth, theirs)
             except BaseException:
                 ours.close()
                 raise
@@ -192,15 +189,19 @@ class Births:
         self._ghosts.adopt(proc, Ghost(proc.pid, ours), Stdio(comm=record.comm))
         if maker is parent:
             self._ghosts.has_child(parent, proc.pid)
+        if maker.proc.identity.pgid != record.pgid:
+            return False
+        return continued or maker.ghost.continued > since - LATE
 
-    async def _bear(self, maker: Ghost, birth: Birth, child: socket.socket) -> None:
-        for attempt in range(AGAIN_TIMES):
+    async def _bear(self, maker: Ghost, birth: Birth, child: socket.socket) -> bool:
+        attempt = 1
+        while True:
             try:
-                await maker.bear(birth, child)
-                return
+                return await maker.bear(birth, child)
             except BpfsError as error:
-                if error.code != errno.EEXIST or attempt == AGAIN_TIMES - 1:
+                if error.code != errno.EEXIST or attempt == AGAIN_TIMES:
                     raise
+            attempt += 1
             await trio.sleep(AGAIN)
 
     # -- changes -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ reaps it; the engine turns the process into it, with the far end of `Ghost.pair(
 from __future__ import annotations
 
 import array
+import math
 import os
 import signal
 import socket
@@ -147,6 +148,8 @@ class Ghost:
         self._seen = 0  # events for which `seen` was called
         self._pidfd = -1
         self._stat = -1
+        self.continued = -math.inf
+        """When it told of the user's last SIGCONT, by trio's clock."""
 
     @staticmethod
     def pair() -> tuple[socket.socket, socket.socket]:
@@ -206,6 +209,8 @@ class Ghost:
                     await self._send_event.send(Reborn())
                 self._ready.set()
             case Ctl.SIGNAL:
+                if a == signal.SIGCONT:
+                    self.continued = trio.current_time()
                 await self._send_event.send(Signal(a, packet.b, packet.c, packet.d, packet.value))
             case Ctl.STOPPED:
                 await self._send_event.send(Stopped(a))
@@ -288,8 +293,11 @@ class Ghost:
         """Has it take the session, process group and user of its process, as far as the kernel lets it."""
         await self._send(Packet(Ctl.IDS, sid, pgid, uid, gid))
 
-    async def bear(self, birth: Birth, child: socket.socket) -> None:
+    async def bear(self, birth: Birth, child: socket.socket) -> bool:
         """Has it make the ghost of a child; `child` is that one's end of its control socket.
+
+        Returns:
+            Whether somebody has continued this ghost, maybe its whole group, of which no `Signal` has told yet.
 
         Raises:
             BpfsError: the ghost's errno; ETIMEDOUT.
@@ -300,6 +308,7 @@ class Ghost:
         answer = await self._ask(packet, Ctl.BORN, BIRTH_SECONDS, child.fileno())
         if answer.b:
             raise BpfsError(answer.b, f"no ghost can be made for process {birth.pid}: {os.strerror(answer.b)}")
+        return bool(answer.c)
 
     async def keep(self, children: Sequence[int], also: bool = False) -> None:
         """It tells of these children, real ones or ghosts, by `Child` events; of what happened already as well.

@@ -50,7 +50,6 @@ class Away:
     Attributes:
         quiet: held while a migration moves the process: signals wait that long.
         children: what its ghost has as children here, until the process has waited for them.
-        continued: when its ghost got the last SIGCONT, by trio's clock.
         continuing: SIGCONTs on their way to the node: stops that are reported before its answer were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
@@ -67,7 +66,6 @@ class Away:
     stopped_after: int = 0
     retired: bool = False
     continuing: set[object] = field(default_factory=set)
-    continued: float = -math.inf
     children: set[int] = field(default_factory=set)
     orphaned: float = -math.inf
 
@@ -193,13 +191,13 @@ class Ghosts:
         """No signal meets the process half-way in this context, and its ghost can answer: one that is stopped goes on
         meanwhile, and stops again unless somebody has continued it."""
         async with away.quiet:
-            stopped, continued = away.ghost.state() == "T", away.continued
+            stopped, continued = away.ghost.state() == "T", away.ghost.continued
             if stopped:
                 await tell(away.ghost.cont())
             try:
                 yield
             finally:
-                if stopped and away.continued == continued:
+                if stopped and away.ghost.continued == continued:
                     with trio.CancelScope(shield=True):
                         await self._stop_again(away)
 
@@ -227,7 +225,7 @@ class Ghosts:
                 if self._knows_already(away, event):
                     return
                 if signo == signal.SIGCONT:
-                    await self._continue(away, event)
+                    await self.go_on(away, event)
                 else:
                     await self._send(away, signo, event.code, event.pid, event.uid, event.value)
             case control.Child():
@@ -244,9 +242,9 @@ class Ghosts:
             case control.Stopped() | control.Continued():
                 pass  # what was asked for has happened
 
-    async def _continue(self, away: Away, event: control.Signal) -> None:
+    async def go_on(self, away: Away, event: control.Signal) -> None:
+        """Passes a SIGCONT on. Raises BpfsError."""
         away.asked_stop = False
-        away.continued = trio.current_time()
         await self._send_continue(away, event.code, event.pid, event.uid, event.value)
         await self._continue_absent(away)
 

@@ -219,7 +219,8 @@ void bear(const struct ctl *m, size_t text, int fd)
 	if (made != 0) {
 		int error = made < 0 ? errno : 0;
 		close(fd);
-		tell(C_BORN, m->a, error, 0, 0, 0);
+		/* If that was sent to the group before, it has not found the child. */
+		tell(C_BORN, m->a, error, barrier.what == B_CONT || cont_pending(), 0, 0);
 		return;
 	}
 	owed_count = kept_count = 0;

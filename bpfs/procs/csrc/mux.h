@@ -57,7 +57,7 @@ enum ctl_type {
 	C_PUMPED = 38,      /* a: errno or 0 */
 	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
-	C_BORN = 39,        /* a: pid, b: errno or 0 */
+	C_BORN = 39,        /* a: pid, b: errno or 0, c: this ghost has a SIGCONT of the user's yet to tell of */
 	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table; b: the
