@@ -189,9 +189,10 @@ def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
         for number in (1, 2):
             it.write(f"nodes/{number}/state", "up")
             assert it.state(number) == "up"
-        # What is as it would be by itself needs no line.
-        (line,) = (it.rundir.path / "nodes").read_text().splitlines()
-        assert line.startswith("1 - 110 1234 4321 n1 ")
+        # The last line of a node counts.
+        last = {line.split()[0]: line for line in (it.rundir.path / "nodes").read_text().splitlines()}
+        assert last["1"].startswith("1 - 110 1234 4321 n1 ")
+        assert last["2"].startswith("2 - 111 0 0 ")
 
 
 def test_a_stopped_slave_is_killed_when_its_lease_is_over(tmp_path):
