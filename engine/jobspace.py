@@ -220,14 +220,15 @@ class JobSpace:
             value: as with sigqueue(3); None: as kill(2) does.
 
         Returns:
-            False where nothing stands for it, or that is stopped: nothing was sent.
+            False where nothing stands for it (any more), or that is stopped: nothing was sent.
         """
         world = placeholders.World(self.init)
         try:
             ids = world.get(sender)
         finally:
             world.close()
-        hostpid = self.hostpid(sender) if ids is not None and ids.placeholder and sender != INIT else None
+        usable = ids is not None and ids.placeholder and sender != INIT and sender not in self._dropped
+        hostpid = self.hostpid(sender) if usable else None
         if hostpid is None or self.hostpid(pid) is None:
             return False
         try:

@@ -25,6 +25,7 @@ from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.registry import Node, NodeTable
 from bpfs.procs.ghost import Birth, Ghost, Signal
 from bpfs.procs.ghosts import SI_USER, Away, Ghosts, carefully, tell
+from bpfs.procs.kernelfiles import ANSWER_S
 from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
 from bpfs.procs.stdio import Stdio
 from bpfs.procs.table import read_identity
@@ -58,7 +59,6 @@ class Births:
         self._wake = trio.Event()
         self._raised = AsyncExitStack()
         self._is_raised = False
-        self._nursery = nursery
         nursery.start_soon(self._take_all, name="births")
 
     def report(self, node: Node, message: messages.JobEvents) -> None:
@@ -237,18 +237,22 @@ class Births:
         if child is not None and (child.place == node.number or child.state in (ProcState.MIGRATING, ProcState.ENDED)):
             return
         if record.state == "T":
-            work = self._pass_on(parent, record.pid, child, signal.SIGSTOP)
+            work = partial(self._pass_on, parent, record.pid, child, signal.SIGSTOP)
         elif record.code < 0 or record.code & 0x7F == signal.SIGKILL:  # nobody saw how it ended: not by order
-            work = self._pass_on(parent, record.pid, child, signal.SIGKILL)
+            work = partial(self._pass_on, parent, record.pid, child, signal.SIGKILL)
         else:
             return
-        self._nursery.start_soon(carefully, record.pid, work)
+        self._ghosts.in_order(record.pid, work)
 
     async def _pass_on(self, parent: Away, pid: int, child: Process | None, signo: signal.Signals) -> None:
-        # The whole node may be ending just now, and the parent with it.
-        (status,) = (await self._ghosts.status_files(parent.proc, ("status",))).values()
-        if not _lives(status):
+        link = self._nodes.get(parent.proc.place).live_session().link
+        reply = await link.request(messages.JobsStatus((parent.proc.pid, pid), ("status",)), ANSWER_S)
+        assert isinstance(reply, messages.JobsStatusAre)
+        status, stand_in = reply.texts
+        if not _lives(status):  # the whole node may be ending just now
             return
+        if signo == signal.SIGSTOP and b"\nState:\tT" not in stand_in:
+            return  # it has been continued already, and that may have been passed on
         if child is not None and child.away:
             await self._ghosts.signal(child, signo, Caller(parent.proc.pid, parent.proc.identity.uid, 0))
         elif read_identity(Pid(pid)).ppid == parent.proc.pid:  # at home, below its parent's ghost
@@ -266,6 +270,8 @@ class Births:
 
 def _lives(status: bytes) -> bool:
     """Whether the process of a /proc/PID/status is neither dead nor about to die by SIGKILL."""
+    if not status:
+        return False
     fields = dict(line.split(b":\t", 1) for line in status.splitlines() if b":\t" in line)
     pending = int(fields[b"ShdPnd"], 16) | int(fields[b"SigPnd"], 16)
     return fields[b"State"][:1] not in b"ZX" and not pending >> (signal.SIGKILL - 1) & 1

@@ -429,9 +429,7 @@ class Ghosts:
     async def _take_reports(self) -> None:
         async for node, report in self._incoming:
             if report.kind == SIGNAL_REPORT:
-                before = self._forwarding.get(report.pid)
-                self._forwarding[report.pid] = done = trio.Event()
-                self.nursery.start_soon(self._forward_after, before, done, report)
+                self.in_order(report.pid, partial(self._forward, report))
             elif not self.defer(report.pid, node, partial(self._changed, node, report)):
                 await carefully(report.pid, self._changed(node, report))
 
@@ -506,16 +504,24 @@ class Ghosts:
         if session is not None:
             await tell(carry_offsets(session.link, away.stdio, away.proc.pid))
 
-    async def _forward_after(self, before: trio.Event | None, done: trio.Event, report: messages.JobReport) -> None:
-        # In their order: a SIGCONT that overtakes a SIGSTOP leaves its process stopped for ever.
+    def in_order(self, pid: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Passes a signal on once those before it have been: a SIGCONT that overtakes a SIGSTOP leaves its process
+        stopped for ever."""
+        before = self._forwarding.get(pid)
+        self._forwarding[pid] = done = trio.Event()
+        self.nursery.start_soon(carefully, pid, self._after(before, done, pid, work))
+
+    async def _after(
+        self, before: trio.Event | None, done: trio.Event, pid: int, work: Callable[[], Awaitable[None]]
+    ) -> None:
         if before is not None:
             await before.wait()
         try:
-            await self._forward(report)
+            await work()
         finally:
             done.set()
-            if self._forwarding.get(report.pid) is done:
-                del self._forwarding[report.pid]
+            if self._forwarding.get(pid) is done:
+                del self._forwarding[pid]
 
     async def _forward(self, report: messages.JobReport) -> None:
         # A job signalled a placeholder on its node: the signal is meant for the process that is elsewhere.
