@@ -100,7 +100,8 @@ class PsView:
         found: dict[int, Away] = {
             away.proc.pid: away
             for away in self._ghosts.all()
-            if away.real and away.proc.away and not away.ghost.gone and away.proc.pid not in self._homing
+            if away.real and away.proc.away and away.proc.status is None and not away.ghost.gone
+            and away.proc.pid not in self._homing
         }
         most = self._limit * _BACK_AT if self._crowded else self._limit
         self._crowded = len(found) > most
