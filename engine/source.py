@@ -54,10 +54,15 @@ class Source:
         return self._frozen
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
-        """Say of a process that runs who it is, what of it will have to be relayed, and its own bytes: a forecast."""
+        """Say what of a process that runs will have to be relayed: a forecast.
+
+        `outline`: and who it is, and its own bytes, as `straight` wants to be told.
+        """
         pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
-        externals = look(pid, bare, bool(request.get("at_home")))
-        return {"externals": externals, "process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
+        seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home")))}
+        if request.get("outline"):
+            seen |= {"process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
+        return seen
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""

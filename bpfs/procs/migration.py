@@ -297,11 +297,13 @@ class Migration(ABC):
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
-            reply = await src.call("look", pid=await self.source.hostpid(self.proc), **self.looking)
+            pid = await self.source.hostpid(self.proc)
+            reply = await src.call("look", pid=pid, outline=self._foresees, **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
-        self.looked = {key: reply[key] for key in ("externals", "process")}
-        self.own = int(reply["own"])
+        if self._foresees:
+            self.looked = {key: reply[key] for key in ("externals", "process")}
+            self.own = int(reply["own"])
         return list(reply["externals"])
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
