@@ -71,10 +71,6 @@ class Lending:
         """Whether something may stand for a file that is not here."""
         return self._lends and _may_be_lent(image, index)
 
-    def has(self, file: MappedFile) -> bool:
-        """Whether a file is borrowed."""
-        return _key(file) in self._borrowed
-
     def borrow(self, image: Image, index: int) -> int:
         """A descriptor, read-only and the caller's, of a memfd that stands for a file. Raises OSError."""
         file = image.files[index]
