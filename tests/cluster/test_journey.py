@@ -51,6 +51,16 @@ def huge_pages(count: int) -> Iterator[None]:
             pool.write_text(str(before))
 
 
+def travel(it: VirtualCluster, one: Victim) -> None:
+    """The whole journey, to its end at home."""
+    for node in JOURNEY:
+        done = echo(it, one.pid, f"nodes/{node}/migrate")
+        assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate") + one.text()
+        assert place(it, one.pid) == str(node)
+    one.stop()
+    until(lambda: one.process.poll() is not None, "its end")
+
+
 @pytest.mark.parametrize(
     "victim",
     ["memory", "memory-static", "signals", "state root", "shared", "shared many", "attributes", "births", "clocks",
@@ -61,12 +71,7 @@ def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) 
     # Nothing but what it should have: descriptors above its limits could not be put back without CAP_SYS_RESOURCE.
     one = Victim(VICTIMS / "bin" / name, tmp_path, *arguments, close_fds=True)
     try:
-        for node in JOURNEY:
-            done = echo(it, one.pid, f"nodes/{node}/migrate")
-            assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate") + one.text()
-            assert place(it, one.pid) == str(node)
-        one.stop()
-        until(lambda: one.process.poll() is not None, "its end")
+        travel(it, one)
         assert one.process.returncode == 0, one.text()
     finally:
         one.close()
@@ -159,12 +164,7 @@ def test_a_runtime_computes_the_same_on_the_way(it: VirtualCluster, tmp_path: Pa
     stop = tmp_path / "stop"
     one = Victim(Path(command[0]), tmp_path, command=[*command, str(stop)], env=environment)
     try:
-        for node in JOURNEY:
-            done = echo(it, one.pid, f"nodes/{node}/migrate")
-            assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate") + one.text()
-            assert place(it, one.pid) == str(node)
-        one.stop()
-        until(lambda: one.process.poll() is not None, "its end")
+        travel(it, one)
         steps = one.text().split()[0]
         unmoved = subprocess.run(
             [*command, str(tmp_path / "other"), steps], env=environment, capture_output=True, text=True, check=True
