@@ -197,18 +197,24 @@ static enum nss_status answer(const struct entry *entry, struct hostent *host, c
 	return NSS_STATUS_SUCCESS;
 }
 
+static enum nss_status find_name(const char *name, struct entry *entry, int *errnop, int *h_errnop)
+{
+	int number = number_of(name);
+
+	if (number == NOBODY)
+		return fail(NSS_STATUS_NOTFOUND, ENOENT, errnop, h_errnop);
+	return find(number, entry, errnop, h_errnop);
+}
+
 /* -- what the C library calls ---------------------------------------------------------------------------------------- */
 
 EXPORT enum nss_status _nss_beo_gethostbyname3_r(const char *name, int family, struct hostent *host, char *buffer,
 						 size_t room, int *errnop, int *h_errnop, int32_t *ttl, char **canonical)
 {
-	int number = number_of(name);
 	struct entry entry;
 	enum nss_status status;
 
-	if (number == NOBODY)
-		return fail(NSS_STATUS_NOTFOUND, ENOENT, errnop, h_errnop);
-	status = find(number, &entry, errnop, h_errnop);
+	status = find_name(name, &entry, errnop, h_errnop);
 	if (status != NSS_STATUS_SUCCESS)
 		return status;
 	if (entry.family != family) {
@@ -243,14 +249,11 @@ EXPORT enum nss_status _nss_beo_gethostbyname4_r(const char *name, struct gaih_a
 		struct gaih_addrtuple tuple;
 		char name[16], alias[16];
 	} *made;
-	int number = number_of(name);
 	struct gaih_addrtuple *tuple;
 	struct entry entry;
 	enum nss_status status;
 
-	if (number == NOBODY)
-		return fail(NSS_STATUS_NOTFOUND, ENOENT, errnop, h_errnop);
-	status = find(number, &entry, errnop, h_errnop);
+	status = find_name(name, &entry, errnop, h_errnop);
 	if (status != NSS_STATUS_SUCCESS)
 		return status;
 	made = aligned(buffer, &room, sizeof *made);
