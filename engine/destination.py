@@ -12,8 +12,10 @@ import msgpack
 
 from engine import faults
 from engine import image as img
+from engine.image import MappedFile
 from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, sentence
 from engine.restore import Builder
+from engine.restore_files import gather
 from engine.spawn import Relative
 from engine.staging import Child, Ghost, Keep, Stage
 from engine.stream import RECEIVE, Aborted, Stream, accept, widen
@@ -57,6 +59,16 @@ class Destination:
             listener.close()
             raise
         return self._expect_source(listener)
+
+    def gather(self, request: Reply, fds: list[int]) -> Reply:
+        """Have the `files` that the process maps at hand, while it still runs. Returns for how many of them that is so.
+
+        Raises:
+            OSError: one that should be here cannot be had.
+        """
+        if self._target is None:
+            raise OSError(22, f"{ORDER}: prepare first")
+        return {"here": gather([MappedFile(*file) for file in request["files"]], self._target.pid)}
 
     def listen(self, request: Reply, fds: list[int]) -> Reply:
         """Before `stage` where the process comes home: its ghost is not held before its `prepare`."""

@@ -43,6 +43,15 @@ def unlike(source: bytes, target: bytes) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
+def is_bare(target: bytes) -> bool:
+    """Whether jobs find programs and libraries on a machine, but no files of users; those are fetched when wanted."""
+    try:
+        return bool(msgpack.unpackb(target)[2])
+    except (TypeError, ValueError, IndexError, msgpack.UnpackException):
+        return False
+
+
+@lru_cache(maxsize=4096)
 def unpacks(target: bytes) -> bool:
     """Whether a machine takes pages that are packed (engine/packing.py)."""
     try:

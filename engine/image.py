@@ -84,6 +84,10 @@ class MappedFile:
     writable: bool  # to be opened for writing too (shared, writable mapping)
     nameless: bool = False  # memory that is made anew (engine/nameless.py)
 
+    def plain(self) -> list[Any]:
+        """For messages."""
+        return [getattr(self, name) for name in MappedFile.__slots__]
+
 
 @dataclass(slots=True)
 class Region:

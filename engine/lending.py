@@ -117,7 +117,7 @@ def _make(file: MappedFile) -> int:
     fd = os.memfd_create(_NAME + name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, file.size)
-        os.setxattr(fd, _ATTRIBUTE, msgpack.packb([getattr(file, name) for name in MappedFile.__slots__]))
+        os.setxattr(fd, _ATTRIBUTE, msgpack.packb(file.plain()))
     except BaseException:
         os.close(fd)
         raise

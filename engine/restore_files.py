@@ -8,12 +8,16 @@ rights. Those have no device of their own (major number 0): path, kind, size and
 import errno
 import os
 import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from engine.image import Image, MappedFile
 from engine.lending import Lending
 from engine.linux.credentials import Credentials, acting_as
 
 _NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE, errno.ELOOP)
+_AT_ONCE: Final = 4  # as many as a view's daemon fetches at a time
 _ROOT = MappedFile(b"/", 0, 0, 0, 0, False)
 
 
@@ -48,6 +52,36 @@ def open_all(image: Image, root_of: int, who: Credentials, books: Lending) -> li
             os.close(fd)
         raise
     return opened
+
+
+def gather(files: Iterable[MappedFile], root_of: int) -> int:
+    """Open these files and close them again, so that `open_all` will find at hand what is here.
+
+    Who opens a file of the view (or of a network file system) waits until it has been fetched. Several at once.
+
+    Args:
+        root_of: a process in whose root they are looked for.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        OSError: one is there, and cannot be opened; names it.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(lambda file: _fetch(file, b"/proc/%d/root%s" % (root_of, file.path)), files))
+
+
+def _fetch(file: MappedFile, path: bytes) -> bool:
+    try:
+        if not _has_same_content(file, os.stat(path, follow_symlinks=False), False):
+            return False
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno in _NOT_HERE:
+            return False
+        raise OSError(error.errno, f"{os.fsdecode(file.path)}: {os.strerror(error.errno or 0)}") from None
+    return True
 
 
 def begins_in_root(image: Image, root_of: int) -> bool:

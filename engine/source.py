@@ -20,6 +20,7 @@ from engine.descriptors.model import CONTENT_LIMIT
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace
+from engine.mapped import mapped_files
 from engine.onexec import Armed, end
 from engine.operation import ORDER, Reply
 from engine.precopy import Rounds
@@ -57,11 +58,14 @@ class Source:
         """Say what of a process that runs will have to be relayed: a forecast.
 
         `outline`: and who it is, and its own bytes, as `straight` wants to be told.
+        `files`: and which files it maps, as `gather` wants to be told.
         """
         pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
         seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home")))}
         if request.get("outline"):
             seen |= {"process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
+        if request.get("files"):
+            seen["files"] = [file.plain() for file in mapped_files(pid)]
         return seen
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:

@@ -47,6 +47,7 @@ def serve(control: socket.socket) -> bool:
         "become_ghost": source.become_ghost,
         "vanish": source.vanish,
         "prepare": destination.prepare,
+        "gather": destination.gather,
         "listen": destination.listen,
         "stage": destination.stage,
         "receive": destination.receive,

@@ -87,6 +87,7 @@ class Migration(ABC):
         self._foresees = False  # the engines may do without us from the freeze on
         self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
         self.own = 0  # bytes of memory that it had then
+        self.mapped: list[Any] = []  # files that it mapped then
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
@@ -202,6 +203,8 @@ class Migration(ABC):
         """Where the image is to go, where all is ready for a process that still is what `looked` says, and small."""
         return None
 
+    gathers = False  # the destination fetches what the process maps
+
     ghost_environment: Sequence[bytes] = ()  # of the ghost, where the source's engine makes one
 
     def ghost_fds(self) -> list[int]:
@@ -298,9 +301,10 @@ class Migration(ABC):
     async def _look(self, src: Engine) -> Externals | None:
         try:
             pid = await self.source.hostpid(self.proc)
-            reply = await src.call("look", pid=pid, outline=self._foresees, **self.looking)
+            reply = await src.call("look", pid=pid, outline=self._foresees, files=self.gathers, **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
+        self.mapped = reply.get("files", [])
         if self._foresees:
             self.looked = {key: reply[key] for key in ("externals", "process")}
             self.own = int(reply["own"])

@@ -16,6 +16,7 @@ class Phase(enum.Enum):
     PREPARE = "prepare"  # the destination makes an empty process with the pid
     PRECOPY = "precopy"  # memory goes ahead, round by round, while the process runs; only of large ones
     ATTACH = "attach"  # ends of stdio at the destination are made, beside prepare; anew where the freeze shows others
+    GATHER = "gather"  # the destination fetches the files that it maps, where its node keeps only what it needs
     FREEZE = "freeze"  # the source stops, all threads; its own write is answered
     INSPECT = "inspect"  # what cannot move is refused here; nothing has been touched yet
     TRANSFER = "transfer"  # the image goes from source to destination, which rebuilds the process, stopped

@@ -21,7 +21,7 @@ from engine.facts import facts
 
 CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
-BULK = ("send", "receive", "give", "keep_image", "stage")  # operations that take as long as the image is large
+BULK = ("send", "receive", "give", "keep_image", "stage", "gather")  # operations that take as long as much is to come
 LOOPBACK = "127.0.0.1"
 BULK_TIMEOUT = 3600.0  # seconds
 

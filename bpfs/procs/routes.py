@@ -39,6 +39,7 @@ from bpfs.view.exports import Exports
 from bpfs.wire import messages
 from bpfs.wire.mux import ChanKind, Channel, ghost_table
 from bpfs.wire.streams import StreamBook
+from engine.facts import is_bare
 from engine.linux import procfs
 
 UNTRACED_WITHIN = 10.0  # seconds in which a dying engine lets go of a process
@@ -98,6 +99,7 @@ class ToNode(Migration):
         self._landing: Landing | None = None
         self._born_as: tuple[object, ...] = ()
         self.children = self.expected_children()  # have stand-ins over there
+        self.gathers = is_bare(destination.facts)
 
     @abstractmethod
     def expected_children(self) -> list[Relative]:
@@ -122,6 +124,11 @@ class ToNode(Migration):
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
             await self._foresee(look)
             await self._prepare(dst)
+            await self._gather(dst)
+            return await stop()
+        if self.gathers:
+            await together(lambda: self._prepare(dst), lambda: self._foresee(look))
+            await self._gather(dst)
             return await stop()
 
         async def attach_and_stop() -> dict[str, Any]:
@@ -130,6 +137,12 @@ class ToNode(Migration):
 
         _, summary = await together(lambda: self._prepare(dst), attach_and_stop)
         return summary
+
+    async def _gather(self, dst: Engine) -> None:
+        """Has the node fetch what the process maps, while it still runs."""
+        if self.mapped:
+            await self._enter(Phase.GATHER)
+            await dst.call("gather", files=self.mapped)
 
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
         assert self._landing is not None

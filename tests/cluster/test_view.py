@@ -15,6 +15,7 @@ import pytest
 
 from bpfs.rundir import process_start
 from tests.benchmarks.subject import last_move
+from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, finish, move
 from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
 from tests.engine.moves import until
@@ -33,8 +34,18 @@ def exported(session_folder):
 
 
 @pytest.fixture(scope="module")
-def it(session_folder, exported):
-    with cluster(session_folder / "view", "--root", "empty", "--export", str(exported), nodes=2) as made:
+def gates(session_folder):
+    folder = session_folder / "view-gates"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def it(session_folder, exported, gates):
+    with (
+        holding(gates),
+        cluster(session_folder / "view", "--root", "empty", "--export", str(exported), nodes=2) as made,
+    ):
         yield made
 
 
@@ -193,32 +204,56 @@ def test_processes_move_to_such_nodes_and_home(it):
         check_counting(finish(process), process.pid)
 
 
-def test_programs_and_libraries_that_nodes_do_not_see_come_along(it, tmp_path):
+@contextmanager
+def threads(program: Path, folder: Path, **environment: str):
+    """A copy of the victim `threads` that runs, and has to end well at the end of the context."""
     subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
-    program, library = tmp_path / "program", tmp_path / "libown.so"
     shutil.copy(VICTIMS / "bin/threads", program)
-    shutil.copy("/usr/lib/x86_64-linux-gnu/libm.so.6", library)
-    command, stop = [str(program), str(tmp_path / "stop"), "3"], tmp_path / "stop"
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    with open(program, "ab") as file:
+        file.write(os.urandom(100_000))  # no other file is like it
+    stop = folder / "stop"
     with (
-        open(tmp_path / "output", "wb") as output,  # what is read and written at once does not move there
+        open(folder / "output", "wb") as output,  # what is read and written at once does not move there
         subprocess.Popen(
-            command, cwd="/tmp", env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            [str(program), str(stop), "3"], cwd="/tmp", env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         ) as process,
-    ):
+    ):  # fmt: skip
         try:
             until(Path(f"{stop}.ready").exists, "the program to get ready")
-            for node in (0, 1, 0, -1):
-                move(it, process.pid, node)
-                content = program.stat().st_size + library.stat().st_size
-                assert (last_move(it, node)["bytes"] > content) == (node != -1)
-            mapped = Path(f"/proc/{process.pid}/maps").read_text()
-            assert f"{library}\n" in mapped and f"{program}\n" in mapped and "memfd" not in mapped
-            assert os.readlink(f"/proc/{process.pid}/exe") == str(program)
+            yield process
             stop.touch()
-            assert process.wait(60) == 0, (tmp_path / "output").read_text()
+            assert process.wait(60) == 0, (folder / "output").read_text()
         finally:
             process.kill()
+
+
+def test_programs_and_libraries_that_nodes_do_not_see_come_along(it, tmp_path):
+    program, library = tmp_path / "program", tmp_path / "libown.so"
+    shutil.copy("/usr/lib/x86_64-linux-gnu/libm.so.6", library)
+    with threads(program, tmp_path, LD_PRELOAD=str(library)) as process:
+        content = library.stat().st_size + (VICTIMS / "bin/threads").stat().st_size
+        for node in (0, 1, 0, -1):
+            move(it, process.pid, node)
+            assert (last_move(it, node)["bytes"] > content) == (node != -1)
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        assert f"{library}\n" in mapped and f"{program}\n" in mapped and "memfd" not in mapped
+        assert os.readlink(f"/proc/{process.pid}/exe") == str(program)
+
+
+def test_what_a_node_lacks_is_fetched_before_the_process_stands_still(it, gates, exported, tmp_path):
+    program = exported / "threads"
+    with threads(program, tmp_path) as process:
+        digest = hashlib.sha256(program.read_bytes()).hexdigest()
+        for source, node in ((-1, 0), (0, 1)):
+            stored = it.rundir.node_cache(node) / "objects" / digest
+            assert not stored.exists()
+            moving = Interrupted(it, gates, process, (source, node), "freeze")
+            try:
+                assert stored.exists()
+            finally:
+                assert moving.go_on() == 0, moving.said
+        move(it, process.pid, -1)
 
 
 def test_a_program_that_nodes_do_not_see_is_run_there(it, tmp_path):
