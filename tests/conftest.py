@@ -31,13 +31,10 @@ _FOLDER = pytest.StashKey[Path]()
 _FOUND = pytest.StashKey[list[str]]()
 
 
-def _listen_to_signals() -> None:
-    # nohup, or a shell's `&`, has its children ignore some, and theirs: commands under test are to be found as usual.
-    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+_ASKED_TO_IGNORE = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD),
+    *(signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+)
 
 
 def _take_own_group() -> None:
@@ -55,21 +52,33 @@ def _take_signals_back() -> None:
 
     All that the tests start would inherit it, and wait for ever for an interrupt that nobody hears.
     """
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD):
+    for number in _ASKED_TO_IGNORE:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    _take_signals_back()
-    _listen_to_signals()
-    _take_own_group()
-    # Short, because paths of Unix sockets end at 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="bpt-", dir="/tmp"))
-    config.stash[_FOLDER] = folder
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of several processes that share the tests (`check -n 2`, pytest-xdist)."""
+    return hasattr(config, "workerinput")
+
+
+def _make_folder(config: pytest.Config) -> Path:
+    # Short, because paths of Unix sockets end at 107 characters. Below its starter's, which looks for what is left.
+    if _is_worker(config):
+        folder = Path(os.environ["TMPDIR"], os.environ["PYTEST_XDIST_WORKER"])
+        folder.mkdir()
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="bpt-", dir="/tmp"))
     # Ordinary users' processes move in tests, too: they have to get through to their files.
     folder.chmod(0o755)
+    return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _take_signals_back()
+    _take_own_group()
+    config.stash[_FOLDER] = folder = _make_folder(config)
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = str(folder)
     # A cluster of the developer's must not be taken for one of the tests.
@@ -110,6 +119,8 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _is_worker(session.config):
+        return
     folder = session.config.stash[_FOLDER]
     found = leftovers.wait_until_clean(folder)
     session.config.stash[_FOUND] = found

@@ -18,6 +18,7 @@ from bpfs.procs.ghosts import carefully
 from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
+from bpfs.procs.rights import bound
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.table import read_identity
 from bpfs.procs.terminal import in_foreground, on_terminal
@@ -45,9 +46,11 @@ class OnExec:
         """Arms a process of the master; a second write replaces the first. Returns at once.
 
         Raises:
-            BpfsError: as for a move; EOPNOTSUPP for a process that is away, or has several threads.
+            BpfsError: as for a move; EOPNOTSUPP for a process that is away, has several threads, or can never move.
         """
         proc = await self._procs.admit(pid, node, request.caller)
+        if why := bound(proc):
+            raise BpfsError(errno.EOPNOTSUPP, why)
         if proc.away:
             raise BpfsError(errno.EOPNOTSUPP, f"process {pid} is on node {proc.place}: onexec works on the master")
         self.disarm(pid)

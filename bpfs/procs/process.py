@@ -67,6 +67,7 @@ class Identity:
     groups: frozenset[int]  # supplementary groups
     start: int  # clock ticks after boot: tells a process from another that got its pid later
     cmdline: bytes  # arguments, each ended by NUL, as in /proc/PID/cmdline
+    kernel: bool = False  # a thread of the kernel
 
 
 @dataclass(slots=True, eq=False)

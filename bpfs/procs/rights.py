@@ -48,6 +48,15 @@ def may_control(caller: Caller, proc: Process, code: int = errno.EACCES) -> None
         raise BpfsError(code, f"process {proc.pid} belongs to another user")
 
 
+def bound(proc: Process) -> str:
+    """Why no node could ever take this process, in words; empty for all but a few."""
+    if proc.identity.kernel:
+        return "it is a kernel thread"
+    if proc.pid == 1:
+        return "it is the init of its machine"
+    return ""
+
+
 def admits(node: Node, caller: Caller, proc: Process) -> None:
     """Checks that a node takes a process now.
 

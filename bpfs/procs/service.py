@@ -24,7 +24,7 @@ from bpfs.procs.places import MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
 from bpfs.procs.psview import PsView
 from bpfs.procs.restart import Restarts
-from bpfs.procs.rights import admits, may_control, writes_itself
+from bpfs.procs.rights import admits, bound, may_control, writes_itself
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.table import ProcTable, read_identity
 from bpfs.procs.verbs import MoveVerb
@@ -124,6 +124,8 @@ class Procs:
         # Before the process runs on: it may be a script that reads at once what was wrong.
         migration.on_failure = lambda error: record(errno_name(error.code), error.sentence)
         try:
+            if why := bound(proc):
+                raise BpfsError(errno.EOPNOTSUPP, why)
             if homing is not None:
                 await homing.before_home(proc)
             await run()
@@ -210,6 +212,8 @@ class Procs:
         """Why the process cannot move now, in words; it is stopped for a moment to look."""
         if proc.copying or proc.state is ProcState.MIGRATING:
             return ["it is moving already"]
+        if why := bound(proc):
+            return [why]
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:

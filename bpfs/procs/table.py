@@ -10,12 +10,14 @@ from bpfs.errors import BpfsError
 from bpfs.procs.process import MASTER, ExitStatus, Identity, Pid, Process, ProcState
 from engine.linux.procfs import own_file
 
+PF_KTHREAD = 0x00200000  # include/linux/sched.h; the flags of proc(5)
+
 
 def read_identity(pid: int) -> Identity:
     """Reads who a process of this machine is; see proc(5) for the formats.
 
     Raises:
-        BpfsError: ESRCH, there is no such process (or it is a kernel thread's or a zombie's pid).
+        BpfsError: ESRCH, there is no such process (or it is a zombie's pid).
     """
     try:
         text = Path(own_file(pid, "status")).read_text(errors="replace")
@@ -37,6 +39,7 @@ def read_identity(pid: int) -> Identity:
         groups=frozenset(int(word) for word in status["Groups"].split()),
         start=int(stat[19]),
         cmdline=cmdline,
+        kernel=bool(int(stat[6]) & PF_KTHREAD),
     )
 
 

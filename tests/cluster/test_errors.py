@@ -174,6 +174,18 @@ def test_what_cannot_move_is_told_in_words(it: VirtualCluster, route: str) -> No
         assert process.communicate("\n", timeout=60)[0] == "off\n"
 
 
+def test_what_holds_a_machine_together_stays(it: VirtualCluster) -> None:
+    bound = {1: "it is the init of its machine"}
+    if os.path.exists("/proc/2") and Path("/proc/2/comm").read_text() == "kthreadd\n":  # not seen in a container
+        bound[2] = "it is a kernel thread"
+    for pid, why in bound.items():
+        for text in (pid, f"{pid} onexec"):
+            done = echo(it, text, "nodes/1/migrate")
+            assert done.returncode != 0 and "Operation not supported" in done.stderr
+        assert it.read(f"procs/{pid}/cantmove") == f"{why}\n"
+        assert it.read("nodes/1/migrate").splitlines()[-1].endswith(f" {why}")
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_that_cannot_move_goes_on(it: VirtualCluster, shell: str) -> None:
     file = f"{it.mount}/nodes/0/migrate"
