@@ -35,6 +35,12 @@ IDLE_FIELDS = (4, 5)
 
 MEMORY_KEYS = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "SwapTotal", "SwapFree")
 
+COUNTERS = ("ctxt", "btime", "processes", "procs_running", "procs_blocked")
+"""Lines of /proc/stat that have one number each."""
+
+TICKS = 8
+"""Columns of a `cpuN` line that do not overlap: time of guests, behind them, is in `user` and `nice` already."""
+
 Ticks = tuple[tuple[int, ...], ...]
 
 
@@ -45,21 +51,27 @@ class Processors:
         self._stat = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
         self.ticks: Ticks = ()
         self.busy: tuple[float, ...] = ()
+        self.counters: tuple[tuple[str, int], ...] = ()
         self._since: tuple[float, Ticks] = (0.0, ())
 
     def look(self) -> None:
         """Read the counters anew. The first time, `busy` is that of the whole time since the machine started."""
-        # The lines of processors come first; one has less than 128 bytes.
-        text = os.pread(self._stat, 128 * (1 + (os.cpu_count() or 1)), 0).decode()
-        mine = os.sched_getaffinity(0)
-        lines = (line.split() for line in text.splitlines() if line.startswith("cpu") and line[3:4].isdigit())
-        found = ((int(words[0][3:]), *map(int, words[1:9])) for words in lines)
-        self.ticks = tuple(ticks for ticks in found if ticks[0] in mine)
+        lines = {words[0]: words[1:] for words in map(str.split, self._text().splitlines()) if words}
+        mine = (f"cpu{number}" for number in sorted(os.sched_getaffinity(0)))
+        self.ticks = tuple((int(cpu[3:]), *map(int, lines[cpu])) for cpu in mine if cpu in lines)
+        self.counters = tuple((key, int(lines[key][0])) for key in COUNTERS if key in lines)
         now, (then, before) = time.monotonic(), self._since
         if now - then >= BUSY_OVER or len(before) != len(self.ticks):
             old = {ticks[0]: ticks for ticks in before}
             self.busy = tuple(_busy(ticks, old.get(ticks[0])) for ticks in self.ticks)
             self._since = (now, self.ticks)
+
+    def _text(self) -> str:
+        # The kernel makes all of it for the first byte that is read, and gives no more than it has made at once.
+        text = b""
+        while part := os.pread(self._stat, 1 << 16, len(text)):
+            text += part
+        return text.decode()
 
     def close(self) -> None:
         """Give the open file back."""
@@ -67,7 +79,8 @@ class Processors:
 
 
 def _busy(ticks: tuple[int, ...], before: tuple[int, ...] | None) -> float:
-    passed = [new - old for new, old in zip(ticks[1:], before[1:] if before else [0] * 8, strict=True)]
+    own = slice(1, 1 + TICKS)
+    passed = [new - old for new, old in zip(ticks[own], before[own] if before else [0] * TICKS, strict=True)]
     # The kernel's count of idle time may go back by some ticks.
     whole, idle = sum(passed), sum(passed[place - 1] for place in IDLE_FIELDS)
     return round(min(max(1 - idle / whole, 0.0), 1.0), 2) if whole > 0 else 0.0
@@ -109,6 +122,7 @@ class Sampler:
             mhz=self._mhz,
             processors=self._processors.ticks,
             busy=self._processors.busy,
+            counters=self._processors.counters,
         )
         return self._last
 

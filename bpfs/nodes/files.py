@@ -126,7 +126,7 @@ class NodeFiles:
             File("memory", "key value, in kB", read=partial(_figure, lambda it: key_values(it.memory))),
             File("cpus", "how many processors", read=partial(_figure, lambda it: value(it.cpus))),
             File("mhz", "their clock", read=partial(_figure, lambda it: value(f"{it.mhz:g}") if it.mhz else "")),
-            File("stat", "as the lines cpu and cpuN of /proc/stat", read=partial(_figure, _processors)),
+            File("stat", "its processors and processes, as in /proc/stat", read=partial(_figure, _processors)),
             File("busy", "a line a processor: the share of the last seconds that it was busy", read=_busy),
             File("uptime", "seconds since it started", read=partial(_figure, lambda it: f"{it.uptime:.2f}\n")),
             File("kernel", "the release of its kernel", read=partial(_figure, lambda it: value(it.kernel))),
@@ -190,7 +190,7 @@ def _reason(node: Node) -> str:
 def _processors(sample: Sample) -> str:
     total = [sum(column) for column in zip(*(ticks for _, *ticks in sample.processors), strict=True)]
     found = [("cpu ", total), *((f"cpu{number}", ticks) for number, *ticks in sample.processors)]
-    return lines(f"{name} {' '.join(map(str, ticks))}" for name, ticks in found)
+    return lines(f"{name} {' '.join(map(str, ticks))}" for name, ticks in found) + key_values(sample.counters)
 
 
 def _busy(node: Node) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 11
+VERSION = 12
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -154,6 +154,7 @@ class Sample(Message):
     mhz: float  # clock of the first processor when the slave started; 0: not told
     processors: tuple[tuple[int, ...], ...]  # a line `cpuN` of /proc/stat each: N, then ticks of 1/100 s, see proc(5)
     busy: tuple[float, ...]  # of each of them, the share of the last seconds that it was not idle
+    counters: tuple[tuple[str, int], ...]  # the lines of one number below them, `ctxt` and so on
 
 
 @_message(13)

@@ -64,6 +64,11 @@ def test_figures(daemon: Daemon, top: Path) -> None:
     assert int(memory["MemTotal"]) > int(memory["MemFree"]) > 0
     assert float((node / "uptime").read_text()) > 0
     assert (node / "address").read_text() == "10.0.0.5\n"
+    there = [line.split() for line in (node / "stat").read_text().splitlines()]
+    here = {words[0]: words[1:] for line in Path("/proc/stat").read_text().splitlines() if (words := line.split())}
+    assert [words[0] for words in there][-5:] == ["ctxt", "btime", "processes", "procs_running", "procs_blocked"]
+    assert there[0][0] == "cpu" and all(len(words) - 1 == len(here[words[0]]) for words in there)
+    assert ["btime", *here["btime"]] in there
     for turn in range(200):
         daemon.tell(f"load 5 {turn}.00 0.00 0.00 1/1 {turn}")
         assert (node / "load").read_text() == f"{turn}.00 0.00 0.00 1/1 {turn}\n"

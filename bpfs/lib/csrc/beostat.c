@@ -131,7 +131,7 @@ EXPORT int beostat_get_stat_cpu(int node, int cpu, struct beostat_stat_cpu *stat
 		       &softirq, &steal);
 	free(text);
 	if (found != 8) {
-		errno = EPROTO;
+		errno = found > 0 ? EPROTO : EINVAL; /* a line of something else: there is no such processor */
 		return -1;
 	}
 	stat_cpu->user = user;
