@@ -47,6 +47,13 @@ MOST_CONTENT = 192 << 20
 """What is read into an image's description, whose most is engine.image.MAX_META, with room for the rest of it."""
 
 
+DEFAULT_NODETIMEOUT = 60.0
+"""Seconds: a busy machine may take many to make a process, and who waits can be killed at any time."""
+DEFAULT_FANOUT = 32
+"""Nodes to which each passes an image on: tests/benchmarks/bench_images.py."""
+DEFAULT_TREE_TIMEOUT = 2.0
+"""Seconds: a node answers within some milliseconds, and within a tenth of a second where it has to wait itself."""
+LEAST_TREE_TIMEOUT = 0.5
 DEFAULT_PSVIEW = 128
 PSVIEW_MOST = 4096
 """Three mounts a ghost: 128 cost an `unshare -m` 1.5 ms, 4096 some 50 ms, and three descriptors."""
@@ -99,6 +106,9 @@ class Config:
     precopy: int | None = DEFAULT_PRECOPY  # bytes of memory from which on it is sent ahead; None: never
     compress: bool = True  # memory on its way, where the link is what it waits for
     contentlimit: int = DEFAULT_CONTENT_LIMIT  # bytes of open files without a name that travel with a process
+    nodetimeout: float = DEFAULT_NODETIMEOUT  # seconds for a node to answer, before what it was asked for has failed
+    fanout: int = DEFAULT_FANOUT  # nodes to which each passes an image on; 0: all have it from the master
+    tree_timeout: float = DEFAULT_TREE_TIMEOUT  # seconds of silence after which a node asks another for an image
     psview: int = DEFAULT_PSVIEW  # ghosts up to which everybody's ps shows what is on nodes; 0: never
 
     @property
@@ -392,6 +402,18 @@ def _contentlimit(config: Config, args: list[str]) -> None:
         raise ValueError(f"contentlimit must be at most {MOST_CONTENT >> 20}M, not {args[0]}")
 
 
+def _nodetimeout(config: Config, args: list[str]) -> None:
+    config.nodetimeout = _seconds(args[0], "nodetimeout")
+
+
+def _imagetree(config: Config, args: list[str]) -> None:
+    config.fanout = 0 if args[0] == "off" else _number(args[0], 1, 1000, "imagetree")
+    if len(args) > 1:
+        config.tree_timeout = _seconds(args[1], "imagetree")
+        if config.tree_timeout < LEAST_TREE_TIMEOUT:
+            raise ValueError(f"imagetree must have at least {LEAST_TREE_TIMEOUT:g} seconds, not {args[1]}")
+
+
 def _psview(config: Config, args: list[str]) -> None:
     config.psview = 0 if args[0] == "off" else _number(args[0], 0, PSVIEW_MOST, "psview")
 
@@ -417,6 +439,13 @@ KEYWORDS = {
     "compress": Keyword("auto|off", 1, 1, _compress, "memory of moving processes, where links are slow (auto)"),
     "contentlimit": Keyword(
         "SIZE", 1, 1, _contentlimit, "bytes of open, deleted files and memfds that move with a process (64M)"
+    ),
+    "nodetimeout": Keyword(
+        "SECONDS", 1, 1, _nodetimeout, f"for a node to answer; else what it was to do has failed ({DEFAULT_NODETIMEOUT:g})"
+    ),
+    "imagetree": Keyword(
+        "COUNT|off [SECONDS]", 1, 2, _imagetree,
+        f"nodes to which each passes an image on, and its patience ({DEFAULT_FANOUT} {DEFAULT_TREE_TIMEOUT:g})",
     ),
     "psview": Keyword("COUNT|off", 1, 1, _psview, f"ghosts up to which any ps shows what nodes do ({DEFAULT_PSVIEW})"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """bpcp's own half: starts an agent at every place of a copy, arranges them in a tree, and hears what they say.
 
-The tree is that of a heap: place i feeds places 2i+1 and 2i+2, so that the source's link carries everything twice at
+The tree (bpfs/fanout.py) has two below each, so that the source's link carries everything twice at
 most. Whose feed is lost because a place above is, gets it in another round, in a tree without those that failed.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bpfs.copy.frames import STANDS_STILL
+from bpfs.fanout import below
 
 HERE = None
 """The place of this program itself: no bpsh is needed there."""
@@ -230,10 +231,10 @@ class Transfer:
         present = [0] + [i for i in range(1, len(places)) if places[i].ready]
         tokens = {i: secrets.token_hex(32) for i in present}
         for rank, i in enumerate(present):
-            below = present[FANOUT * rank + 1 : FANOUT * (rank + 1) + 1]
-            children = [(j, self._address(places[j].node), places[j].port, tokens[j]) for j in below]
-            places[i].below = [places[j] for j in below]
-            orders = {**self._options.__dict__, "children": children, "token": tokens[i]}
+            children = present[below(rank, FANOUT)]
+            places[i].below = [places[j] for j in children]
+            addressed = [(j, self._address(places[j].node), places[j].port, tokens[j]) for j in children]
+            orders = {**self._options.__dict__, "children": addressed, "token": tokens[i]}
             if i == 0:
                 orders |= {"sources": sources, "suffix": suffix}
             stdin = places[i].process.stdin

@@ -75,6 +75,9 @@ class Cluster:
             setattr(config, name, getattr(self.config, name))
         self.config = config
         self.nodes.limit = config.nodes
+        for node in self.nodes:
+            if node.link is not None:
+                node.link.patience = config.nodetimeout
         for entry in config.entries:
             if entry.number not in self.nodes and entry.number < config.nodes:
                 self.nodes.add(entry.number)

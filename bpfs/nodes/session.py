@@ -65,6 +65,8 @@ class Session:
         """
         self.node = node
         self.link = link
+        link.patience = config.nodetimeout
+        self.door = 0
         self.real = join.real
         self.facts = join.facts
         self._table = table
@@ -116,7 +118,7 @@ class Session:
             self.link.notify_nowait(HeartbeatSeen(message.count))
 
     async def _ready(self, message: Ready) -> None:
-        self.node.init = message.init
+        self.node.init, self.door = message.init, message.door
         await self.finish()
 
     async def finish(self) -> None:

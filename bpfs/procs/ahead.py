@@ -12,7 +12,7 @@ from bpfs.errors import BpfsError
 from bpfs.procs import faults
 from bpfs.procs.exchange import transfer
 from bpfs.procs.phases import Phase
-from bpfs.procs.places import CALL_TIMEOUT, Engine
+from bpfs.procs.places import Engine
 from bpfs.procs.process import ProcState
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MB = 1 << 20
 SLICE = 0.2  # seconds of copying ahead between two reports
+SILENCE = 60.0  # seconds without any memory after which the destination gives up
 
 _log = log.get("procs")
 
@@ -37,7 +38,7 @@ async def copy_ahead(move: Migration, src: Engine, dst: Engine) -> None:
             _log.info("process %d is copied while it stands still: %s", move.proc.pid, reply["why"])
             return
         await transfer(
-            lambda: _rounds(move, src), lambda: dst.call("stage", timeout_s=CALL_TIMEOUT, **where), move.figures
+            lambda: _rounds(move, src), lambda: dst.call("stage", timeout_s=SILENCE, **where), move.figures
         )
         move.ahead = True
 

@@ -29,9 +29,10 @@ from bpfs.errors import BpfsError, LinkClosed, errno_name
 from bpfs.procs.exchange import refuse
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Away, carefully, tell
+from bpfs.procs.images import ImageTree
 from bpfs.procs.migration import Externals
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE
-from bpfs.procs.places import CALL_TIMEOUT, Engine, MasterPlace, NodePlace
+from bpfs.procs.places import Engine, MasterPlace, NodePlace
 from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState
 from bpfs.procs.rights import may_control
 from bpfs.procs.routes import Leave, Surroundings
@@ -92,6 +93,7 @@ class Original:
     random: int
     process: dict[str, Any]
     externals: Externals
+    name: bytes = b""  # by which the nodes have the image; empty: it is sent to each
 
     def patches(self, rank: int) -> list[list[Any]]:
         """What differs in the image of the process with this rank."""
@@ -163,10 +165,11 @@ class Copy(Leave):
         with self._around.streams.expect() as expected:
             message = MakeJob(
                 proc.pid, who.ppid, who.pgid, who.sid, session, front, number, expected.token,
-                plain(channels), who.uid, who.gid, original.image, original.patches(self.rank), original.random,
+                plain(channels), who.uid, who.gid, b"" if original.name else original.image, original.name,
+                original.patches(self.rank), original.random,
             )  # fmt: skip
             try:
-                made = await place.link.request(message, CALL_TIMEOUT)
+                made = await place.link.request(message, place.link.patience)
                 connection = await expected.wait_connected(CONNECT_TIMEOUT)
             except LinkClosed as error:
                 # It may run there. That it does not any more has to be sure before anybody is told that it failed.
@@ -181,9 +184,15 @@ class Copy(Leave):
 
     async def _end_there(self, stream: int) -> None:
         """It is not known whether it was made."""
-        with suppress(BpfsError):
-            await self.destination.link.request(Signal(self.proc.pid, SIGKILL, 0, 0, 0, 0), CALL_TIMEOUT)
-        await detach(self.destination, stream)
+        link = self.destination.link
+
+        async def kill() -> None:
+            with suppress(BpfsError):
+                await link.request(Signal(self.proc.pid, SIGKILL, 0, 0, 0, 0), link.patience)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            nursery.start_soon(detach, self.destination, stream)
 
 
 def whom(proc: Process) -> dict[str, int]:
@@ -197,6 +206,7 @@ class Batches:
     def __init__(self, procs: Procs, around: Surroundings, master: MasterPlace) -> None:
         self._procs, self._around, self._master = procs, around, master
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self.images = ImageTree(around.fanout, around.tree_timeout)
 
     def show(self) -> str:
         """The content of procs/onexec: how the last ones went, oldest first."""
@@ -258,9 +268,16 @@ class Batches:
                 originals.append(await self._take_image(engine, unlike))
         await engine.call("end_template")
         async with trio.open_nursery() as nursery:
-            for copy in copies:
-                original = next(one for one in originals if one.unlike == copy.looking.get("unlike"))
-                nursery.start_soon(carefully, copy.proc.pid, self._make_one(engine, copy, original))
+            for original in originals:
+                alike = [copy for copy in copies if copy.looking.get("unlike") == original.unlike]
+                nursery.start_soon(self._make_alike, engine, alike, original)
+
+    async def _make_alike(self, engine: Engine, copies: list[Copy], original: Original) -> None:
+        async with self.images.spread(original.image, [copy.destination for copy in copies]) as name:
+            named = replace(original, name=name)
+            async with trio.open_nursery() as nursery:
+                for copy in copies:
+                    nursery.start_soon(carefully, copy.proc.pid, self._make_one(engine, copy, named))
 
     async def _take_image(self, engine: Engine, unlike: dict[str, Any] | None) -> Original:
         reply = await engine.call("image", unlike=unlike, contents=self._around.contents)

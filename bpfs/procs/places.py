@@ -19,7 +19,6 @@ from bpfs.wire import messages
 from bpfs.wire.link import Link
 from engine.facts import facts
 
-CALL_TIMEOUT = 60.0  # seconds without an answer of a node's worker after which a call has failed
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
 BULK = ("send", "receive", "give", "keep_image", "stage", "gather")  # operations that take as long as much is to come
 LOOPBACK = "127.0.0.1"
@@ -107,6 +106,7 @@ class NodePlace:
         self.number = int(node.number)
         self.node = node
         self.link: Link = session.link
+        self.door = session.door
         self.facts = session.facts
         self.master_address: str = self.link.local_address
 
@@ -136,7 +136,7 @@ class NodePlace:
         """What was moved here has told it; the slave knows the rest."""
         if proc.hostpid:
             return proc.hostpid
-        reply = await self.link.request(messages.HostPidOf(proc.pid), CALL_TIMEOUT)
+        reply = await self.link.request(messages.HostPidOf(proc.pid), self.link.patience)
         assert isinstance(reply, messages.HostPidIs)
         if not reply.hostpid:
             raise BpfsError(errno.ESRCH, f"there is no process {proc.pid} on node {self.number}")
@@ -149,7 +149,7 @@ class _RemoteEngine:
         self._session = session
         self._node = node
 
-    async def request(self, message: messages.Message, timeout: float) -> messages.Message:
+    async def request(self, message: messages.Message, timeout: float | None) -> messages.Message:
         try:
             reply: messages.Message = await self._link.request(message, timeout)
             return reply
@@ -164,7 +164,7 @@ class _RemoteEngine:
 
     async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
         body = pack_call(op, args)
-        timeout = BULK_TIMEOUT if op in BULK else CALL_TIMEOUT
+        timeout = BULK_TIMEOUT if op in BULK else self._link.patience
         answer = await self.request(messages.EngineCall(self._session, body, tuple(fds)), timeout)
         assert isinstance(answer, messages.EngineReply)
         reply = unpack_reply(answer.body)

@@ -29,7 +29,7 @@ from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import STRAIGHT, Externals, Look, Migration, Stop
 from bpfs.procs.phases import Landing, Phase
-from bpfs.procs.places import CALL_TIMEOUT, HANDLES, Engine, NodePlace, Place
+from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.programs import Programs
 from bpfs.procs.stdio import Attached, External, Stdio, attach, detach, drop_files
@@ -56,6 +56,7 @@ class Surroundings:
     Attributes:
         precopy: bytes of memory from which on it is sent ahead; None: never.
         compress: whether memory may be packed for slow links.
+        fanout, tree_timeout: of images of programs for many nodes, see ImageTree.
         contents: bytes of files without a name that may travel with a process.
         exports: what nodes with an empty root see.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
@@ -65,6 +66,7 @@ class Surroundings:
         self.precopy = config.precopy
         self.contents = config.contentlimit
         self.compress = config.compress
+        self.fanout, self.tree_timeout = config.fanout, config.tree_timeout
         self.exports = Exports(config.exports, (config.mount, str(config.key)))
         self.ghosts = ghosts
         self.blocks = blocks
@@ -529,7 +531,7 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
     """
     proc.hostpid = 0  # the node is asked for it: another process may have got the number
     with suppress(BpfsError):  # ended; or the node is gone, which is met again below
-        reply = await place.link.request(messages.JobStatus(proc.pid, ("status",)), CALL_TIMEOUT)
+        reply = await place.link.request(messages.JobStatus(proc.pid, ("status",)), place.link.patience)
         if isinstance(reply, messages.JobStatusIs) and reply.texts[0].startswith(b"Name:\tnodeinit\n"):
             return False  # it stands for itself there
     async with place.engine() as engine:

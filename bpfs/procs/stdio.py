@@ -18,7 +18,7 @@ from typing import Any
 
 from bpfs.errors import BpfsError, LinkClosed
 from bpfs.fdinfo import inode_and_offset
-from bpfs.procs.places import CALL_TIMEOUT, NodePlace
+from bpfs.procs.places import NodePlace
 from bpfs.wire import messages
 from bpfs.wire.link import Link
 from bpfs.wire.mux import Channel, channels_of
@@ -151,7 +151,7 @@ async def attach(
     with streams.expect() as expected:
         request = messages.RelayAttach(number, expected.token, plain(channels), uid, gid, session, front)
         try:
-            reply = await place.link.request(request, CALL_TIMEOUT)
+            reply = await place.link.request(request, place.link.patience)
             connection = await expected.wait_connected(CONNECT_TIMEOUT)
         except BpfsError:
             await detach(place, number)
@@ -169,14 +169,14 @@ async def reconnect(link: Link, streams: StreamBook, stream: int) -> socket.sock
         BpfsError: the node's errno; ETIMEDOUT.
     """
     with streams.expect() as expected:
-        await link.request(messages.RelayAttach(stream, expected.token, [], -1, -1, 0, 0), CALL_TIMEOUT)
+        await link.request(messages.RelayAttach(stream, expected.token, [], -1, -1, 0, 0), link.patience)
         return await expected.wait_connected(CONNECT_TIMEOUT)
 
 
 async def detach(place: NodePlace, stream: int) -> None:
     """Closes a stream and its ends on a node; a node that is gone has closed them already."""
     try:
-        await place.link.request(messages.RelayDetach(stream), CALL_TIMEOUT)
+        await place.link.request(messages.RelayDetach(stream), place.link.patience)
     except BpfsError:
         return
 
@@ -200,7 +200,7 @@ async def carry_offsets(link: Link, stdio: Stdio, pid: int) -> None:
     files, stdio.files = stdio.files, {}
     if not files:
         return
-    reply = await link.request(messages.FdWhere(tuple(files.values())), CALL_TIMEOUT)
+    reply = await link.request(messages.FdWhere(tuple(files.values())), link.patience)
     assert isinstance(reply, messages.FdIsWhere)
     for number, offset, inode in zip(files, reply.offsets, reply.inodes, strict=True):
         if offset >= 0:

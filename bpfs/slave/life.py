@@ -24,6 +24,7 @@ from bpfs.slave import machine
 from bpfs.slave.births import BirthWatch
 from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
+from bpfs.slave.images import Images
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
 from bpfs.slave.makejob import JobMaker
@@ -39,6 +40,7 @@ from bpfs.wire.messages import (
     CacheCall,
     ClockIs,
     Done,
+    DropImage,
     DropPlaceholder,
     EngineCall,
     EngineClose,
@@ -48,6 +50,7 @@ from bpfs.wire.messages import (
     FdWhere,
     Fence,
     HeartbeatSeen,
+    HoldImage,
     HostPidOf,
     JobsStatus,
     JobStatus,
@@ -92,6 +95,7 @@ class Slave:
         self.workers = workers
         self.held = HeldFds()
         self.engines = EngineHost(workers, self.held)
+        self.images = Images(link)
         self.jobs: Jobs | None = None
         self.stdio: StdioHost | None = None
         self.births: BirthWatch | None = None
@@ -102,6 +106,8 @@ class Slave:
             EngineOpen: self.engines.open,
             EngineCall: self.engines.call,
             EngineClose: self.engines.close,
+            HoldImage: self.images.hold,
+            DropImage: self.images.drop,
             FdClose: self.held.close,
             Names: lambda message: self.names.hear(message, self.view.root if self.view is not None else None),
             FdWhere: self.held.where,
@@ -136,7 +142,8 @@ class Slave:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
                     if self.births is not None:
                         nursery.start_soon(self.births.run, name="births")
-                    self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node()))
+                    door = await self.images.open(nursery)
+                    self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node(), door))
         except* BpfsError as group:  # the link was closed, or iorelay died
             if not self._stopping:  # else it is a consequence
                 _log.warning("starting afresh: %s", first_error(group))
@@ -196,7 +203,7 @@ class Slave:
             DropPlaceholder: jobs.drop_placeholder,
         }
         if self.stdio is not None:
-            maker = JobMaker(jobs.init, self.stdio, self.engines, self.workers, self.held)
+            maker = JobMaker(jobs.init, self.stdio, self.engines, self.workers, self.held, self.images)
             self.handlers[MakeJob] = maker.make
         births = BirthWatch.start(jobs.init, self.options.watch, self.link)
         self.births = jobs.births = self.engines.births = births

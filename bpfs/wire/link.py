@@ -67,6 +67,8 @@ class Link:
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.name = name
+        self.patience: float | None = None
+        """Seconds that who asks the peer for something usually waits for its answer; None: for ever."""
         self.heard = now()
         """When the peer last sent anything, by `now()`."""
         self.reason = ""

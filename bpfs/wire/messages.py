@@ -123,6 +123,7 @@ class Ready(Message):
 
     init: int  # HostPid of the node's init as the slave's engine workers see it; 0: no job space
     real: bool
+    door: int  # TCP port where other nodes get images that it holds; 0: none
 
 
 # -- life: 10-19 -----------------------------------------------------------------------------------
@@ -515,7 +516,8 @@ class MakeJob(Message):
     channels: Plain
     uid: int
     gid: int
-    image: bytes  # engine/batch.py
+    image: bytes  # engine/batch.py; empty: it is held by `name`, see HoldImage
+    name: bytes
     patches: Plain  # [offset, bytes] of what differs from one process to another
     random: int  # offset of the bytes that shall be random; -1: none
 
@@ -543,3 +545,40 @@ class RelayLost(Message):
 
     stream: int
     reason: str
+
+
+# -- images that many share: 70-79 ------------------------------------------------------------------
+
+NAME = 32
+"""Bytes of an image's name: 256 random bits, for who knows the name may have the image."""
+
+
+@_message(70)
+class HoldImage(Message):
+    """master -> slave: MakeJob will name this image, and other nodes may ask for it (bpfs/slave/images.py)."""
+
+    name: bytes
+    image: bytes  # empty: it is to be had from ...
+    sources: tuple[tuple[str, int], ...]  # ... the first of these addresses and doors that answers, or from AskImage
+    timeout: float  # seconds of silence after which the next of them is asked
+
+
+@_message(71)
+class DropImage(Message):
+    """master -> slave: nobody will ask for this image any more."""
+
+    name: bytes
+
+
+@_message(72)
+class AskImage(Message):
+    """slave -> master, request (reply ImageIs): an image that no other node gives; ENOENT when it is of no use now."""
+
+    name: bytes
+
+
+@_message(73)
+class ImageIs(Message):
+    """master -> slave."""
+
+    image: bytes

@@ -18,7 +18,7 @@ from tests.benchmarks.bench_idle import cpu, family, memory
 from tests.benchmarks.bench_tree import read_all
 from tests.benchmarks.frame import Row, seconds
 from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
-from tests.nodes.simjobs import slaves
+from tests.nodes.simjobs import MORE, slaves
 
 NODES = 1024
 REST = 10.0  # seconds
@@ -41,7 +41,7 @@ def rows() -> Iterator[Row]:
     """The table."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name, cluster(Path(name) / "m", nodes=1) as it:
         start = time.perf_counter()
-        with slaves(it, NODES - 2):
+        with slaves(it, NODES - 1 - MORE):
             wait_until(lambda: up(it) == NODES, "all nodes are up")
             yield Row(f"{NODES} nodes join, from nothing", time.perf_counter() - start, "s")
             time.sleep(SETTLE)
@@ -75,7 +75,7 @@ def reading(it: VirtualCluster) -> Iterator[Row]:
 def starting(it: VirtualCluster) -> Iterator[Row]:
     """A program for all of them: what the master's side of it takes, for the nodes have nothing to do."""
     master = family(it.pid("master"), frozenset([it.pid("n0")]))
-    for count in (64, NODES - 2):
+    for count in (64, NODES - 1 - MORE):
         spec, before, start = f"1-{count}", cpu(master), time.perf_counter()
         lines = command(it, "bpsh", "-n", spec, "true").count("\n")
         taken = time.perf_counter() - start

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
-from tests.nodes.simjobs import slaves
+from tests.nodes.simjobs import MORE, MORTAL, SHUT, SILENT, slaves
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
+PATIENCE = 0.5  # seconds
 COUNTS = (63, 64, 65, 128, 130)  # around the bits of a word, of two, and the nodes that a byte can count
 
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path) -> Iterator[VirtualCluster]:
-    with cluster(session_folder / "simulated", nodes=1) as made, slaves(made, max(COUNTS)):
-        wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + 2, "all nodes are up")
+    patience = f"imagetree 32 {PATIENCE}"
+    with cluster(session_folder / "simulated", "--config", patience, nodes=1) as made, slaves(made, max(COUNTS)):
+        wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + MORE + 1, "all nodes are up")
         yield made
 
 
@@ -44,7 +47,7 @@ def test_one_order_for_many_nodes(it: VirtualCluster, count: int) -> None:
 
 
 def test_a_node_that_is_lost_is_named_and_the_others_go_on(it: VirtualCluster) -> None:
-    mortal = max(COUNTS) + 1
+    mortal = max(COUNTS) + MORTAL
     run = subprocess.run(
         [str(TOP / "bpfs/bin/bpsh"), "-p", f"1,{mortal},2", "true"], env={**os.environ, "BPFS": str(it.mount)},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
@@ -55,6 +58,20 @@ def test_a_node_that_is_lost_is_named_and_the_others_go_on(it: VirtualCluster) -
     assert line.startswith(f"{mortal}: bpfs: process ")
     assert f" cannot run on node {mortal}: node {mortal} was lost: " in line
     wait_until(lambda: it.state(mortal) == "up", "it is there again")
+
+
+def test_nodes_that_hang_in_the_tree_cost_those_below_a_moment(it: VirtualCluster) -> None:
+    # Each of the first 32 feeds 32: all others but two have their image from one of these two first.
+    faulty, count = (max(COUNTS) + SILENT, max(COUNTS) + SHUT), 94
+    start = time.monotonic()
+    run = subprocess.run(
+        [str(TOP / "bpfs/bin/bpsh"), "-p", f"{faulty[0]},{faulty[1]},1-{count}", "true"],
+        env={**os.environ, "BPFS": str(it.mount)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (count + 1, "")
+    assert sorted(int(line.split()[2]) for line in run.stdout.splitlines()) == sorted([*faulty, *range(1, count + 1)])
+    assert time.monotonic() - start > PATIENCE, "nobody waited for the silent one: it was not asked"
 
 
 FIXED = ["restart", "onexec"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -63,8 +64,9 @@ class Jobs:
             assert self.slave.link is not None
             self.slave.link.close("it dies")
             await trio.sleep_forever()
-        stream = trio.socket.from_stdlib_socket(await open_stream("127.0.0.1", self.slave.port, message.token))
-        image = bytearray(message.image)
+        stream = trio.socket.from_stdlib_socket(await open_stream(self.slave.host, self.slave.port, message.token))
+        assert self.slave.images is not None
+        image = bytearray(message.image or await self.slave.images.take(message.name))
         for offset, text in message.patches:
             image[offset : offset + len(text)] = text
         found = re.search(rb"BPROC_RANK=(\d+)\0", image)
@@ -111,15 +113,25 @@ async def read(stream: trio.socket.SocketType, length: int) -> bytes:
     return got
 
 
-def be_slaves(port: int, key: Path, count: int) -> None:
-    """Is nodes 1 to `count`, and a mortal one, until it is killed."""
+MORTAL, SILENT, SHUT = 1, 2, 3
+"""Beside nodes 1 to N: N + 1 dies when it is given a job, N + 2 never answers who wants an image, N + 3 refuses."""
+MORE = 3
+
+
+def be_slaves(host: str, port: int, key: Path, count: int) -> None:
+    """Is nodes 1 to `count`, and MORE that have their faults, until it is killed."""
     secret, what = read_key(key), facts()
+    silent = socket.create_server(("", 0), backlog=count)
+    shut = socket.socket()
+    shut.bind(("", 0))
+    doors = {count + SILENT: silent.getsockname()[1], count + SHUT: shut.getsockname()[1]}
 
     async def one(number: int, nursery: trio.Nursery) -> None:
         machine = os.urandom(16)  # who comes back tells so that his last life is over
         while True:
-            slave = SimulatedSlave(port, number=number, key=secret, facts=what, machine=machine)
-            slave.handlers = Jobs(slave, nursery, number > count).handlers()
+            slave = SimulatedSlave(port, number=number, key=secret, facts=what, machine=machine, keeps=True)
+            slave.host, slave.door = host, doors.get(number)
+            slave.handlers = Jobs(slave, nursery, number == count + MORTAL).handlers()
             try:
                 await slave.run(SAMPLE)
             except (LinkClosed, OSError):
@@ -128,24 +140,29 @@ def be_slaves(port: int, key: Path, count: int) -> None:
 
     async def all_of_them() -> None:
         async with trio.open_nursery() as nursery:
-            for number in range(1, count + 2):
+            for number in range(1, count + MORE + 1):
                 nursery.start_soon(one, number, nursery)
 
     trio.run(all_of_them)
 
 
 @contextmanager
-def slaves(it: VirtualCluster, count: int) -> Iterator[None]:
-    """Nodes 1 to `count` in a process of their own, until the context ends, and one more, that dies of its jobs."""
-    port = (it.rundir.path / "port").read_text().split()[1]
-    words = [sys.executable, "-m", "tests.nodes.simjobs", port, str(it.rundir.key), str(count)]
+def slaves(it: VirtualCluster, count: int, beside: int | None = None) -> Iterator[int]:
+    """Nodes 1 to `count`, and MORE, in a process of their own until the context ends; gives its pid.
+
+    Args:
+        beside: in the network namespace of this node, so that all have its link together.
+    """
+    enter = ["nsenter", "-n", "-t", str(it.pid(f"n{beside}")), "--"] if beside is not None else []
+    where = it.rundir.read("port").split()
+    words = [*enter, sys.executable, "-m", "tests.nodes.simjobs", *where, str(it.rundir.key), str(count)]
     process = subprocess.Popen(words, cwd=TOP, stdin=subprocess.DEVNULL)
     try:
-        yield
+        yield process.pid
     finally:
         process.kill()
         process.wait()
 
 
 if __name__ == "__main__":
-    be_slaves(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    be_slaves(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

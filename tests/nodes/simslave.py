@@ -17,14 +17,17 @@ from bpfs.config import Config
 from bpfs.engines import Workers
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
+from bpfs.slave.images import Images
 from bpfs.wire import handshake, streams
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
     ClockIs,
     Done,
+    DropImage,
     Fence,
     Heartbeat,
     HeartbeatSeen,
+    HoldImage,
     Join,
     Leaving,
     Message,
@@ -108,9 +111,13 @@ class SimulatedSlave:
     beats: bool = True  # sends heartbeats
     ready: bool = True  # says that it is ready
     real: bool = False
+    keeps: bool = False  # images, for jobs and for other nodes
+    door: int | None = None  # where these are told to ask for them; None: where they are
+    host: str = "127.0.0.1"  # of the master
     handlers: dict[type[Message], Any] = field(default_factory=dict)  # for what else it answers
     heard: list[Message] = field(default_factory=list)
     link: Link | None = None
+    images: Images | None = None
     welcome: Welcome | None = None
 
     async def run(self, sample: Sample | None = None) -> str:
@@ -119,21 +126,28 @@ class SimulatedSlave:
         Raises:
             RefusedByMaster, ProtocolError, LinkClosed: as the handshake does.
         """
-        link = self.link = Link(await streams.connect("127.0.0.1", self.port), "master")
+        link = self.link = Link(await streams.connect(self.host, self.port), "master")
         join = Join(b"", self.number, self.macs, self.hostname, "6.1.0", self.machine, self.real, self.facts, self.arch)
         try:
             self.welcome = await handshake.enter(link, self.key, join)
-            if self.ready:
-                link.notify_nowait(Ready(1, False))
-            if sample is not None:
-                link.notify_nowait(sample)
             async with trio.open_nursery() as nursery:
+                door = await self._open_door(link, nursery) if self.keeps else 0
+                if self.ready:
+                    link.notify_nowait(Ready(1, False, door))
+                if sample is not None:
+                    link.notify_nowait(sample)
                 nursery.start_soon(self._beat, link, self.welcome.heartbeat)
                 reason = await link.run({Fence: self._fence, HeartbeatSeen: self.heard.append} | self.handlers)
                 nursery.cancel_scope.cancel()
             return reason
         finally:
             link.close("simulated end")
+
+    async def _open_door(self, link: Link, nursery: trio.Nursery) -> int:
+        images = self.images = Images(link)
+        self.handlers |= {HoldImage: images.hold, DropImage: images.drop}
+        door = await images.open(nursery)
+        return door if self.door is None else self.door
 
     async def _beat(self, link: Link, pause: float) -> None:
         count = 0

@@ -31,7 +31,7 @@ STRANGERS = {
     "half a frame, then the end": frame(Hello(VERSION, bytes(32)))[:20],
     "a join without a hello": frame(Join(b"", 0, (), "x", "y", bytes(16), False, b"", "x86_64")),
     "a heartbeat": frame(Heartbeat(1)),
-    "ready at once": frame(Ready(1, True)),
+    "ready at once": frame(Ready(1, True, 0)),
     "a request": codec.encode(Kind.REQUEST, 1, Hello(VERSION, bytes(32))),
     "a bad nonce": frame(Hello(VERSION, b"1")),
     "another version": frame(Hello(VERSION + 7, bytes(32))),
