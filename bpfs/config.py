@@ -441,10 +441,13 @@ KEYWORDS = {
         "SIZE", 1, 1, _contentlimit, "bytes of open, deleted files and memfds that move with a process (64M)"
     ),
     "nodetimeout": Keyword(
-        "SECONDS", 1, 1, _nodetimeout, f"for a node to answer; else what it was to do has failed ({DEFAULT_NODETIMEOUT:g})"
+        "SECONDS", 1, 1, _nodetimeout, f"for a node's answer; then what was asked for fails ({DEFAULT_NODETIMEOUT:g})"
     ),
     "imagetree": Keyword(
-        "COUNT|off [SECONDS]", 1, 2, _imagetree,
+        "COUNT|off [SECONDS]",
+        1,
+        2,
+        _imagetree,
         f"nodes to which each passes an image on, and its patience ({DEFAULT_FANOUT} {DEFAULT_TREE_TIMEOUT:g})",
     ),
     "psview": Keyword("COUNT|off", 1, 1, _psview, f"ghosts up to which any ps shows what nodes do ({DEFAULT_PSVIEW})"),

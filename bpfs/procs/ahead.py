@@ -37,9 +37,7 @@ async def copy_ahead(move: Migration, src: Engine, dst: Engine) -> None:
         if not reply["watched"]:
             _log.info("process %d is copied while it stands still: %s", move.proc.pid, reply["why"])
             return
-        await transfer(
-            lambda: _rounds(move, src), lambda: dst.call("stage", timeout_s=SILENCE, **where), move.figures
-        )
+        await transfer(lambda: _rounds(move, src), lambda: dst.call("stage", timeout_s=SILENCE, **where), move.figures)
         move.ahead = True
 
 

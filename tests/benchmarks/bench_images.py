@@ -8,13 +8,12 @@ Images that go from slave to slave stay beyond it.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 from tests.benchmarks.bench_idle import cpu, family
-from tests.benchmarks.bench_thousand import NODES, command, up
+from tests.benchmarks.bench_thousand import NODES, start_on, up
 from tests.benchmarks.frame import Row
 from tests.cluster.links import limited, sent
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
@@ -30,9 +29,8 @@ def measure(it: VirtualCluster, count: int) -> tuple[float, float, float]:
     """Seconds of a batch, bytes that went over the link, and seconds of the master's and its helpers' time."""
     master = family(it.pid("master"), frozenset([it.pid("n0")]))
     before, spent = sent(it, 0), cpu(master)
-    start = time.perf_counter()
-    command(it, "bpsh", "-n", f"1-{count}", "true")
-    return time.perf_counter() - start, sent(it, 0) - before, cpu(master) - spent
+    taken = start_on(it, count)
+    return taken, sent(it, 0) - before, cpu(master) - spent
 
 
 def rows() -> Iterator[Row]:

@@ -32,6 +32,17 @@ def command(it: VirtualCluster, name: str, *words: str) -> str:
     return subprocess.run([*program, *words], env=environment, capture_output=True, text=True, check=True).stdout
 
 
+def start_on(it: VirtualCluster, count: int) -> float:
+    """Seconds for a program on nodes 1 to `count`, all of which are simulated: each says a line."""
+    bpsh, environment, start = str(TOP / "bpfs/bin/bpsh"), {**os.environ, "BPFS": str(it.mount)}, time.perf_counter()
+    run = subprocess.run(
+        [bpsh, "-n", f"1-{count}", "true"], env=environment, capture_output=True, text=True, check=False
+    )
+    taken = time.perf_counter() - start
+    assert (run.stdout.count("\n"), run.stderr) == (count, "")
+    return taken
+
+
 def up(it: VirtualCluster) -> int:
     """How many nodes are up."""
     return it.read("status").count(" up ")
@@ -76,11 +87,8 @@ def starting(it: VirtualCluster) -> Iterator[Row]:
     """A program for all of them: what the master's side of it takes, for the nodes have nothing to do."""
     master = family(it.pid("master"), frozenset([it.pid("n0")]))
     for count in (64, NODES - 1 - MORE):
-        spec, before, start = f"1-{count}", cpu(master), time.perf_counter()
-        lines = command(it, "bpsh", "-n", spec, "true").count("\n")
-        taken = time.perf_counter() - start
-        assert lines == count
-        yield Row(f"bpsh 1-{count} true", taken, "s")
+        before = cpu(master)
+        yield Row(f"bpsh 1-{count} true", start_on(it, count), "s")
         yield Row("... the master's processor time a node", (cpu(master) - before) / count * 1e3, "ms")
 
 
