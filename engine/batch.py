@@ -67,15 +67,20 @@ class Original:
     def image(self, request: Reply, fds: list[int]) -> Reply:
         """The image for nodes that are `unlike` (engine/facts.py) this machine, or why there can be none.
 
+        `digests`: they know files by their content.
+
         Returns:
             `refusals`; or `image`, its bytes with the offsets in them of `rank` ([offset, bytes of room], or None) and
             of `random` (-1: none), the paths of its `files`, and `process` and `externals` as `inspect` gives them.
         """
         frozen = self._held()
+        digests = bool(request.get("digests"))
         if _rights(frozen.status) != self._rights:
             raise OSError(1, "it runs with other rights than those that it was started with")
         contents = int(request["contents"])
-        seen = dump.inspect(frozen, request.get("unlike"), family=True, at_home=True, contents=contents)
+        seen = dump.inspect(
+            frozen, request.get("unlike"), family=True, at_home=True, contents=contents, digests=digests
+        )
         if seen.refusals:
             return {"refusals": seen.refusals}
         image = self._image = dump.build(seen)

@@ -101,6 +101,7 @@ def inspect(
     at_home: bool = False,
     rounds: Rounds | None = None,
     contents: int = CONTENT_LIMIT,
+    digests: bool = False,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -111,6 +112,7 @@ def inspect(
         at_home: it leaves the master.
         rounds: in which its memory was sent ahead.
         contents: bytes of open files without a name that may travel.
+        digests: files are known by their content.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -118,7 +120,7 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen, rounds.marks if rounds is not None else None)
+    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, content_limit=contents, close=close, files_stay=files_stay,

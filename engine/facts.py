@@ -6,6 +6,7 @@ from typing import Any, Final
 import msgpack
 
 from engine import cpu, packing, vdso
+from engine.descriptors.model import boot_id
 from engine.freeze import Frozen
 from engine.linux import procfs, ptrace
 
@@ -19,13 +20,15 @@ def facts(bare: bool = False) -> bytes:
     Args:
         bare: jobs find programs and libraries here, but no files of users.
     """
-    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed(), bare, packing.works()])
+    packed: bytes = msgpack.packb([vdso.DIGEST, cpu.packed(), bare, packing.works(), boot_id()])
     return packed
 
 
 @lru_cache(maxsize=4096)
 def _unlike(source: bytes, target: bytes) -> dict[str, Any]:
     here, there = msgpack.unpackb(source), msgpack.unpackb(target)
+    if here[:3] == there[:3]:
+        return {}
     return {"kernel": here[0] != there[0], "cpu": there[1], "bare": there[2]}
 
 
@@ -49,6 +52,16 @@ def is_bare(target: bytes) -> bool:
         return bool(msgpack.unpackb(target)[2])
     except (TypeError, ValueError, IndexError, msgpack.UnpackException):
         return False
+
+
+@lru_cache(maxsize=4096)
+def share_files(source: bytes, target: bytes) -> bool:
+    """Whether device and inode mean the same file for jobs of both: one kernel, and its own file systems."""
+    try:
+        boots = {msgpack.unpackb(one)[4] for one in (source, target)}
+    except (TypeError, ValueError, IndexError, msgpack.UnpackException):
+        return False
+    return len(boots) == 1 and not is_bare(source) and not is_bare(target)
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 5
+VERSION: Final = 6
 META: Final = 1
 STATE: Final = 14
 END: Final = 2
@@ -83,6 +83,7 @@ class MappedFile:
     mtime_ns: int
     writable: bool  # to be opened for writing too (shared, writable mapping)
     nameless: bool = False  # memory that is made anew (engine/nameless.py)
+    digest: bytes = b""  # SHA-256 of its content; empty: device and inode tell, else size and mtime
 
     def plain(self) -> list[Any]:
         """For messages."""

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgpack
 
+from engine import digests
 from engine import image as img
 from engine.image import Image, ImageError, MappedFile
 from engine.spans import merge
@@ -27,6 +28,12 @@ _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 _MAX_NAME: Final = 200  # bytes, of the 249 that memfd_create(2) takes
 
 
+def borrowed_name(path: str) -> str:
+    """The name, without its folder, of the file that a memfd of ours stands for; empty: by its path it is none."""
+    prefix = f"/memfd:{_NAME}"
+    return path.removeprefix(prefix).removesuffix(" (deleted)") if path.startswith(prefix) else ""
+
+
 def original(path: str, link: str) -> MappedFile | None:
     """The file that a memfd of ours stands for; None: it is none.
 
@@ -34,13 +41,29 @@ def original(path: str, link: str) -> MappedFile | None:
         path: as maps or exe show it.
         link: leads to it.
     """
-    if not path.startswith(f"/memfd:{_NAME}"):
+    if not borrowed_name(path):
         return None
     try:
         fields = msgpack.unpackb(os.getxattr(link, _ATTRIBUTE))
         return MappedFile(*fields)
     except (OSError, ValueError, TypeError, msgpack.UnpackException):
         return None
+
+
+def describe(path: str, link: str, writable: bool = False, by_content: bool = False) -> MappedFile:
+    """A file that has a name. Raises OSError.
+
+    Args:
+        path: as maps or exe show it.
+        link: leads to it.
+        by_content: with its digest, where it is one that only a change of its own would make another.
+    """
+    info = os.stat(link)
+    is_content = by_content and not writable and stat.S_ISREG(info.st_mode)
+    digest = digests.of_link(link, info) if is_content else b""
+    return MappedFile(
+        os.fsencode(path), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, writable, digest=digest
+    )
 
 
 # ---- the destination ---------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The files that a running process maps: what its new place will have to have, before it stands still."""
 
 import contextlib
-import os
 from typing import Final
 
 from engine import lending
@@ -9,26 +8,29 @@ from engine.image import MappedFile
 from engine.linux import procfs
 from engine.linux.procfs import Vma
 
-_NO_FILES: Final = ("/memfd:", "/SYSV", "/dev/", "/secretmem")
+_PROT_WRITE: Final = 2
 
 
-def mapped_files(pid: int) -> list[MappedFile]:
-    """Regular files that are mapped for reading only, each once; a forecast. Raises OSError: it is gone."""
+def mapped_files(pid: int, by_content: bool) -> list[MappedFile]:
+    """Regular files that it maps without writing to them, each once, with their digests or without; a forecast.
+
+    Raises:
+        OSError: it is gone.
+    """
     found: dict[tuple[int, int, int], MappedFile] = {}
     for vma in procfs.parse_maps(procfs.read(f"/proc/{pid}/maps")):
         key = (vma.major, vma.minor, vma.inode)
-        if key not in found and vma.path.startswith("/") and not vma.shared:
+        if key not in found and vma.path.startswith("/") and not (vma.shared and vma.prot & _PROT_WRITE):
             with contextlib.suppress(OSError):  # unmapped meanwhile
-                file = _describe(pid, vma)
+                file = _describe(pid, vma, by_content)
                 if file is not None:
                     found[key] = file
     return list(found.values())
 
 
-def _describe(pid: int, vma: Vma) -> MappedFile | None:
+def _describe(pid: int, vma: Vma, by_content: bool) -> MappedFile | None:
     link = f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}"
     lent = lending.original(vma.path, link)
-    if lent is not None or vma.deleted or vma.path.startswith(_NO_FILES):
+    if lent is not None or vma.deleted or vma.path.startswith(procfs.NO_FILES):
         return lent
-    info = os.stat(link)
-    return MappedFile(os.fsencode(vma.path), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, False)
+    return lending.describe(vma.path, link, by_content=by_content)

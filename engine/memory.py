@@ -49,10 +49,13 @@ class Survey:
     Args:
         marks: reads our own record of its writes (engine/tracking.py), where there is one: all private pages, those
             written since they were last taken, and the others.
+        digests: whether files are to be known by their content.
     """
 
-    def __init__(self, frozen: Frozen, marks: "Callable[[], tuple[Runs, Runs]] | None" = None) -> None:
-        self._frozen = frozen
+    def __init__(
+        self, frozen: Frozen, marks: "Callable[[], tuple[Runs, Runs]] | None" = None, digests: bool = False
+    ) -> None:
+        self._frozen, self._digests = frozen, digests
         self._watched = marks is not None
         self._marks = _begin(marks) if marks is not None else None
         self.clean: list[tuple[int, int]] = []
@@ -161,8 +164,8 @@ class Survey:
             writable = vma.shared and "mw" in vma.flags
             key = (vma.major, vma.minor, vma.inode, writable)
             if key not in self._index:
-                info = os.stat(f"/proc/{self._frozen.pid}/map_files/{vma.start:x}-{vma.end:x}")
-                self._index[key] = self.add_file(os.fsencode(vma.path), info, writable)
+                link = f"/proc/{self._frozen.pid}/map_files/{vma.start:x}-{vma.end:x}"
+                self._index[key] = self._add_file(vma.path, link, writable)
             return (MAP_SHARED if vma.shared else MAP_PRIVATE), self._index[key]
         return None
 
@@ -184,13 +187,12 @@ class Survey:
         path = os.readlink(link)
         file = lending.original(path, link)
         if file is None:
-            return self.add_file(os.fsencode(path), os.stat(link))
+            return self._add_file(path, link)
         self.files.append(file)
         return len(self.files) - 1
 
-    def add_file(self, path: bytes, info: os.stat_result, writable: bool = False) -> int:
-        """Add a file the image refers to; returns its index."""
-        self.files.append(MappedFile(path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, writable))
+    def _add_file(self, path: str, link: str, writable: bool = False) -> int:
+        self.files.append(lending.describe(path, link, writable, self._digests))
         return len(self.files) - 1
 
     def _refuse_shared(self) -> None:

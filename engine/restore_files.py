@@ -2,7 +2,8 @@
 
 What is opened as root must be the very object the process had: else it would read what it may not. The same content by
 another way, that is on a network file system or in the view of the master's files, is opened with the process's own
-rights. Those have no device of their own (major number 0): path, kind, size and time of change are what can agree.
+rights. Where the image says its digest, that decides, and nothing else does. Else path, kind, size and time of change
+are what can agree, of file systems that have no device of their own (major number 0).
 """
 
 import errno
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from engine import digests
 from engine.image import Image, MappedFile
 from engine.lending import Lending
 from engine.linux.credentials import Credentials, acting_as
@@ -74,14 +76,17 @@ def gather(files: Iterable[MappedFile], root_of: int) -> int:
 
 def _fetch(file: MappedFile, path: bytes) -> bool:
     try:
-        if not _has_same_content(file, os.stat(path, follow_symlinks=False), False):
+        if not _may_be(file, os.stat(path, follow_symlinks=False), False):
             return False
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return _is(file, fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno in _NOT_HERE:
             return False
         raise OSError(error.errno, f"{os.fsdecode(file.path)}: {os.strerror(error.errno or 0)}") from None
-    return True
 
 
 def begins_in_root(image: Image, root_of: int) -> bool:
@@ -92,13 +97,13 @@ def begins_in_root(image: Image, root_of: int) -> bool:
 def _open(file: MappedFile, path: bytes, directory: bool, who: Credentials) -> int:
     try:
         info = os.stat(path, follow_symlinks=False)
-        if (info.st_dev, info.st_ino) == (file.device, file.inode):
+        if not file.digest and (info.st_dev, info.st_ino) == (file.device, file.inode):
             return _open_same(file, path, info)
-        if not _has_same_content(file, info, directory):
+        if not _may_be(file, info, directory):
             raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
         with acting_as(who):
             fd = os.open(path, (os.O_PATH if directory else os.O_NONBLOCK) | os.O_CLOEXEC | os.O_NOFOLLOW)
-        return _expect(fd, _has_same_content(file, os.fstat(fd), directory), file)
+        return _expect(fd, _may_be(file, os.fstat(fd), directory) and (directory or _is(file, fd)), file)
     except OSError as error:
         if error.filename is None:
             raise
@@ -120,13 +125,21 @@ def _open_same(file: MappedFile, path: bytes, info: os.stat_result) -> int:
 def _expect(fd: int, holds: bool, file: MappedFile) -> int:
     if not holds:
         os.close(fd)
-        raise OSError(116, f"{os.fsdecode(file.path)} changed meanwhile")
+        raise OSError(116, f"{os.fsdecode(file.path)} is not the same file here")
     return fd
 
 
-def _has_same_content(file: MappedFile, info: os.stat_result, directory: bool) -> bool:
+def _may_be(file: MappedFile, info: os.stat_result, directory: bool) -> bool:
+    """Whether a file has the same content as far as its status tells."""
+    if file.digest:
+        return stat.S_ISREG(info.st_mode) and info.st_size == file.size
     if file.writable or (os.major(info.st_dev) and os.major(file.device)):
         return False
     if directory:
         return stat.S_ISDIR(info.st_mode)
     return stat.S_ISREG(info.st_mode) and (info.st_size, info.st_mtime_ns) == (file.size, file.mtime_ns)
+
+
+def _is(file: MappedFile, fd: int) -> bool:
+    """Whether an open file has the digest that the image says, if it says one."""
+    return not file.digest or digests.of_descriptor(fd) == file.digest

@@ -58,14 +58,14 @@ class Source:
         """Say what of a process that runs will have to be relayed: a forecast.
 
         `outline`: and who it is, and its own bytes, as `straight` wants to be told.
-        `files`: and which files it maps, as `gather` wants to be told.
+        `files`: and which files it maps, as `gather` wants to be told; `digests`: with those.
         """
         pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
         seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home")))}
         if request.get("outline"):
             seen |= {"process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
         if request.get("files"):
-            seen["files"] = [file.plain() for file in mapped_files(pid)]
+            seen["files"] = [file.plain() for file in mapped_files(pid, bool(request.get("digests")))]
         return seen
 
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
@@ -202,6 +202,7 @@ class Source:
         `family`: the daemon looks after the children that stay.
         `at_home`: it leaves the master.
         `contents`: bytes of open files without a name that may travel.
+        `digests`: the destination knows files by their content.
         """
         frozen = self._held()
         (question, answer), self._seen = self._seen, ({}, {})
@@ -212,7 +213,7 @@ class Source:
             self._settled = True
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
-            bool(request.get("at_home")), self._rounds, _contents(request),
+            bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead

@@ -87,7 +87,7 @@ def _parse_job(index: int, word: str) -> tuple[int, int, int]:
 class Original:
     """What `image` of engine/batch.py gives, for nodes of one kind."""
 
-    unlike: object
+    kind: object  # of the nodes
     image: bytes
     rank: Sequence[int] | None
     random: int
@@ -114,6 +114,7 @@ class Copy(Leave):
     ) -> None:
         super().__init__(proc, source, destination, around)
         self.rank = rank
+        self.kind = {name: self.looking.get(name) for name in ("unlike", "digests")}  # of the node: one image each
 
     async def make(self, engine: Engine, original: Original) -> None:
         """Has the one that waits become the ghost, and the node make what it stands for.
@@ -263,13 +264,12 @@ class Batches:
         await engine.call("wait_template")
         originals: list[Original] = []
         for copy in copies:
-            unlike = copy.looking.get("unlike")
-            if not any(original.unlike == unlike for original in originals):
-                originals.append(await self._take_image(engine, unlike))
+            if not any(original.kind == copy.kind for original in originals):
+                originals.append(await self._take_image(engine, copy.kind))
         await engine.call("end_template")
         async with trio.open_nursery() as nursery:
             for original in originals:
-                alike = [copy for copy in copies if copy.looking.get("unlike") == original.unlike]
+                alike = [copy for copy in copies if copy.kind == original.kind]
                 nursery.start_soon(self._make_alike, engine, alike, original)
 
     async def _make_alike(self, engine: Engine, copies: list[Copy], original: Original) -> None:
@@ -279,14 +279,14 @@ class Batches:
                 for copy in copies:
                     nursery.start_soon(carefully, copy.proc.pid, self._make_one(engine, copy, named))
 
-    async def _take_image(self, engine: Engine, unlike: dict[str, Any] | None) -> Original:
-        reply = await engine.call("image", unlike=unlike, contents=self._around.contents)
+    async def _take_image(self, engine: Engine, kind: dict[str, Any]) -> Original:
+        reply = await engine.call("image", contents=self._around.contents, **kind)
         refuse(reply["refusals"])
-        if unlike and unlike.get("bare"):
+        if (kind["unlike"] or {}).get("bare"):
             hidden = [path for path in reply["files"] if not self._around.exports.holds(os.fsdecode(path))]
             if hidden:  # they come along with those that go by themselves, engine/lending.py
                 raise BpfsError(errno.ENOENT, f"{os.fsdecode(hidden[0])} is not exported: each has to go by itself")
-        return Original(unlike, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])
+        return Original(kind, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])
 
     def _is_elsewhere(self, proc: Process) -> bool:
         # Another order, or somebody who moved it, was faster.

@@ -97,6 +97,9 @@ class ProcFiles:
         async def rusage(proc: Process) -> str:
             return await procs.rusage(proc)
 
+        async def mapped(proc: Process) -> str:
+            return await procs.mapped(proc)
+
         return Table(
             File(
                 "node",
@@ -118,6 +121,13 @@ class ProcFiles:
                 "cantmove",
                 "why it cannot move now, a line an obstacle; empty if it can",
                 read=cantmove,
+                access=owned(0o400),
+                sized=False,
+            ),
+            File(
+                "mapped",
+                "the files that it maps, and whose they are there: own, cache, network or carried",
+                read=mapped,
                 access=owned(0o400),
                 sized=False,
             ),

@@ -42,7 +42,7 @@ from bpfs.procs.places import Engine, Place
 from bpfs.procs.process import ExitStatus, Process
 from bpfs.procs.straight import go_straight
 from bpfs.tree.base import WriteRequest
-from engine.facts import unlike, unpacks
+from engine.facts import share_files, unlike, unpacks
 
 UNDO_TIMEOUT = 10.0  # seconds that an engine gets to undo its part before its socket is simply closed
 FRESH = 0.002  # seconds after the destination said that its copy is whole within which it need not be asked again
@@ -76,6 +76,8 @@ class Migration(ABC):
         self.looking: dict[str, Any] = {"moving": True, "family": True}
         if differences := unlike(source.facts, destination.facts):
             self.looking["unlike"] = differences
+        if not share_files(source.facts, destination.facts):
+            self.looking["digests"] = True
         self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
         self.before = proc.state  # what it does when no move owns it

@@ -20,7 +20,7 @@ from bpfs.wire.link import Link
 from engine.facts import facts
 
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
-BULK = ("send", "receive", "give", "keep_image", "stage", "gather")  # operations that take as long as much is to come
+BULK = ("send", "receive", "give", "keep_image", "stage", "gather")  # operations that take that may take long
 LOOPBACK = "127.0.0.1"
 BULK_TIMEOUT = 3600.0  # seconds
 

@@ -39,7 +39,7 @@ from bpfs.view.exports import Exports
 from bpfs.wire import messages
 from bpfs.wire.mux import ChanKind, Channel, ghost_table
 from bpfs.wire.streams import StreamBook
-from engine.facts import is_bare
+from engine.facts import share_files
 from engine.linux import procfs
 
 UNTRACED_WITHIN = 10.0  # seconds in which a dying engine lets go of a process
@@ -101,7 +101,7 @@ class ToNode(Migration):
         self._landing: Landing | None = None
         self._born_as: tuple[object, ...] = ()
         self.children = self.expected_children()  # have stand-ins over there
-        self.gathers = is_bare(destination.facts)
+        self.gathers = not share_files(source.facts, destination.facts)
 
     @abstractmethod
     def expected_children(self) -> list[Relative]:

@@ -13,7 +13,7 @@ from bpfs import log
 from bpfs.engines import Workers
 from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER, NodeTable
-from bpfs.procs import usage
+from bpfs.procs import mapped, usage
 from bpfs.procs.batch import Batches
 from bpfs.procs.checkpoint import Checkpoints
 from bpfs.procs.exits import listening
@@ -228,3 +228,7 @@ class Procs:
     async def rusage(self, proc: Process) -> str:
         """`key value` lines about what the process used. Raises BpfsError."""
         return usage.render(await self.ghosts.status_files(proc, ("stat", "status")))
+
+    async def mapped(self, proc: Process) -> str:
+        """A line a file that the process maps: whose it is where it runs, and its name. Raises BpfsError."""
+        return mapped.render(await self.ghosts.status_files(proc, ("maps", "mountinfo")))

@@ -38,10 +38,11 @@ from bpfs.view.start import start
 from bpfs.wire.link import Link
 from bpfs.wire.messages import CacheCall, CacheReply, ViewOpen, ViewOpened
 from bpfs.wire.streams import open_stream
+from engine import digests
 
 _log = log.get("view")
 
-TYPE = "fuse.bpview"
+TYPE = digests.VIEW
 TIMEOUT = 10.0
 """Seconds after which a file of a silent master fails with EIO."""
 

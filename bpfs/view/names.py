@@ -12,7 +12,9 @@ from bpfs.view.fuse import Op
 from bpfs.view.nodes import Node
 from bpfs.view.protocol import Attributes
 from bpfs.view.remote import Refused, Remote
+from engine import digests
 
+DIGEST = digests.ATTRIBUTE.encode()
 VALID = 1 << 30
 """Seconds that the kernel may keep what it was told: for ever, for changes are told."""
 
@@ -132,10 +134,12 @@ class Names:
 
     def _getxattr(self, request: Request) -> bool:
         size, _ = fuse.XATTR_IN.unpack_from(request.body)
-        capability = self._core.node(request).capability
-        if not capability or request.body[fuse.XATTR_IN.size :] != b"security.capability\0":
+        node = self._core.node(request)
+        known = {b"security.capability": node.capability, DIGEST: node.digest.encode()}
+        value = known.get(request.body[fuse.XATTR_IN.size :].rstrip(b"\0"), b"")
+        if not value:
             return self._core.refuse(request, ENODATA)
-        return self._core.reply(request, capability if size else len(capability).to_bytes(8, "little"))
+        return self._core.reply(request, value if size else len(value).to_bytes(8, "little"))
 
     # -- directories -------------------------------------------------------------------------------
 

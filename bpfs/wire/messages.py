@@ -346,7 +346,7 @@ MM_FILES = frozenset({"cmdline", "environ", "maps", "smaps_rollup"})
 JOBS_AT_ONCE = 100
 """Jobs in one JobsStatus: the answer is far below a frame's limit, and takes a node about 5 ms."""
 
-PROC_FILES = frozenset({"stat", "status", "statm", "io", "limits", "wchan"}) | MM_FILES
+PROC_FILES = frozenset({"stat", "status", "statm", "io", "limits", "wchan", "mountinfo"}) | MM_FILES
 """Files of /proc/PID that a node tells."""
 
 

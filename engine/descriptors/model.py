@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from engine.linux import process_vm, statx
+from engine.linux import mounts, process_vm, statx
 from engine.linux.credentials import Credentials
 from engine.linux.statx import Status
 
@@ -105,7 +105,7 @@ class Source:
     _pidfd: int = -1
     _grabbed: dict[int, int] = field(default_factory=dict)
     _elsewhere: dict[bytes, list[bytes]] | None = None
-    _mounted: dict[int, bytes] | None = None
+    _mounted: dict[int, str] | None = None
 
     def __enter__(self) -> Source:
         return self
@@ -129,12 +129,12 @@ class Source:
             self._grabbed[probe.fd] = process_vm.pidfd_getfd(self._pidfd, probe.fd)
         return self._grabbed[probe.fd]
 
-    def file_system(self, probe: Probe) -> bytes:
+    def file_system(self, probe: Probe) -> str:
         """The type of the file system that the object is on, as mount(8) says it; empty where that is not mounted."""
         if self._mounted is None:
             with open(f"/proc/{self.pid}/mountinfo", "rb") as file:
-                self._mounted = dict(map(_mounted, file))
-        return self._mounted.get(probe.status.dev, b"")
+                self._mounted = mounts.types(file.read())
+        return self._mounted.get(probe.status.dev, "")
 
     def held_elsewhere(self, probe: Probe) -> bool:
         """Whether another process has the object open. Reads all of /proc/*/fd, once for all."""
@@ -152,13 +152,6 @@ class Source:
         if size > self.limit:
             raise Refusal(f"has {size} bytes that would have to travel (limit: {self.limit} more)")
         self.limit -= size
-
-
-def _mounted(line: bytes) -> tuple[int, bytes]:
-    # "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw", with more or fewer words before the dash.
-    before, _, after = line.partition(b" - ")
-    major, minor = before.split(b" ", 3)[2].split(b":")
-    return os.makedev(int(major), int(minor)), after.split(b" ", 1)[0]
 
 
 def _is_at(path: bytes, status: Status) -> bool:

@@ -26,15 +26,13 @@ from engine.descriptors.model import (
     open_flags,
     reopen,
 )
-from engine.linux import statx
+from engine.linux import mounts, statx
 from engine.linux.credentials import acting_as
 from engine.linux.libc import LIBC
 from engine.linux.openat2 import open_in_root
 
 _FUSE_MAGIC = 0x65735546  # <linux/magic.h>
 _DELETED = b" (deleted)"
-_OF_SERVERS = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"ceph", b"lustre", b"afs", b"9p", b"gfs2", b"ocfs2"})
-"""File systems that hold back what was written until it is asked for, and that others see, too."""
 
 
 def _is_file(_: Source, probe: Probe) -> bool:
@@ -83,7 +81,7 @@ def _write_back(source: Source, probe: Probe) -> None:
     """
     if os.major(probe.status.dev) or probe.access == os.O_RDONLY or not is_mode(probe, stat.S_IFREG):
         return
-    if source.file_system(probe) in _OF_SERVERS:
+    if source.file_system(probe) in mounts.OF_SERVERS:
         try:
             os.fsync(source.grab(probe))
         except OSError as error:

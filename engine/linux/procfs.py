@@ -9,6 +9,7 @@ from typing import Final
 
 _CHUNK: Final = 1 << 16
 _PAGE: Final = 4096
+NO_FILES: Final = ("/memfd:", "/SYSV", "/dev/", "/secretmem")  # what maps shows like files, and is none of a disk
 _PRESENT: Final = (b"Rss:", b"Swap:", b"Shared_Hugetlb:", b"Private_Hugetlb:")
 
 

@@ -256,6 +256,21 @@ def test_what_a_node_lacks_is_fetched_before_the_process_stands_still(it, gates,
         move(it, process.pid, -1)
 
 
+def test_files_are_known_by_their_content(it, exported, tmp_path):
+    program, library = exported / "known", tmp_path / "libown.so"
+    shutil.copy("/usr/lib/x86_64-linux-gnu/libm.so.6", library)
+    with threads(program, tmp_path, LD_PRELOAD=str(library)) as process:
+        os.utime(program, (1, 1))  # the same as ever
+        for node in (0, 1):
+            move(it, process.pid, node)
+            mapped = it.read(f"procs/{process.pid}/mapped").splitlines()
+            assert f"cache {program}" in mapped and "carried libown.so" in mapped
+        move(it, process.pid, -1)
+        assert f"own {program}" in it.read(f"procs/{process.pid}/mapped").splitlines()
+    code = f"import os; print(os.getxattr('{program}', 'trusted.bpfs.digest').decode())"
+    assert shell(it, f'/usr/bin/python3 -c "{code}"').strip() == hashlib.sha256(program.read_bytes()).hexdigest()
+
+
 def test_a_program_that_nodes_do_not_see_is_run_there(it, tmp_path):
     shutil.copy("/usr/bin/readlink", tmp_path / "own")
     done = run(it, str(tmp_path / "own"), "/proc/self/exe")
