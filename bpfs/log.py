@@ -27,7 +27,9 @@ class _OneLine(logging.Formatter):
 
 def start(program: str, file: Path | None = None, verbose: bool = False) -> None:
     """Send the log of this process to a file (appended), or to stderr where there is none."""
-    handler = logging.FileHandler(file) if file is not None else logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if file is not None:
+        handler = logging.FileHandler(file, errors="backslashreplace")  # a name in a line may be no UTF-8
     handler.setFormatter(_OneLine(program))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
 

@@ -8,12 +8,10 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-import msgpack
-
 from engine import faults
 from engine import image as img
 from engine.image import MappedFile
-from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, sentence
+from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, report, sentence
 from engine.restore import Builder
 from engine.restore_files import gather
 from engine.spawn import Relative
@@ -152,7 +150,13 @@ class Destination:
     def _telling(self, stream: Stream) -> Iterator[None]:
         """What fails in this context is undone, and the source's worker is told."""
         try:
-            yield
+            try:
+                yield
+            except OSError:
+                raise
+            except Exception as error:  # what an image claims is believed in many places
+                report(error)
+                raise img.ImageError(sentence(error)) from error
         except BaseException as error:
             if isinstance(error, OSError) and not isinstance(error, Aborted):
                 _tell(stream, error.errno or 5, sentence(error))
@@ -239,12 +243,13 @@ class Destination:
         files, self._files = self._files, {}
         for fd in files.values():
             os.close(fd)
-        if stage is not None:
-            stage.discard(target)
-        if builder is not None:
-            builder.close()
-        if target is not None:
-            target.discard()
+        with contextlib.ExitStack() as steps:  # each is gone, in this order from the end, whatever the others meet
+            if target is not None:
+                steps.callback(target.discard)
+            if builder is not None:
+                steps.callback(builder.close)
+            if stage is not None:
+                steps.callback(stage.discard, target)
         return target is not None or stage is not None
 
 
@@ -258,4 +263,4 @@ def _listen(address: str) -> socket.socket:
 def _tell(stream: Stream, code: int, text: str) -> None:
     """What `_read_verdict` will raise over there."""
     with contextlib.suppress(OSError):
-        stream.send(img.frame(img.ERROR, msgpack.packb({"errno": code, "text": text})))
+        stream.send(img.error_frame(code, text))

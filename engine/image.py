@@ -286,6 +286,18 @@ def _check(image: Image) -> None:
             raise ImageError("pages lie outside the address space")
 
 
+def error_frame(code: int, text: str) -> bytes:
+    """A frame ERROR."""
+    return frame(ERROR, msgpack.packb({"errno": code, "text": text}, unicode_errors="surrogateescape"))
+
+
+def failure(body: bytes) -> OSError:
+    """What a frame ERROR tells. Raises ImageError."""
+    with _believing_nothing():
+        answer = msgpack.unpackb(body, unicode_errors="surrogateescape")
+        return OSError(int(answer["errno"]), str(answer["text"]))
+
+
 def runs_of(image: Image) -> list[tuple[int, int]]:
     """(address, length) of the pages that follow META."""
     view = memoryview(image.runs).cast("Q").tolist()

@@ -12,8 +12,6 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-import msgpack
-
 from engine import image as img
 from engine.birth import Newborn, bear
 from engine.checkpoint import Chain, Checkpoint, Writer
@@ -148,8 +146,7 @@ class Keeper:
                 total = self._take(stream)
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    answer = {"errno": error.errno or 5, "text": error.strerror or str(error)}
-                    stream.send(img.frame(img.ERROR, msgpack.packb(answer)))
+                    stream.send(img.error_frame(error.errno or 5, error.strerror or str(error)))
                 raise
             stream.send(img.frame(img.HELD, b""))
         except BaseException:
@@ -287,8 +284,7 @@ class Giver:
         finally:
             stream.close()
         if kind == img.ERROR:
-            answer = msgpack.unpackb(body)
-            raise OSError(int(answer["errno"]), str(answer["text"]))
+            raise img.failure(body)
         return {"bytes": self._image.total}
 
     def _send_pages(self, send: Callable[[bytes], object]) -> None:

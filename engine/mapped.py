@@ -9,6 +9,8 @@ from engine.linux import procfs
 from engine.linux.procfs import Vma
 
 _PROT_WRITE: Final = 2
+_ROOM: Final = 100_000  # bytes of a message; what does not fit comes when the process stands still
+_FIELDS: Final = 100  # bytes of a file beside its path, at most
 
 
 def mapped_files(pid: int, by_content: bool) -> list[MappedFile]:
@@ -18,13 +20,15 @@ def mapped_files(pid: int, by_content: bool) -> list[MappedFile]:
         OSError: it is gone.
     """
     found: dict[tuple[int, int, int], MappedFile] = {}
+    room = _ROOM
     for vma in procfs.parse_maps(procfs.read(f"/proc/{pid}/maps")):
         key = (vma.major, vma.minor, vma.inode)
-        if key not in found and vma.path.startswith("/") and not (vma.shared and vma.prot & _PROT_WRITE):
+        if key not in found and room > 0 and vma.path.startswith("/") and not (vma.shared and vma.prot & _PROT_WRITE):
             with contextlib.suppress(OSError):  # unmapped meanwhile
                 file = _describe(pid, vma, by_content)
                 if file is not None:
                     found[key] = file
+                    room -= len(file.path) + _FIELDS
     return list(found.values())
 
 

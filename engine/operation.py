@@ -1,5 +1,8 @@
 """What the operations of a worker (engine/worker.py) have in common."""
 
+import os
+import sys
+import traceback
 from typing import Any, Final
 
 TOKEN_SIZE: Final = 32  # by which a stream's two ends know each other
@@ -7,6 +10,14 @@ ORDER: Final = "out of order"
 FDS: Final = "_fds"  # in an operation's result: descriptors to go with the reply
 
 Reply = dict[str, Any]
+
+
+def report(error: BaseException) -> None:
+    """A line on standard error, which is the daemon's log, about what nobody foresaw."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    trail = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
+    text = f"bpfs worker: {type(error).__name__}: {error} [{trail}]".replace("\n", " | ")
+    print(text, file=sys.stderr, flush=True)
 
 
 def sentence(error: BaseException) -> str:

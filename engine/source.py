@@ -456,6 +456,5 @@ def _read_verdict(stream: Stream) -> bytes:
     """
     kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR, img.LACKS), img.MAX_SMALL)
     if kind == img.ERROR:
-        answer = msgpack.unpackb(body)
-        raise OSError(int(answer["errno"]), str(answer["text"]))
+        raise img.failure(body)
     return body

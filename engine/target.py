@@ -365,7 +365,7 @@ class Home(Target):
             calls.run()
             ptrace.detach(self.pid)
             note.erase()
-        except OSError:
+        except Exception:
             # Dead already, or in no state to go on: its end is better than a process that is neither.
             _kill([*self.threads, self.pid], self.pidfd)
         self.close()

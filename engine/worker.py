@@ -6,6 +6,7 @@ ghost again. The operations: engine/source.py, engine/destination.py, engine/kee
 engine/batch.py.
 """
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from engine.batch import Copies, Original
 from engine.destination import Destination
 from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets
-from engine.operation import FDS, Reply, sentence
+from engine.operation import FDS, Reply, report, sentence
 from engine.source import Source
 from engine.stream import Aborted
 
@@ -80,18 +81,39 @@ def serve(control: socket.socket) -> bool:
                 for fd in fds:
                     os.close(fd)
             clean = clean and reply["ok"]
-            passed = reply.pop(FDS, [])
-            packets.send(control, reply, passed)
-            for fd in passed:
-                os.close(fd)
+            _reply(control, reply)
             if source.afterwards is not None:
                 afterwards, source.afterwards = source.afterwards, None
-                afterwards()
+                _try(afterwards)
     except OSError:
         clean = False  # the daemon is gone
     finally:
-        clean = not (source.undo() | destination.undo() | keeper.undo() | giver.undo() | original.undo()) and clean
+        for one in (source, destination, keeper, giver, original):
+            clean = not _try(one.undo) and clean
     return clean
+
+
+def _try(work: Callable[[], object]) -> bool:
+    """Do something whose failure must not keep us from what comes next. Returns what it does, or True."""
+    try:
+        return bool(work())
+    except Exception as error:
+        report(error)
+        return True
+
+
+def _reply(control: socket.socket, reply: Reply) -> None:
+    passed = reply.pop(FDS, [])
+    try:
+        try:
+            packets.send(control, reply, passed)
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            packets.send(control, _failure(error))
+    finally:
+        for fd in passed:
+            os.close(fd)
 
 
 def _answer(operations: dict[str, Callable[[Reply, list[int]], Reply]], request: Reply, fds: list[int]) -> Reply:
@@ -103,6 +125,12 @@ def _answer(operations: dict[str, Callable[[Reply, list[int]], Reply]], request:
     except Aborted:
         raise
     except OSError as error:
-        return {"ok": False, "errno": error.errno or 5, "text": sentence(error), "refusals": []}
+        return _failure(error)
     except Exception as error:  # a defect of ours must not leave a process frozen: the daemon will undo
-        return {"ok": False, "errno": 5, "text": sentence(error), "refusals": []}
+        report(error)
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Reply:
+    code = error.errno if isinstance(error, OSError) else 0
+    return {"ok": False, "errno": code or errno.EIO, "text": sentence(error), "refusals": []}

@@ -9,14 +9,15 @@ import msgpack
 
 MAX_PACKET: Final = 200_000
 _MAX_FDS: Final = 250
+_NAMES: Final = "surrogateescape"  # of files, in sentences, may be no UTF-8
 _ANCILLARY: Final = socket.CMSG_SPACE(_MAX_FDS * 4)
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
     """Send one map. Raises OSError (EPIPE: the peer is gone; EMSGSIZE)."""
-    body = msgpack.packb(message)
+    body = msgpack.packb(message, unicode_errors=_NAMES)
     if len(body) > MAX_PACKET:
-        raise OSError(90, f"a message of {len(body)} bytes")
+        raise OSError(90, f"a message of {len(body)} bytes is too long")
     if fds:
         sock.sendmsg([body], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], socket.MSG_NOSIGNAL)
     else:
@@ -37,7 +38,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not body:
         return None
     try:
-        message = msgpack.unpackb(body, strict_map_key=False)
+        message = msgpack.unpackb(body, strict_map_key=False, unicode_errors=_NAMES)
         if not isinstance(message, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("not a whole map")
     except Exception as error:
