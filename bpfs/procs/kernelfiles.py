@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Files of procs/PID that are the kernel's own, in its format: read where the process runs, whenever somebody asks.
 
-On a node they come from the jobs' own /proc, so that every pid in them is the cluster's.
+On a node they come from the jobs' own /proc, so that every pid in them is the cluster's. What the kernel keeps from those
+who may not trace a process (addresses, where it waits) nobody sees in `stat`, and only its owner in the others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from bpfs.errors import BpfsError
 from bpfs.procs.process import Process
+from bpfs.procs.pstext import guarded
 from bpfs.tree.entries import Access, File
 from bpfs.wire.messages import MM_FILES
 
@@ -31,7 +33,7 @@ _FILES = (
     ("smaps_rollup", _OWN, "how much of it is shared, dirty, swapped ..., in kB"),
     ("io", _OWN, "bytes that it has read and written"),
     ("limits", _ALL, "its resource limits"),
-    ("wchan", _ALL, "where in the kernel it waits"),
+    ("wchan", _OWN, "where in the kernel it waits"),
 )
 
 Read = Callable[[Process, tuple[str, ...]], Awaitable[dict[str, bytes]]]
@@ -42,7 +44,8 @@ def entries(read: Read) -> tuple[File[Process], ...]:
 
     def entry(name: str, mode: int, text: str) -> File[Process]:
         async def content(proc: Process) -> bytes:
-            return (await read(proc, (name,)))[name]
+            text = (await read(proc, (name,)))[name]
+            return guarded(text) if name == "stat" else text
 
         return File(
             name,

@@ -81,8 +81,9 @@ def test_the_kernels_own_files_come_from_the_node(it, counter):
     assert "Pss:" in (proc / "smaps_rollup").read_text()
     assert "rchar:" in (proc / "io").read_text()
     assert "Max open files" in (proc / "limits").read_text()
+    assert stat.rpartition(")")[2].split()[25] == "0", "the start of its stack is nobody's business"
     (proc / "wchan").read_text()
-    assert [(proc / name).stat().st_mode & 0o777 for name in ("stat", "environ")] == [0o444, 0o400]
+    assert [(proc / name).stat().st_mode & 0o777 for name in ("stat", "environ", "wchan")] == [0o444, 0o400, 0o400]
     move(it, counter.pid, -1)
     assert (proc / "maps").read_text() == Path(f"/proc/{counter.pid}/maps").read_text()
     check_counting(finish(counter), counter.pid)
