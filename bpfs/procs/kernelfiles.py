@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Files of procs/PID that are the kernel's own, in its format: read where the process runs, whenever somebody asks.
 
-On a node they come from the jobs' own /proc, so that every pid in them is the cluster's. What the kernel keeps from those
-who may not trace a process (addresses, where it waits) nobody sees in `stat`, and only its owner in the others.
+On a node they come from the jobs' own /proc, so that every pid in them is the cluster's. What the kernel keeps from
+those who may not trace a process (addresses, where it waits) nobody sees in `stat`, and only its owner in the others.
 """
 
 from __future__ import annotations

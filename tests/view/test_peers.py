@@ -52,7 +52,10 @@ def test_who_knows_the_secret_gets_what_is_there(giver):
             next(take(peer, digest, size))
 
 
-@pytest.mark.parametrize("said", [b"", b"x" * 10, bytes(SECRET) + DIGEST.encode()])
+STRANGERS = {"nothing": b"", "too little": b"x" * 10, "another secret": bytes(SECRET) + DIGEST.encode()}
+
+
+@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_gets_nothing(giver, said):
     with socket.create_connection(("127.0.0.1", giver.port)) as sock:
         sock.sendall(said)
