@@ -49,7 +49,7 @@ MOST_CONTENT = 192 << 20
 
 DEFAULT_NODETIMEOUT = 60.0
 """Seconds: a busy machine may take many to make a process, and who waits can be killed at any time."""
-DEFAULT_FANOUT = 32
+DEFAULT_FANOUT = 64
 """Nodes to which each passes an image on: tests/benchmarks/bench_images.py."""
 DEFAULT_TREE_TIMEOUT = 2.0
 """Seconds: a node answers within some milliseconds, and within a tenth of a second where it has to wait itself."""

@@ -230,15 +230,19 @@ class Workers:
         self._spare: socket.socket | None = None
         self._wanted = trio.Event()
 
-    def open_socket(self) -> socket.socket:
+    def open_socket(self, comes_back: bool = False) -> socket.socket:
         """A worker's socket.
+
+        Args:
+            comes_back: it will be given back soon, so that no other has to be made in its place.
 
         Raises:
             BpfsError: EIO where the zygote cannot make one.
         """
         sock, self._spare = self._spare, None
         if sock is not None and not _is_dead(sock):
-            self._wanted.set()
+            if not comes_back:
+                self._wanted.set()
             return sock
         if sock is not None:
             sock.close()

@@ -156,7 +156,8 @@ class Original:
 
 
 def _freeze_waiting(request: Reply) -> Frozen:
-    frozen = freeze(int(request["pid"]))
+    # What its wait comes to nobody will learn: it turns into another program, or ends.
+    frozen = freeze(int(request["pid"]), sleeps=False)
     try:
         if procfs.parse_stat(procfs.read(f"{frozen.live}/stat")).starttime != int(request["start"]):
             raise ProcessGone(frozen.pid)  # another one has its pid now

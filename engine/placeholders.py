@@ -150,8 +150,7 @@ class World:
         outer = outer_pid(self._init, self._namespace, pid)
         if outer is None:
             return True
-        with open(procfs.own_file(outer, "status"), "rb", buffering=0) as file:
-            return b"\nTracerPid:\t0\n" not in file.read()
+        return b"\nTracerPid:\t0\n" not in procfs.read(procfs.own_file(outer, "status"))
 
     def _exe_of(self, pid: int) -> tuple[int, int]:
         status = os.stat(f"{pid}/exe", dir_fd=self._proc)
@@ -499,9 +498,7 @@ def dismiss(init: int, handle: int) -> None:
 
 
 def _cookie(init: int) -> int:
-    with open(f"/proc/{init}/environ", "rb", buffering=0) as file:
-        words = file.read().split(b"\0")
-    for word in words:
+    for word in procfs.read(f"/proc/{init}/environ").split(b"\0"):
         if word.startswith(b"BPFS_COOKIE="):
             return int(word[12:], 16)
     raise ProcessLookupError(3, f"process {init} is no nodeinit")

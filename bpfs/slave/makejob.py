@@ -57,7 +57,7 @@ class JobMaker:
                 "externals": {key: index for index, key in enumerate(ends.job)},
             },
         )  # fmt: skip
-        channel = WorkerChannel(self._workers.open_socket())
+        channel = WorkerChannel(self._workers.open_socket(comes_back=True))
         fds: list[int] = []
         try:
             answer, fds = await channel.exchange(body, list(ends.job.values()))

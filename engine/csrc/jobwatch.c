@@ -21,13 +21,13 @@
 #include <linux/connector.h>
 #include <linux/filter.h>
 #include <linux/netlink.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -43,6 +43,7 @@
 #define REAP_MS 2          /* between looks whether an ended process has been waited for; doubles each time */
 #define REAP_MOST_MS 250
 #define CLIENTS 2048
+#define EVENTS 64 /* of one look at the epoll set */
 #define BUCKETS 4096
 #define RECEIVE_BUFFER (16 << 20)
 #define INITIAL_PIDNS 0xEFFFFFFC /* linux/proc_ns.h: PROC_PID_INIT_INO */
@@ -62,7 +63,7 @@ struct job {
 	struct job *next, **link;             /* in its bucket */
 	struct job *later, *sooner;           /* all jobs of everybody */
 	struct client *client;
-	int global, pid;
+	int global, pid, parent; /* parent: global, as far as it is known; else 0 */
 	bool reported, ended, told_end, placeholder, seen;
 	int code, first_code; /* wait status; that of the first thread, which may leave others behind */
 	int64_t due;      /* when it is to be read or looked at; 0: not before the next look at all */
@@ -75,6 +76,7 @@ static int client_count;
 static struct job *buckets[BUCKETS];
 static struct job all = { .later = &all, .sooner = &all };
 static int events = -1; /* the connector */
+static int waiting = -1; /* the epoll set: of clients, the connector, and who listens for clients */
 static bool answering;  /* it has said something: we are where it speaks */
 static int64_t next_due = INT64_MAX;
 
@@ -110,7 +112,7 @@ static void due(struct job *job, int64_t when)
 		next_due = job->due;
 }
 
-static struct job *add(struct client *client, int global, int pid)
+static struct job *add(struct client *client, int global, int pid, int parent)
 {
 	struct job *job = calloc(1, sizeof(*job));
 	struct job **bucket = &buckets[global % BUCKETS];
@@ -120,6 +122,7 @@ static struct job *add(struct client *client, int global, int pid)
 	job->client = client;
 	job->global = global;
 	job->pid = pid;
+	job->parent = parent;
 	job->code = job->first_code = -1;
 	job->placeholder = pid == 1;
 	job->next = *bucket;
@@ -261,6 +264,11 @@ static uint64_t print_of(const struct stat_line *s)
 	return ((uint64_t)s->ppid << 42) ^ ((uint64_t)s->pgid << 21) ^ (uint64_t)s->sid ^ stopped << 63;
 }
 
+static bool is_placeholder(const struct stat_line *s)
+{
+	return !strncmp(s->comm, PLACEHOLDER, sizeof(PLACEHOLDER) - 1);
+}
+
 static uint32_t id_of(const char *status, const char *key)
 {
 	const char *line = strstr(status, key);
@@ -301,11 +309,22 @@ static void tell_end(struct job *job, enum record_kind kind)
 	put(job->client, &r, "");
 }
 
+/* Whether nobody waits for it, nor for who it stands for, but nodeinit or a placeholder: what nobody asks for. */
+static bool idle(const struct job *job)
+{
+	const struct job *parent = find(job->parent);
+
+	/* Without a print it has not been looked at since it did something, and may be a job by now. */
+	return parent && parent->client == job->client && (parent->pid == 1 || (parent->placeholder && parent->print));
+}
+
 /* Who it stands for shall hear of it. */
 static void tell_stood(struct job *job, char state)
 {
 	struct record r = { .kind = RECORD_STOOD, .pid = job->pid, .state = state, .code = job->code };
 
+	if (idle(job))
+		return;
 	if (state == 'Z' && job->code < 0 && outer(job->client, job->pid) > 0)
 		return; /* noticed late, and followed by another already */
 	put(job->client, &r, "");
@@ -315,7 +334,7 @@ static void tell_stood(struct job *job, char state)
 static void look_for_reaper(struct job *job, int64_t now)
 {
 	if (inner(job->client, job->global) != job->pid) {
-		if (job->reported || job->placeholder)
+		if ((job->reported || job->placeholder) && !idle(job))
 			tell_end(job, RECORD_REAPED);
 		forget(job);
 		return;
@@ -326,11 +345,23 @@ static void look_for_reaper(struct job *job, int64_t now)
 	due(job, now + job->backoff);
 }
 
+/* The kernel gives the children of a placeholder that has ended to nodeinit. */
+static void hand_on_children(const struct job *job)
+{
+	int init = outer(job->client, 1);
+
+	for (struct job *child = all.later; child != &all; child = child->later)
+		if (child->parent == job->global && child->client == job->client)
+			child->parent = init > 0 ? init : 0;
+}
+
 static void end(struct job *job, int code)
 {
 	if (job->ended)
 		return;
 	job->ended = true;
+	if (job->placeholder && job->print)
+		hand_on_children(job);
 	job->code = code < 0 ? job->first_code : code;
 	job->backoff = 0;
 	if (job->reported)
@@ -368,7 +399,7 @@ static void look(struct job *job, int64_t now, bool changed)
 			look_for_reaper(job, now);
 		return;
 	}
-	job->placeholder = !strncmp(s.comm, PLACEHOLDER, sizeof(PLACEHOLDER) - 1);
+	job->placeholder = is_placeholder(&s);
 	if (s.state == 'Z' && s.threads <= 1 && !job->ended)
 		end(job, s.code);
 	if (job->placeholder) {
@@ -421,7 +452,7 @@ static void scan(struct client *client, int64_t now)
 			job = NULL;
 		}
 		if (!job) {
-			job = add(client, global, pid);
+			job = add(client, global, pid, 0);
 			due(job, now);
 		}
 		job->seen = true;
@@ -526,6 +557,15 @@ static bool speaks_here(void)
 	return stat("/proc/self/ns/pid", &namespace) == 0 && namespace.st_ino == INITIAL_PIDNS;
 }
 
+/* `what` is what its events come with. */
+static void wait_for(int fd, void *what)
+{
+	struct epoll_event wanted = { .events = EPOLLIN, .data.ptr = what };
+
+	if (epoll_ctl(waiting, EPOLL_CTL_ADD, fd, &wanted) < 0)
+		exit(1);
+}
+
 static void listen_to_kernel(void)
 {
 	struct sockaddr_nl address = { .nl_family = AF_NETLINK, .nl_groups = CN_IDX_PROC };
@@ -539,7 +579,7 @@ static void listen_to_kernel(void)
 	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || !order(fd, PROC_CN_MCAST_LISTEN))
 		close(fd);
 	else
-		events = fd;
+		wait_for(events = fd, &events);
 }
 
 static void stop_listening(void)
@@ -565,7 +605,7 @@ static void forked(int parent, int child)
 	int pid = inner(from->client, child);
 	if (pid <= 1)
 		return;
-	job = add(from->client, child, pid);
+	job = add(from->client, child, pid, parent);
 	job->placeholder = from->placeholder; /* until it has been looked at */
 	due(job, now_ms() + HOLD_MS);
 }
@@ -577,10 +617,14 @@ static void ended(int global, int code)
 
 	if (!job || job->pid == 1)
 		return;
-	if (read_stat(job, &s) && s.threads > 1) {
-		job->first_code = code;
-		due(job, now_ms() + REAP_MS); /* mostly they all end */
-		return;
+	if (read_stat(job, &s)) {
+		if (s.threads > 1) {
+			job->first_code = code;
+			due(job, now_ms() + REAP_MS); /* mostly they all end */
+			return;
+		}
+		if (!job->print) /* never looked at: whether it is one was a guess */
+			job->placeholder = is_placeholder(&s);
 	}
 	end(job, code);
 }
@@ -635,10 +679,12 @@ static void drop_jobs(struct client *client)
 	}
 }
 
-static void drop_client(int index)
+static void drop_client(struct client *client)
 {
-	struct client *client = clients[index];
+	int index = 0;
 
+	while (clients[index] != client)
+		index++;
 	drop_jobs(client);
 	close(client->fd);
 	if (client->proc >= 0)
@@ -659,6 +705,7 @@ static void new_client(int fd)
 	client->fd = fd;
 	client->proc = client->namespace = -1;
 	clients[client_count++] = client;
+	wait_for(fd, client);
 }
 
 static void activate(struct client *client, int64_t now)
@@ -758,9 +805,17 @@ static int wait_ms(void)
 	return next == INT64_MAX ? -1 : next <= now ? 0 : (int)(next - now);
 }
 
+static void accept_client(int listening)
+{
+	int fd = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
+
+	if (fd >= 0)
+		new_client(fd);
+}
+
 int main(int argc, char **argv)
 {
-	static struct pollfd wait[CLIENTS + 2];
+	struct epoll_event ready[EVENTS];
 	int first = argc == 2 ? atoi(argv[1]) : -1, listening = 0;
 	socklen_t size = sizeof(listening);
 
@@ -770,26 +825,25 @@ int main(int argc, char **argv)
 	}
 	fcntl(first, F_SETFD, FD_CLOEXEC);
 	signal(SIGPIPE, SIG_IGN);
-	if (!listening)
+	waiting = epoll_create1(EPOLL_CLOEXEC);
+	if (listening)
+		wait_for(first, &listening);
+	else
 		new_client(first);
 	while (listening || client_count) {
-		int count = client_count;
+		int count = epoll_wait(waiting, ready, EVENTS, wait_ms());
 
-		wait[0] = (struct pollfd){ .fd = listening ? first : -1, .events = POLLIN };
-		wait[1] = (struct pollfd){ .fd = events, .events = POLLIN };
-		for (int i = 0; i < count; i++)
-			wait[i + 2] = (struct pollfd){ .fd = clients[i]->fd, .events = POLLIN };
-		poll(wait, count + 2, wait_ms());
 		/* What the kernel has to say comes before what is looked at. */
-		if (wait[1].revents && events >= 0)
-			read_events();
-		for (int i = count - 1; i >= 0; i--)
-			if (wait[i + 2].revents && !hear(clients[i]))
-				drop_client(i);
-		if (wait[0].revents) {
-			int fd = accept4(first, NULL, NULL, SOCK_CLOEXEC);
-			if (fd >= 0)
-				new_client(fd);
+		for (int i = 0; i < count; i++)
+			if (ready[i].data.ptr == &events && events >= 0)
+				read_events();
+		for (int i = 0; i < count; i++) {
+			void *what = ready[i].data.ptr;
+
+			if (what == &listening)
+				accept_client(first);
+			else if (what != &events && !hear(what))
+				drop_client(what);
 		}
 		work();
 	}

@@ -69,6 +69,20 @@ static void many(void)
 	CHECK(bproc_vrfork(-1, nodes, pids) == -1 && errno == EINVAL);
 }
 
+/* More than nodes, one of them at home and one nowhere: each has its rank, which one tells with its end. */
+static void in_one_order(void)
+{
+	char *shell[] = { "sh", "-c", "exit $((50 + $BPROC_RANK))", NULL }, *environment[] = { "BPROC_RANK=XXXX", NULL };
+	int nodes[24], pids[24];
+
+	for (int i = 0; i < 24; i++)
+		nodes[i] = i == 7 ? 8 : i % 4 - 1;
+	CHECK(bproc_vexecmove(24, nodes, pids, "/bin/sh", shell, environment) == 24);
+	for (int i = 0; i < 24; i++)
+		CHECK(i == 7 ? pids[i] == -BE_INVALIDNODE : bproc_pidnode(pids[i]) <= nodes[i] && ended(pids[i]) == 50 + i);
+	CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
+}
+
 static void programs(void)
 {
 	char *hostname[] = { "hostname", NULL }, *shell[] = { "sh", "-c", "exit $((40 + $X))", NULL };
@@ -90,6 +104,7 @@ static void programs(void)
 	CHECK(bproc_execmove(6, "/bin/hostname", hostname, environment) == -1 && errno == BE_INVALIDNODE);
 	CHECK(bproc_vexecmove(3, nodes, pids, "/bin/sh", shell, environment) == 3);
 	CHECK(ended(pids[0]) == 42 && ended(pids[1]) == 42 && pids[2] == -BE_INVALIDNODE);
+	in_one_order();
 	if (fork() == 0) {
 		bproc_execve("/bin/hostname", hostname, environment);
 		exit(99);

@@ -61,6 +61,10 @@ def test_moves_forks_and_programs(it, build):
     done = run(build("moves"), it)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["n1", "n2", os.uname().nodename]
+    outcomes = [line.split()[1:3] for line in it.read("procs/onexec").splitlines()[-24:]]
+    assert sorted(outcomes) == sorted([["-1", "EOPNOTSUPP"]] * 6 + [["8", "ENOENT"]] + [
+        [str(number), "ok"] for rank in range(24) if rank != 7 and (number := rank % 4 - 1) >= 0
+    ])  # fmt: skip
 
 
 def test_descriptors_of_moved_processes(it, build, session_folder):

@@ -2,6 +2,7 @@
  * See batch.h. */
 #define _GNU_SOURCE
 #include "batch.h"
+#include "board.h"
 #include "nodespec.h"
 
 #include <errno.h>
@@ -10,20 +11,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
-
-/* futex(2), without the kernel's headers */
-#define FUTEX_WAIT 0
-#define FUTEX_WAKE 1
 
 #define MOST 2048         /* processes of one order */
 #define WAIT_SECONDS 100  /* the cluster gives up after 60 */
 #define PAIR_LENGTH 40    /* " PID:NODE:RANK" */
 
-enum { WAIT, GO, GIVE_UP };
+enum { WAIT, GO, GIVE_UP }; /* words of the board */
 
 struct job template_job = {.input = -1, .stream = {{.fd = -1}, {.fd = -1}}};
 static int order = -1;  /* procs/onexec, open for writing */
@@ -38,35 +32,15 @@ int batch_wanted(const struct options *options, size_t count)
 	if (order < 0) {
 		snprintf(path, sizeof path, "%s/procs/onexec", options->mount);
 		order = open(path, O_WRONLY | O_CLOEXEC);
-		size_t size = (job_count + 1) * sizeof *board;
-		board = order < 0 ? MAP_FAILED : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-		hopeless = board == MAP_FAILED;
+		board = order < 0 ? NULL : board_make(job_count + 1);
+		hopeless = !board;
 	}
 	return hopeless ? 0 : count > MOST ? MOST : (int)count;
 }
 
-static void say(size_t who, int word)
-{
-	__atomic_store_n(&board[who], word, __ATOMIC_SEQ_CST);
-	syscall(SYS_futex, &board[who], FUTEX_WAKE, 1, NULL, NULL, 0);
-}
-
-static int listen_for(size_t who)
-{
-	double end = now() + WAIT_SECONDS;
-	for (;;) {
-		int word = __atomic_load_n(&board[who], __ATOMIC_SEQ_CST);
-		double left = end - now();
-		if (word != WAIT || left <= 0)
-			return word;
-		struct timespec time = {.tv_sec = (time_t)left + 1};
-		syscall(SYS_futex, &board[who], FUTEX_WAIT, WAIT, &time, NULL, 0);
-	}
-}
-
 void batch_wait(const struct job *job)
 {
-	if (listen_for((size_t)(job - jobs)) != WAIT)
+	if (board_hear(&board[job - jobs], WAIT_SECONDS) != WAIT)
 		return;
 	complain("node %d: no answer from the cluster within %d s", job->node, WAIT_SECONDS);
 	_exit(EXIT_FAILED);
@@ -74,7 +48,7 @@ void batch_wait(const struct job *job)
 
 void batch_wait_template(void)
 {
-	if (listen_for(job_count) != GO)
+	if (board_hear(&board[job_count], WAIT_SECONDS) != GO)
 		_exit(EXIT_FAILED);
 }
 
@@ -82,7 +56,7 @@ void batch_give_up(void)
 {
 	for (size_t i = 0; i < job_count; i++)
 		if (jobs[i].waits)
-			say(i, GO);
+			board_say(&board[i], GO);
 }
 
 int batch_busy(void)
@@ -124,7 +98,7 @@ static void free_refused(const struct options *options)
 			continue;
 		for (size_t i = 0; i < job_count; i++)
 			if (jobs[i].waits && jobs[i].pid == pid && jobs[i].node == node)
-				say(i, GO);
+				board_say(&board[i], GO);
 	}
 	free(text);
 }
@@ -145,5 +119,5 @@ void batch_send(const struct options *options)
 	}
 	if (failed)
 		batch_give_up();
-	say(job_count, failed ? GIVE_UP : GO);
+	board_say(&board[job_count], failed ? GIVE_UP : GO);
 }
