@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from engine import faults
+from engine import faults, filling
 from engine import image as img
 from engine.image import MappedFile
-from engine.operation import FDS, ORDER, TOKEN_SIZE, Reply, report, sentence
+from engine.linux import userfaultfd
+from engine.operation import FDS, NOT_LAZY, ORDER, TOKEN_SIZE, Reply, report, sentence
 from engine.restore import Builder
 from engine.restore_files import gather
+from engine.spans import Spans
 from engine.spawn import Relative
-from engine.staging import Child, Ghost, Keep, Stage
+from engine.staging import Child, Ghost, Keep, Stage, checked, unpack
 from engine.stream import RECEIVE, Aborted, Stream, accept, widen
 from engine.target import Target, place_child, seize_ghost
 
@@ -34,12 +36,17 @@ class Destination:
         self._builder: Builder | None = None
         self._stream: Stream | None = None  # to the source's worker, once the copy is whole, or memory has come ahead
         self._stage: Stage | None = None  # that memory
+        self._filling: filling.Filling | None = None  # memory that comes when the process runs
+        self._runs = False  # and it does
+        self._owed = 0  # bytes of it, about
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
-        """Make the stopped child, or seize the ghost, and listen."""
+        """Make the stopped child, or seize the ghost, and listen. `lazy`: some of its memory will come later."""
         if self._target is not None:
             raise OSError(16, f"{ORDER}: a process is being built already")
+        if request.get("lazy") and not userfaultfd.answers():
+            raise OSError(95, NOT_LAZY)
         place = request["place"]
         listener = _listen(request["address"])
         try:
@@ -186,13 +193,18 @@ class Destination:
         if ahead and self._stage is not None:
             _, body = img.read_frame(stream.receive, (img.KEEP,), img.MAX_META)
             before = (self._stage, Keep.unpacked(body))
-        kind, body = img.read_frame(stream.receive, (img.META, img.PACKED), img.MAX_META)
-        if kind == img.PACKED:
-            stream.packed = True
-            _, body = img.read_frame(stream.receive, (img.META,), img.MAX_META)
-        image = img.decode(body)
+        owed: Spans = []
+        while (frame := img.read_frame(stream.receive, (img.META, img.PACKED, img.OWED), img.MAX_META))[0] != img.META:
+            if frame[0] == img.PACKED:
+                stream.packed = True
+            else:
+                spans, about = unpack(frame[1], 2)
+                owed, self._owed = checked(spans), about if type(about) is int else 0
+        image = img.decode(frame[1])
         builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
         builder.begin()
+        if owed:
+            self._filling = filling.begin(self._target, image, owed, stream)
         img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         builder.pages(stream.receive_part)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
@@ -203,19 +215,47 @@ class Destination:
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
         """The source is gone: let it run. Descriptors of its files (not at home) come with the reply, and for how many
-        seconds it has been `running_for` then.
+        seconds it has been `running_for` then; and about how many bytes are still `owed`: `filled` tells more.
         """
         builder, target = self._builder, self._target
         if builder is None or target is None:
             raise OSError(22, f"{ORDER}: nothing is built")
+        if self._filling is not None:
+            if self._stream is None or self._stream.is_closed():
+                raise OSError(5, "the source died with memory that had still to come")
+            self._filling.begin()
+            self._runs = True
         hostpid = builder.resume()
         since = time.monotonic()
         files, self._files = self._files, {}
         builder.close()
         self._builder = self._target = self._stage = None
+        if self._filling is not None:
+            self._stream = None  # goes on
         self._close_stream()
         ran = time.monotonic() - since
-        return {"hostpid": hostpid, "files": list(files), FDS: list(files.values()), "running_for": ran}
+        owed = self._owed if self._filling is not None else 0
+        return {
+            "hostpid": hostpid, "files": list(files), FDS: list(files.values()), "running_for": ran, "owed": owed,
+        }  # fmt: skip
+
+    @property
+    def work(self) -> filling.Filling | None:
+        """What there is to do between two requests."""
+        return self._filling if self._runs and self._filling is not None and not self._filling.over else None
+
+    def filled(self, request: Reply, fds: list[int]) -> Reply:
+        """How far the memory is that comes when the process runs. `failed`: it does not, and the process has ended."""
+        one = self._filling
+        if one is None:
+            return {"over": True, "failed": "", "received": 0}
+        return {"over": one.over, "failed": one.failed, "received": one.received}
+
+    def give_up(self, request: Reply, fds: list[int]) -> Reply:
+        """What is to come will not, because of `why`: the process ends. Returns as `filled`."""
+        if self.work is not None:
+            self.work.fail(str(request["why"]))
+        return self.filled(request, fds)
 
     def discard(self, request: Reply, fds: list[int]) -> Reply:
         """Undo; with `errno` and `text` for a source's worker that waits."""
@@ -243,6 +283,8 @@ class Destination:
         files, self._files = self._files, {}
         for fd in files.values():
             os.close(fd)
+        memory, self._filling = self._filling, None
+        runs, self._runs = self._runs, False
         with contextlib.ExitStack() as steps:  # each is gone, in this order from the end, whatever the others meet
             if target is not None:
                 steps.callback(target.discard)
@@ -250,7 +292,11 @@ class Destination:
                 steps.callback(builder.close)
             if stage is not None:
                 steps.callback(stage.discard, target)
-        return target is not None or stage is not None
+            if memory is not None and runs:
+                steps.callback(memory.fail, "nobody looks after it any more")
+            elif memory is not None:
+                steps.callback(memory.drop)
+        return target is not None or stage is not None or (runs and memory is not None and bool(memory.failed))
 
 
 def _listen(address: str) -> socket.socket:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import cpu, facts, placeholders, vdso
+from engine import cpu, facts, owed, placeholders, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
@@ -19,6 +19,7 @@ from engine.linux import procfs, ptrace
 from engine.memory import Survey, pack_runs, send_pages
 from engine.obstacles import children_of, obstacles
 from engine.precopy import Rounds
+from engine.spans import Spans, size
 from engine.staging import Keep
 from engine.state import Asked, ask, ask_thread, credentials, limits, thread_state
 
@@ -32,6 +33,7 @@ class Inspection:
         externals: descriptors to be relayed (contract: key, fds, kind, …).
         left: those of `runs` that have not been sent ahead.
         keep: what the destination keeps of what has; None: nothing has been sent ahead.
+        later: what is not sent with the image, but when the copy runs.
     """
 
     frozen: Frozen
@@ -42,12 +44,19 @@ class Inspection:
     refusals: list[str] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
     keep: Keep | None = None
+    later: Spans = field(default_factory=list)
     _children: list[int] = field(default_factory=list)
 
     @property
     def externals(self) -> list[dict[str, Any]]:
         """Open file descriptions that only a relay can carry."""
         return self.descriptors.externals
+
+    @property
+    def owed(self) -> int:
+        """Bytes that come later, about."""
+        present = owed.own_bytes(self.frozen) - sum(length for _, length in self.runs)
+        return max(min(present, size(self.later)), 1)
 
     def leave_out(self, image: Image) -> None:
         """Send without what has been sent ahead."""
@@ -102,6 +111,7 @@ def inspect(
     rounds: Rounds | None = None,
     contents: int = CONTENT_LIMIT,
     digests: bool = False,
+    lazy: bool = False,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -113,6 +123,7 @@ def inspect(
         rounds: in which its memory was sent ahead.
         contents: bytes of open files without a name that may travel.
         digests: files are known by their content.
+        lazy: what can of its memory comes after it.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -130,7 +141,8 @@ def inspect(
     if family and not at_home and refusals == []:
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
-    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried), refusals)
+    later = owed.choose(frozen, survey) if lazy else []
+    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later)
     if rounds is not None:
         seen.left, seen.keep = rounds.settle(survey, seen.runs)
     return seen

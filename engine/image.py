@@ -2,7 +2,8 @@
 
 Stream: frame(META) · frame(STATE) · raw pages, in the order of `Image.runs` · frame(END). META is what the
 destination can begin with while the source still asks the process for the rest, its STATE. Where memory went ahead in
-rounds (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META. A frame is the header
+rounds (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META; where some comes later
+(engine/owed.py), frame(OWED) does, and after GO there are frames WANT, PIECE, TAKEN and LAST. A frame is the header
 `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
 The destination may answer with frame(LACKS) first, and gets a frame(CONTENT) and its bytes for each file
 (engine/lending.py). It answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
@@ -36,6 +37,11 @@ KEEP: Final = 10  # what of all that is still true
 LACKS: Final = 11  # from the destination, after END: files that it does not have
 CONTENT: Final = 12  # of one of them, whose bytes follow
 PACKED: Final = 13  # from the source, before all else: parts of pages come as engine/packing.py says
+OWED: Final = 15  # from the source, before META: spans whose pages come when the copy runs
+WANT: Final = 16  # from the destination: a page of these that is waited for
+PIECE: Final = 17  # a span, all of which has been dealt with then, and the spans in it whose pages follow
+TAKEN: Final = 18  # from the destination: these are where they belong
+LAST: Final = 19  # from the source: all has been sent; and back, when it is there
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below

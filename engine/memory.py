@@ -13,6 +13,7 @@ from engine.freeze import Frozen
 from engine.image import MappedFile, Region
 from engine.linux import pagemap, process_vm, procfs
 from engine.linux.procfs import Vma
+from engine.spans import Spans, both, of_runs, runs, without
 
 CHUNK: Final = 1 << 20  # bytes moved at a time: fits the cache, reused
 MAP_SHARED: Final = 1
@@ -45,6 +46,7 @@ class Survey:
         shared: spans of shared anonymous memory.
         bare_code: executable mappings without a file.
         clean: pages that have not been written since they were sent, as far as `watched`.
+        known: pages in what `runs` was to leave for later, where they cannot be told then; else None.
 
     Args:
         marks: reads our own record of its writes (engine/tracking.py), where there is one: all private pages, those
@@ -69,6 +71,8 @@ class Survey:
         self._index: dict[tuple[int, int, int, bool], int] = {}
         self._spans: list[tuple[int, int]] = []
         self._carried: Container[tuple[int, int]] = ()
+        self._later: Spans = []
+        self.known: Spans | None = None
         scratch = frozen.injection.base if frozen.injection else 0
         raw = procfs.read(f"{frozen.live}/smaps")
         self._vmas = frozen.vmas = procfs.parse_smaps(raw)
@@ -217,34 +221,40 @@ class Survey:
             if any(mark in raw for mark in marks):
                 self._refuse(f"it shares memory with process {name}")
 
-    def runs(self, carried: Container[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    def runs(self, carried: Container[tuple[int, int]] = (), later: Spans | None = None) -> list[tuple[int, int]]:
         """(address, length) of all pages to carry, in address order.
 
         Args:
             carried: (device, inode) of objects whose content travels with descriptors.
+            later: what need not be looked at now. A kernel without PAGEMAP_SCAN makes us: `known` says what is there.
         """
-        self._carried = carried
+        self._carried, self._later = carried, later or []
         descriptor = os.open(f"{self._frozen.live}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if not self._spans:
                 return []
             found = self._private(descriptor)
-            runs = list(_clip(found, self._spans, self._cuts()))
-            runs += nameless.runs(self._frozen.pid, [vma for vma in self.shared if not self._is_elsewhere(vma)])
+            carry = list(_clip(found, self._spans, self._cuts()))
+            carry += nameless.runs(self._frozen.pid, [vma for vma in self.shared if not self._is_elsewhere(vma)])
         finally:
             os.close(descriptor)
-        runs += [(start, end - start) for start, end in self.whole]
-        return sorted(runs)
+        carry += [(start, end - start) for start, end in self.whole]
+        return sorted(carry)
 
     def _private(self, descriptor: int) -> list[tuple[int, int]]:
         try:
             if self._marks is not None:
                 written, self.clean = self._marks.result()
                 return sorted(written + self.clean)
-            return pagemap.private_runs(descriptor, 0, min(self._spans[-1][1], 1 << 47))
+            looked_at = without([(0, min(self._spans[-1][1], 1 << 47))], self._later)
+            return [run for start, end in looked_at for run in pagemap.private_runs(descriptor, start, end)]
         except pagemap.NoScan:  # before Linux 6.7: leave out what has no pages, it may be terabytes
             touched = procfs.touched(procfs.read(f"{self._frozen.live}/smaps"))
-            return [run for start, end in touched for run in pagemap.private_entries(descriptor, start, end)]
+            found = [run for start, end in touched for run in pagemap.private_entries(descriptor, start, end)]
+            if not self._later:
+                return found
+            self.known = both(of_runs(found), self._later)
+            return runs(without(of_runs(found), self._later))
 
     def _is_elsewhere(self, vma: Vma) -> bool:
         if HUGE in vma.flags:
@@ -312,8 +322,8 @@ def groups(runs: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]],
 
 def copy(pid: int, source: list[tuple[int, int]], target: list[tuple[int, int]], size: int) -> None:
     """Copy a piece of at most CHUNK bytes within a stopped process. Raises OSError."""
-    for runs, inward in ((source, True), (target, False)):
-        if process_vm.transfer(pid, _buffer_address, runs, inward=inward) != size:
+    for part, inward in ((source, True), (target, False)):
+        if process_vm.transfer(pid, _buffer_address, part, inward=inward) != size:
             raise OSError(14, f"memory of process {pid} could not be moved")
 
 

@@ -1,5 +1,5 @@
-"""What a worker leaves written down in case it is killed: the process it has a scratch mapping in, and the ghost in
-which it has mapped memory for what is still to come home.
+"""What a worker leaves written down in case it is killed: the process it has a scratch mapping in, the ghost in
+which it has mapped memory for what is still to come home, and the process that runs and whose memory it fills.
 
 The abandoned process heals and runs on by itself, but cannot unmap the page that its last instruction was on. Whoever
 reaps
@@ -12,10 +12,13 @@ import struct
 import time
 from typing import Final
 
+from engine import guard
 from engine.linux import procfs
 
 SIZE: Final = 1 << 16  # bytes of the shared memory
 _NOTE: Final = struct.Struct("<qqqq")  # pid, start time (clock ticks), address, length; pid 0: nothing
+_FILL: Final = struct.Struct("<qqq")  # pid, start time, inode of its pid namespace; pid 0: nothing; at _FILL_AT
+_FILL_AT: Final = 32
 _STAGE: Final = struct.Struct("<qqq")  # pid, start time, number of spans, which follow as (start, end); at _STAGE_AT
 _SPAN: Final = struct.Struct("<QQ")
 _STAGE_AT: Final = 64
@@ -42,6 +45,12 @@ def erase() -> None:
         _NOTE.pack_into(_current, 0, 0, 0, 0, 0)
 
 
+def fill(pid: int, starttime: int = 0, space: int = 0) -> None:
+    """The process must not run on without this worker; 0: it may. Arguments as of `engine.guard.end`."""
+    if _current is not None:
+        _FILL.pack_into(_current, _FILL_AT, pid, starttime, space)
+
+
 def stage(pid: int, starttime: int, spans: list[tuple[int, int]]) -> None:
     """The process has memory mapped in these spans that is not its own; no spans: none any more.
 
@@ -60,11 +69,14 @@ def stage(pid: int, starttime: int, spans: list[tuple[int, int]]) -> None:
 
 def pending(shared: mmap.mmap) -> bool:
     """Whether there is something to clean up."""
-    return bool(_NOTE.unpack_from(shared)[0] or _STAGE.unpack_from(shared, _STAGE_AT)[0])
+    notes = (_NOTE.unpack_from(shared), _FILL.unpack_from(shared, _FILL_AT), _STAGE.unpack_from(shared, _STAGE_AT))
+    return any(pid for pid, *_ in notes)
 
 
 def clean_up(shared: mmap.mmap) -> None:
     """Take away what is left over, where the process that has it still lives."""
+    if (filled := _FILL.unpack_from(shared, _FILL_AT))[0]:
+        guard.end(*filled)
     _leave_scratch(*_NOTE.unpack_from(shared))
     pid, starttime, count = _STAGE.unpack_from(shared, _STAGE_AT)
     raw = shared[_STAGE_AT + _STAGE.size :][: count * _SPAN.size]

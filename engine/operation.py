@@ -7,6 +7,7 @@ from typing import Any, Final
 
 TOKEN_SIZE: Final = 32  # by which a stream's two ends know each other
 ORDER: Final = "out of order"
+NOT_LAZY: Final = f"the kernel of {os.uname().nodename} cannot have memory come later (userfaultfd with events)"
 FDS: Final = "_fds"  # in an operation's result: descriptors to go with the reply
 
 Reply = dict[str, Any]

@@ -19,10 +19,11 @@ from engine.descriptors import look
 from engine.descriptors.model import CONTENT_LIMIT
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
-from engine.linux import procfs, ptrace
+from engine.linux import procfs, ptrace, userfaultfd
 from engine.mapped import mapped_files
 from engine.onexec import Armed, end
-from engine.operation import ORDER, Reply
+from engine.operation import NOT_LAZY, ORDER, Reply
+from engine.owing import Owing
 from engine.precopy import Rounds
 from engine.runner import ProcessGone
 from engine.stream import Stream, connect
@@ -46,6 +47,8 @@ class Source:
         self._opened: Stream | None = None  # to the worker that is going to make the copy
         self._stream: Stream | None = None  # to the worker that holds the copy
         self._rounds: Rounds | None = None  # in which memory goes ahead
+        self._owing: Owing | None = None  # memory that goes after the process
+        self._left = False  # and the process has gone
         self.afterwards: Callable[[], object] | None = None
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
 
@@ -203,8 +206,11 @@ class Source:
         `at_home`: it leaves the master.
         `contents`: bytes of open files without a name that may travel.
         `digests`: the destination knows files by their content.
+        `lazy`: what can of its memory goes after it, from `become_ghost` or `vanish` on; `owed` tells.
         """
         frozen = self._held()
+        if request.get("lazy") and not userfaultfd.answers():
+            raise OSError(95, NOT_LAZY)
         (question, answer), self._seen = self._seen, ({}, {})
         if answer and question == _question(request):
             return answer
@@ -214,6 +220,7 @@ class Source:
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
             bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
+            bool(request.get("lazy")),
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
@@ -252,20 +259,26 @@ class Source:
             if request.get("ahead") and self._inspection.keep is not None:
                 self._inspection.leave_out(image)
                 stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
+            if self._inspection.later:
+                stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
             try:
                 total, ms = dump.write(self._inspection, image, stream.send, stream.send_part)
             except (BrokenPipeError, ConnectionResetError) as error:
                 with contextlib.suppress(img.ImageError, ConnectionResetError):
                     _read_verdict(stream)  # it may have said why
                 raise error from None
-            if len(fds) == 2:  # while the destination is still at work
+            if self._inspection.later:  # while the destination is still at work
+                frozen, known = self._held(), self._inspection.survey.known
+                self._owing = Owing.begin(frozen, self._inspection.later, known)
+            if len(fds) == 2:
                 self._make_ghost_ready(image, request, fds)
             total += self._await_verdict(stream, image)
         except BaseException:
             stream.close()
+            self._end_owing()
             raise
         self._stream = stream
-        sent = {"bytes": total, "ms": ms}
+        sent: Reply = {"bytes": total, "ms": ms}
         faults.hold("held")
         match request.get("depart"):
             case "become_ghost":
@@ -389,6 +402,8 @@ class Source:
                 raise OSError(32, "the worker that holds the copy is gone")
             yield gone
             gone()
+            if stream is not None and self._owing is not None:
+                self._owing.stream, stream, self._left = stream, None, True
         finally:
             if stream is not None:
                 stream.close()
@@ -403,9 +418,28 @@ class Source:
         self._image = self._passed = self._ready = self.afterwards = None
         self._seen = ({}, {})
         self._end_rounds()
+        if not self._left:
+            self._end_owing()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    @property
+    def work(self) -> Owing | None:
+        """What there is to do between two requests."""
+        return self._owing if self._left and self._owing is not None and not self._owing.over else None
+
+    def owing(self, request: Reply, fds: list[int]) -> Reply:
+        """Whether memory that is to go after the process still does; where not, what ended that."""
+        owing = self._owing
+        return {"over": owing is None or owing.over, "failed": owing.failed if owing is not None else ""}
+
+    def _end_owing(self) -> bool:
+        owing, self._owing = self._owing, None
+        if owing is not None and not owing.over:
+            owing.close()
+        left, self._left = self._left, False
+        return owing is not None and left and not owing.over
 
     def explain(self, reply: Reply) -> None:
         """Give the true reason of a failure: whatever fails because the process has ended (its files of /proc are
@@ -419,12 +453,13 @@ class Source:
         frozen, settled = self._frozen, self._settled
         watched = self._rounds is not None
         self._take_back()
+        owed = self._end_owing()
         self._forget()
         if frozen is not None and settled:
             frozen.release()
         elif frozen is not None:
             abandon(frozen)
-        return frozen is not None or self._armed is not None or watched
+        return frozen is not None or self._armed is not None or watched or owed
 
 
 def _contents(request: Reply) -> int:

@@ -79,3 +79,18 @@ def runs(spans: Spans) -> list[tuple[int, int]]:
 def of_runs(found: Iterable[tuple[int, int]]) -> Spans:
     """From (address, length)."""
     return merge((address, address + length) for address, length in found)
+
+
+def cut(spans: Spans, start: int, end: int) -> None:
+    """Take a span out of a set, in place: of use where sets are large and what goes is small."""
+    first = bisect.bisect_left(spans, start, key=lambda one: one[1])
+    if first < len(spans) and spans[first][1] == start:
+        first += 1
+    last = bisect.bisect_left(spans, end, first, key=lambda one: one[0])
+    left = [(a, b) for a, b in ((spans[first][0], start), (end, spans[last - 1][1])) if a < b] if first < last else []
+    spans[first:last] = left
+
+
+def within(spans: Spans, start: int, end: int) -> Spans:
+    """What of a set is in a span, found by bisection."""
+    return [(max(a, start), min(b, end)) for a, b in overlapping(spans, start, end)]

@@ -117,11 +117,12 @@ class Keep:
     @classmethod
     def unpacked(cls, body: bytes) -> "Keep":
         """Inverse of `packed`. Raises ImageError."""
-        regions, stale = (_checked(part) for part in _unpack(body, 2))
+        regions, stale = (checked(part) for part in unpack(body, 2))
         return cls(regions, stale)
 
 
-def _unpack(body: bytes, count: int) -> list[object]:
+def unpack(body: bytes, count: int) -> list[object]:
+    """The parts of a body. Raises ImageError: these are not so many."""
     try:
         parts = msgpack.unpackb(body)
     except (ValueError, msgpack.UnpackException) as error:
@@ -131,7 +132,8 @@ def _unpack(body: bytes, count: int) -> list[object]:
     return parts
 
 
-def _checked(part: object) -> Spans:
+def checked(part: object) -> Spans:
+    """A part of a body that is spans. Raises ImageError."""
     if type(part) is not list:
         raise ImageError("no list of spans")
     spans: Spans = []
@@ -162,7 +164,7 @@ class Stage:
                 failed = self._lay(body)
                 stream.send(img.frame(img.ROOM, msgpack.packb(failed)))
             elif kind == img.PAGES:
-                self._fill(_checked(_unpack(body, 1)[0]), stream.receive_part)
+                self._fill(checked(unpack(body, 1)[0]), stream.receive_part)
             elif kind == img.PACKED:
                 stream.packed = True
             else:
@@ -171,7 +173,7 @@ class Stage:
 
     def _lay(self, body: bytes) -> Spans:
         """Unmap and map. Returns what could not be mapped."""
-        drop, plain, unreserved = (_checked(part) for part in _unpack(body, 3))
+        drop, plain, unreserved = (checked(part) for part in unpack(body, 3))
         if without(drop, self.spans):
             raise ImageError("it drops what is not there")
         wanted = [(PLAIN, span) for span in plain] + [(PLAIN | NORESERVE, span) for span in unreserved]

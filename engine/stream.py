@@ -89,6 +89,14 @@ class Stream:
             length -= len(part)
         return b"".join(parts)
 
+    def fileno(self) -> int:
+        """For poll(2)."""
+        return self._sock.fileno()
+
+    def let_daemon_wait(self, silence_s: float) -> None:
+        """From now on the control socket is the caller's to look at, and not what ends a wait."""
+        self._control, self._silence = None, silence_s
+
     def wait_at_most(self, seconds: float) -> None:
         """Another longest wait from now on."""
         self._silence = seconds
@@ -102,6 +110,15 @@ class Stream:
         except OSError:
             pass
         return True
+
+    def is_closed(self) -> bool:
+        """Whether the peer has closed the connection, and all that it had said before has been read."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _wait(self, event: int) -> None:
         wait_for(self._sock, event, self._control, self._silence)

@@ -197,7 +197,7 @@ def _room(spans: list[tuple[int, int]], size: int) -> int:
     return at
 
 
-_FRAME_SCAN: Final = 256 << 10  # bytes of stack looked at: room for dozens of nested handlers
+FRAME_SCAN: Final = 256 << 10  # bytes of stack looked at: room for dozens of nested handlers
 _USER_CS: Final = 0x33
 
 
@@ -207,7 +207,7 @@ def _interrupted(pid: int, stack: int, end: int) -> Iterator[int]:
     struct sigcontext has rip, eflags, then cs: the selector tells a context from other words (<asm/sigcontext.h>).
     """
     start = (stack + 7) & ~7
-    length = min(end - start, _FRAME_SCAN)
+    length = min(end - start, FRAME_SCAN)
     if length < 24:
         return
     words = memoryview(process_vm.read(pid, start, length)[: length & ~7]).cast("Q")

@@ -47,6 +47,7 @@ def serve(control: socket.socket) -> bool:
         "release": source.release,
         "become_ghost": source.become_ghost,
         "vanish": source.vanish,
+        "owing": source.owing,
         "prepare": destination.prepare,
         "gather": destination.gather,
         "listen": destination.listen,
@@ -55,6 +56,8 @@ def serve(control: socket.socket) -> bool:
         "complete": destination.complete,
         "follow": destination.follow,
         "resume": destination.resume,
+        "filled": destination.filled,
+        "give_up": destination.give_up,
         "discard": destination.discard,
         "keep": keeper.keep,
         "keep_image": keeper.keep_image,
@@ -72,7 +75,7 @@ def serve(control: socket.socket) -> bool:
         "make": copies.make,
     }
     try:
-        while (packet := packets.receive(control)) is not None:
+        while (packet := _next(control, source, destination)) is not None:
             request, fds = packet
             try:
                 reply = _answer(operations, request, fds)
@@ -114,6 +117,14 @@ def _reply(control: socket.socket, reply: Reply) -> None:
     finally:
         for fd in passed:
             os.close(fd)
+
+
+def _next(control: socket.socket, source: Source, destination: Destination) -> tuple[Reply, list[int]] | None:
+    """The next request; memory that goes after a process does so meanwhile."""
+    work = source.work or destination.work
+    if work is not None:
+        work.run(control)
+    return packets.receive(control)
 
 
 def _answer(operations: dict[str, Callable[[Reply, list[int]], Reply]], request: Reply, fds: list[int]) -> Reply:

@@ -16,9 +16,9 @@ import socket
 import struct
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from engine import note
+from engine import guard, note
 from engine.linux import process_vm
 from engine.linux.libc import NR, syscall
 from engine.worker import serve
@@ -123,6 +123,7 @@ class _Worker:
     link: socket.socket | None  # it says here that it is idle, and takes its next socket from here
     note: mmap.mmap
     idle_since: float | None = None  # time.monotonic(); None: busy
+    held: list[int] = field(default_factory=list)  # descriptors that have to outlive it: engine/guard.py
 
 
 class _Pool:
@@ -156,13 +157,16 @@ class _Pool:
     def _listen(self, worker: _Worker) -> None:
         assert worker.link is not None
         try:
-            said = worker.link.recv(1)
+            said, fds, _, _ = socket.recv_fds(worker.link, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:  # killed with a socket of ours still to be read: ECONNRESET
-            said = b""
-        if said:
-            worker.idle_since = time.monotonic()
-        else:  # about to end
+            said, fds = b"", []
+        worker.held += fds
+        if not said:  # about to end
             self._close_link(worker)
+        elif said == guard.RELEASE:
+            _close_all(worker.held)
+        elif said != guard.HOLD:
+            worker.idle_since = time.monotonic()
 
     def _close_link(self, worker: _Worker) -> None:
         if worker.link is not None:
@@ -175,6 +179,7 @@ class _Pool:
         self._poll.unregister(worker.pidfd)
         self._workers.remove(worker)
         _reap(worker.pidfd, worker.pid, worker.note)
+        _close_all(worker.held)  # the janitor, if there is one, has them until it is done
 
     def _retire(self) -> None:
         idle = sorted(self._idle(), key=lambda worker: worker.idle_since or 0.0)
@@ -217,6 +222,8 @@ class _Pool:
                 # Nobody but the zygote may hold its ends: they tell its end.
                 for one in [self._control, ours, *[w.link for w in self._workers if w.link is not None]]:
                     one.close()
+                for other in self._workers:
+                    _close_all(other.held)
                 _run_worker(theirs, fd, shared)
         worker = _Worker(pid, process_vm.pidfd_open(pid), ours, shared)
         self._workers.append(worker)
@@ -229,6 +236,7 @@ def _run_worker(link: socket.socket, fd: int, shared: mmap.mmap) -> None:
     try:
         _name(b"bpfs-worker")
         note.use(shared)
+        guard.use(link)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))  # engine.linux.ptrace.wait takes it from the queue
         _work(link, fd)
         status = 0
@@ -253,6 +261,11 @@ def _work(link: socket.socket, fd: int) -> None:
         if not body:
             return
         fd = fds[0]
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def _reap(pidfd: int, pid: int, shared: mmap.mmap) -> None:

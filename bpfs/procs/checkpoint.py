@@ -192,6 +192,8 @@ class Checkpoints:
             return False
 
     async def _take(self, proc: Process, order: Order, rights: Rights, writer: WriteRequest | None) -> None:
+        if proc.owed is not None:
+            await proc.owed.wait_whole()
         if proc.state is ProcState.MIGRATING or proc.busy:
             raise BpfsError(errno.EBUSY, f"process {proc.pid} is busy: {proc.busy or proc.progress}")
         self._procs.table.add(proc)  # from now on one object is this process

@@ -68,7 +68,7 @@ class ProcFiles:
 
     def _lookup(self, name: str) -> Process | None:
         try:
-            return self._procs.table.find(parse_pid(name))
+            return self._procs.table.find_or_recall(parse_pid(name))
         except BpfsError:
             return None
 
@@ -110,13 +110,13 @@ class ProcFiles:
             ),
             File(
                 "state",
-                "running, stopped, ended, `migrating: PHASE for node N` or `migrating: round 3, 412 of 1024 MB`",
+                "running, stopped, ended, `migrating: PHASE for node N`, and how far its memory is",
                 read=_state,
             ),
             File("cmdline", "its command line, as in /proc/PID/cmdline", read=lambda proc: proc.identity.cmdline),
             File("rusage", "CPU time in seconds and memory in kB, `key value` lines", read=rusage, sized=False),
             File("signal", "write a signal's name or number", write=send_signal, access=owned(0o200)),
-            File("history", "a line a place: node, since when, freeze_ms, bytes", read=_history),
+            File("history", "a line a place: node, since when, freeze_ms, bytes; why it was killed", read=_history),
             File(
                 "cantmove",
                 "why it cannot move now, a line an obstacle; empty if it can",
@@ -198,7 +198,7 @@ async def _state(proc: Process) -> str:
     # Nobody reports what is stopped at home, and the kernel knows.
     if state is ProcState.RUNNING and not proc.away and process_start(proc.pid)[0] == "T":
         state = ProcState.STOPPED
-    return f"{state.value}\n"
+    return f"{state.value}: {proc.owed.progress}\n" if proc.owed is not None else f"{state.value}\n"
 
 
 async def _history(proc: Process) -> str:
@@ -207,7 +207,7 @@ async def _history(proc: Process) -> str:
         f"{stay.node} {time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(stay.since))} "
         f"freeze_ms={stay.freeze_ms:.1f} bytes={stay.bytes}\n"
         for stay in proc.history
-    )
+    ) + (f"{proc.status}: {proc.why}\n" if proc.why else "")
 
 
 def parse_signal(text: str) -> int:

@@ -474,6 +474,8 @@ class Ghosts:
 
     async def end(self, proc: Process, status: ExitStatus) -> None:
         """The process has ended: so does its ghost, in the same way."""
+        if proc.owed is not None:
+            await proc.owed.settle()
         if proc.state is ProcState.ENDED:
             return
         stopped = proc.state is ProcState.STOPPED
@@ -596,6 +598,8 @@ class Ghosts:
         if away.proc.state is ProcState.MIGRATING:
             away.proc.source_lost = True  # the migration may have a whole copy elsewhere
         elif self.rescue is None or not await self.rescue(away):
+            if away.proc.owed is not None:
+                away.proc.why = away.proc.why or reason
             await self.end(away.proc, ExitStatus(signal=signal.SIGKILL))
 
     async def end_all(self) -> None:

@@ -37,6 +37,7 @@ from bpfs.errors import BpfsError
 from bpfs.procs import faults
 from bpfs.procs.ahead import copy_ahead
 from bpfs.procs.exchange import refuse, together, transfer
+from bpfs.procs.lazy import Keep, Lazy
 from bpfs.procs.phases import Figures, Landing, Phase, Surprise, is_watched_closely
 from bpfs.procs.places import Engine, Place
 from bpfs.procs.process import ExitStatus, Process
@@ -90,6 +91,12 @@ class Migration(ABC):
         self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
         self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
+        self.keep: Keep | None = None  # what can of its memory comes after it, and is looked after so
+        self.owed = 0  # bytes that do
+
+    def be_lazy(self, keep: Keep) -> None:
+        """What can of its memory comes when the process runs at its new place; `keep` sees to it then."""
+        self.keep, self.precopy, self.looking["lazy"] = keep, None, True
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
@@ -107,8 +114,9 @@ class Migration(ABC):
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.calm)
             await self.calm.enter_async_context(self.quiet())
-            src = await stack.enter_async_context(self.source.engine())
-            dst = await stack.enter_async_context(self.destination.engine())
+            engines = await stack.enter_async_context(AsyncExitStack())
+            src = await engines.enter_async_context(self.source.engine())
+            dst = await engines.enter_async_context(self.destination.engine())
 
             async def release(error: BpfsError) -> None:
                 if self.watched and not self.figures.frozen:
@@ -127,6 +135,8 @@ class Migration(ABC):
                 self._foresees = self.proc.landing = False
                 self.figures.frozen = 0.0
                 await move()
+            if self.owed and self.keep is not None:
+                self.keep(Lazy(self.proc, self.owed, self.source, src, dst, engines.pop_all()))
 
     async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None) -> None:
         """Moves a process that `src` has stopped already; `release` undoes that where the move fails.
@@ -355,11 +365,14 @@ class Migration(ABC):
             await self._enter(Phase.RESUME)
             try:
                 reply = await dst.call("resume")
-            except BpfsError:
+            except BpfsError as error:
                 # The only copy died with its worker or its node.
                 self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
+                if self.keep is not None:
+                    self.proc.why = error.sentence
                 await self.lost()
                 raise
+        self.owed = int(reply.get("owed", 0))
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running = self.figures.running or time.perf_counter()
         await self.arrived(reply)

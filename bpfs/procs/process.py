@@ -6,7 +6,7 @@ import enum
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NewType, Protocol
 
 import trio
 
@@ -43,6 +43,20 @@ class ExitStatus:
 
     def __str__(self) -> str:
         return f"exit {self.code}" if self.signal is None else f"signal {self.signal}"
+
+
+class Owed(Protocol):
+    """Memory that has still to come to a process that runs: procs/lazy.py."""
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
+
+    async def wait_whole(self) -> None:
+        """Waits until all is there, or the process has ended."""
+
+    async def settle(self) -> None:
+        """The process has ended: finds out whether that was because of this, and says so in its `why`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +99,8 @@ class Process:
     progress: str = ""  # where a migration is, in words
     copying: str = ""  # likewise, while its memory goes ahead and it runs on, as if nothing moved it
     landing: bool = False  # its outcome is a moment away, and the process itself may know it before the master
+    owed: Owed | None = None  # it runs, and has not got all of its memory yet
+    why: str = ""  # it was killed, in words; empty: there is no more to say than its status
     onloss: OnLoss = OnLoss.KILL
     busy: str = ""  # what keeps it from moving just now: a checkpoint, or a move that copies ahead
     status: ExitStatus | None = None

@@ -233,7 +233,7 @@ class ToNode(Migration):
         reply = await dst.call(
             "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
             place=place.target(proc.pid), address=address, front=self._front != 0, terminal=terminal,
-            children=self.children,
+            children=self.children, lazy=self.keep is not None,
         )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
 
@@ -287,7 +287,7 @@ class Leave(ToNode):
         birth = tuple(who[key] for key in ("uid", "ppid", "pgid", "sid"))
         if birth != self._born_as or children != sorted(self.children):
             return None
-        if self.own > min(STRAIGHT, self.precopy or STRAIGHT):
+        if self.own > min(STRAIGHT, self.precopy or STRAIGHT) and self.keep is None:
             return None
         self._make_ghost_ready(who)
         landing.fds, landing.externals = attached.fds, attached.places
@@ -454,7 +454,7 @@ class Return(Migration):
         address = self.destination.address(self.source)
         reply = await dst.call(
             "prepare", pid=self.proc.pid, ppid=0, pgid=0, sid=0,
-            place=self.destination.target(self.proc.pid), address=address,
+            place=self.destination.target(self.proc.pid), address=address, lazy=self.keep is not None,
         )  # fmt: skip
         return Landing(address, reply["port"], reply["token"], ghost_fds=self._ghost_fds)
 

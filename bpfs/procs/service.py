@@ -17,6 +17,7 @@ from bpfs.procs import mapped, usage
 from bpfs.procs.batch import Batches
 from bpfs.procs.checkpoint import Checkpoints
 from bpfs.procs.exits import listening
+from bpfs.procs.lazy import Lazy
 from bpfs.procs.losses import Losses
 from bpfs.procs.migration import Migration
 from bpfs.procs.onexec import OnExec
@@ -59,10 +60,13 @@ class Procs:
         if verb.onexec:
             await self._onexec.arm(verb.pid, node, request)
         else:
-            await self.move(verb.pid, node, request, verb.close)
+            await self.move(verb.pid, node, request, verb.close, verb.lazy)
 
-    async def move(self, pid: int, node: int, request: WriteRequest, close: bool = False) -> None:
-        """Moves a process; returns when it runs there. `close`: without the sockets that cannot move.
+    async def move(
+        self, pid: int, node: int, request: WriteRequest, close: bool = False, lazy: bool = False
+    ) -> None:
+        """Moves a process; returns when it runs there. `close`: without the sockets that cannot move. `lazy`: before
+        all of its memory is there.
 
         Raises:
             BpfsError: ESRCH no such process; ENOENT no such node; EHOSTDOWN it is down; EACCES the caller may not;
@@ -73,10 +77,15 @@ class Procs:
             return
         migration = route(proc, self.place(proc.place), self.place(node), self._around)
         migration.precopy = self._around.precopy
+        if lazy:
+            migration.be_lazy(self._look_after)
         if close:
             migration.looking["close"] = True
         writer = request if writes_itself(request.caller, proc) else None
         await self.carry_out(migration, lambda: migration.run(writer))
+
+    def _look_after(self, lazy: Lazy) -> None:
+        self.ghosts.nursery.start_soon(lazy.run, self.table, name="memory to come")
 
     def cancel(self, proc: Process, caller: Caller) -> None:
         """Calls off the move of a process, which stays where it is; the write that asked for the move fails.
@@ -101,6 +110,8 @@ class Procs:
             await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
             raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
+        if proc.owed is not None and proc.place != node:
+            await proc.owed.wait_whole()
         if proc.busy:
             raise BpfsError(errno.EBUSY, f"process {pid} is busy: {proc.busy}")
         if proc.place != node:
@@ -214,6 +225,8 @@ class Procs:
             return ["it is moving already"]
         if why := bound(proc):
             return [why]
+        if proc.owed is not None:
+            return [f"its memory is not all there: {proc.owed.progress}"]
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:

@@ -43,12 +43,16 @@ def read_identity(pid: int) -> Identity:
     )
 
 
+KEPT = 64  # processes of whose end there is something to say
+
+
 class ProcTable:
     """The processes the cluster knows, by pid."""
 
     def __init__(self, publish: Callable[[str, int], object]) -> None:
         """`publish(line, node)` is called with a line for the events files at every change."""
         self._known: dict[Pid, Process] = {}
+        self._told_of: dict[Pid, Process] = {}  # ended, and why; oldest first
         self._publish = publish
 
     def __iter__(self) -> Iterator[Process]:
@@ -76,6 +80,19 @@ class ProcTable:
         """
         return self.get(pid) or Process(Pid(pid), read_identity(pid))
 
+    def find_or_recall(self, pid: int) -> Process:
+        """As `find`; where there is no such process, one that has ended and of whose end there is something to say.
+
+        Raises:
+            BpfsError: ESRCH.
+        """
+        try:
+            return self.find(pid)
+        except BpfsError:
+            if (ended := self._told_of.get(Pid(pid))) is None:
+                raise
+            return ended
+
     def away_on(self, node: int) -> list[Process]:
         """The processes that are away on `node`, in order of their pids."""
         return sorted((proc for proc in self if proc.away and proc.place == node), key=lambda proc: proc.pid)
@@ -93,9 +110,14 @@ class ProcTable:
         if proc.state is ProcState.ENDED:
             return
         proc.end(status)
+        if proc.why:
+            self._told_of.pop(proc.pid, None)
+            self._told_of[proc.pid] = proc
+            for pid in list(self._told_of)[:-KEPT]:
+                del self._told_of[pid]
         if self._known.get(proc.pid) is proc:
             del self._known[proc.pid]
-        self.changed(proc, str(status))
+        self.changed(proc, f"{status}: {proc.why}" if proc.why else str(status))
 
     def forget(self, proc: Process) -> None:
         """Drops a process that lives on at home, as any other of the master's."""

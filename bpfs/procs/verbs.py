@@ -1,4 +1,4 @@
-"""The one line that is written to nodes/N/migrate: `PID [onexec | close]`."""
+"""The one line that is written to nodes/N/migrate: `PID [onexec | close | lazy]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bpfs.errors import BpfsError
 
-_HOW = {"onexec", "close"}
+_HOW = {"onexec", "close", "lazy"}
 
 PID_LIMIT = 1 << 22  # PID_MAX_LIMIT of a 64-bit kernel, include/linux/threads.h
 
@@ -19,6 +19,7 @@ class MoveVerb:
     pid: int
     onexec: bool = False  # move at the next exec, not now
     close: bool = False  # sockets that cannot move are closed on the way
+    lazy: bool = False  # what can of its memory comes when it runs there
 
 
 def parse_pid(word: str) -> int:
@@ -39,14 +40,15 @@ def parse_move(text: str) -> MoveVerb:
     """Reads a write to a migrate file.
 
     Raises:
-        BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec` and `PID close`.
+        BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec`, and `PID` with `close`, `lazy` or both.
     """
     words = text.split()
     if not words:
-        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec' or 'PID close'")
+        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec', 'PID close' or 'PID lazy'")
     if len(text.strip().splitlines()) > 1:
         raise BpfsError(errno.EINVAL, "write one line at a time")
     pid = parse_pid(words[0])
-    if len(words) > 2 or not set(words[1:]) <= _HOW:
+    known = set(words[1:]) <= _HOW and len(set(words)) == len(words)
+    if not known or ("onexec" in words and len(words) > 2):
         raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: {', '.join(sorted(_HOW))}")
     return MoveVerb(pid, **dict.fromkeys(words[1:], True))
