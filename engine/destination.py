@@ -203,10 +203,10 @@ class Destination:
         image = img.decode(frame[1])
         builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
         builder.begin()
-        if owed:
-            self._filling = filling.begin(self._target, image, owed, stream)
         img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         builder.pages(stream.receive_part)
+        if owed:  # not before these are there: writing them would wait for us
+            self._filling = filling.begin(self._target, image, owed, stream)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)
         if int.from_bytes(end, "little") != image.total:
             raise img.ImageError("the number of bytes differs")

@@ -34,7 +34,7 @@ from engine.target import Target
 _AGAIN_S: Final = 0.001  # between two attempts while the kernel is about to tell of an event
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Space:
     """One address space: the process's, or that of a child that it has made meanwhile.
 
@@ -228,7 +228,10 @@ class Filling:
         if total:
             self._stream.receive_part(memoryview(_buffer)[:total])
         self.received += total
-        for space in list(self._spaces):
+        placed: list[Space] = []
+        # A child that is made meanwhile is owed what its parent has not got by then.
+        while (space := next((one for one in self._spaces if one not in placed), None)) is not None:
+            placed.append(space)
             self._for(space, lambda space: self._place(space, covers[0], pages))
         if not self.over:
             self._stream.send(img.frame(img.TAKEN, b""))

@@ -198,7 +198,9 @@ async def _state(proc: Process) -> str:
     # Nobody reports what is stopped at home, and the kernel knows.
     if state is ProcState.RUNNING and not proc.away and process_start(proc.pid)[0] == "T":
         state = ProcState.STOPPED
-    return f"{state.value}: {proc.owed.progress}\n" if proc.owed is not None else f"{state.value}\n"
+    if proc.owed is not None and state is not ProcState.ENDED:
+        return f"{state.value}: {proc.owed.progress}\n"
+    return f"{state.value}\n"
 
 
 async def _history(proc: Process) -> str:

@@ -17,7 +17,6 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.procs import faults
 from bpfs.procs.places import Engine, Place
 from bpfs.procs.process import MASTER, ExitStatus, Process
 from bpfs.procs.table import ProcTable
@@ -61,13 +60,11 @@ class Lazy:
         """Looks after it until all is there, or is not needed any more, or cannot come."""
         proc = self._proc
         try:
-            async with self._engines:
-                await faults.hold("owed")
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch_source)
-                    while not await self._look():
-                        await trio.sleep(LOOK)
-                    nursery.cancel_scope.cancel()
+            async with self._engines, trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_source)
+                while not await self._look():
+                    await trio.sleep(LOOK)
+                nursery.cancel_scope.cancel()
             if not proc.why:
                 proc.history[-1] = replace(proc.history[-1], bytes=proc.history[-1].bytes + self._received)
                 table.changed(proc, "has all of its memory")

@@ -1,0 +1,191 @@
+"""Post-copy: a process runs at its new place before its memory is there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.linux import procfs, userfaultfd
+from tests.cluster.held import holding, kill_workers
+from tests.cluster.moving import echo, place, processes_of
+from tests.cluster.virtual import VirtualCluster, cluster, wait_until
+from tests.engine.moves import Victim, until
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.skipif(not userfaultfd.answers(), reason="this kernel has no userfaultfd with all events"),
+]
+
+WRITER = Path(__file__).parent.parent / "victims" / "bin" / "writer"
+ROUTES = [(-1, 0), (0, 1), (1, -1)]
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def gates(session_folder: Path) -> Path:
+    folder = session_folder / "lazy-gates"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
+    subprocess.run(["make", "-s", "-C", str(WRITER.parent.parent)], check=True)
+    with holding(gates), cluster(session_folder / "lazy", "--lease", "3", "--netns", nodes=2) as made:
+        yield made
+
+
+@pytest.fixture
+def gate(gates: Path) -> Iterator[Path]:
+    """While it is there, only pages that somebody waits for are sent."""
+    gate = gates / "owed"
+    gate.touch()
+    yield gate
+    gate.unlink(missing_ok=True)
+    gate.with_suffix(".reached").unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path, *how: str) -> Iterator[Victim]:
+    one = Victim(WRITER, folder, *how, close_fds=True)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def move(it: VirtualCluster, one: Victim, node: int, how: str = " lazy") -> None:
+    done = echo(it, f"{one.pid}{how}", f"nodes/{node}/migrate")
+    assert done.returncode == 0, done.stderr + it.read(f"procs/{one.pid}/history") + one.text()
+    assert place(it, one.pid) == str(node)
+
+
+def owes(it: VirtualCluster, one: Victim, route: tuple[int, int]) -> None:
+    """It has come this way, and memory is to come that nobody sends."""
+    if route[0] != -1:
+        move(it, one, route[0], "")
+    move(it, one, route[1])
+    assert re.fullmatch(r"running: \d+ of \d+ MB to come\n", it.read(f"procs/{one.pid}/state"))
+
+
+def history(it: VirtualCluster, one: Victim) -> str:
+    """Of one that has ended, too; at home that takes a moment."""
+    try:
+        return it.read(f"procs/{one.pid}/history")
+    except FileNotFoundError:
+        return ""
+
+
+def has_all(it: VirtualCluster, one: Victim) -> bool:
+    return it.read(f"procs/{one.pid}/state") == "running\n"
+
+
+def end(one: Victim) -> None:
+    one.stop()
+    until(lambda: one.process.poll() is not None, "its end")
+    assert one.process.returncode == 0, one.text()
+
+
+def waits_for_memory(it: VirtualCluster, pid: int) -> bool:
+    for line in processes_of(it, pid):
+        vmas = procfs.parse_smaps(procfs.read(f"/proc/{line.split()[0]}/smaps"))
+        if any("um" in vma.flags for vma in vmas):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("how", ["96 4", "24 4 churn threads"])
+def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, how: str) -> None:
+    with writing(tmp_path, *how.split()) as one:
+        for node in (0, 1, -1):  # each waits for what the one before has left to come
+            move(it, one, node)
+        until(lambda: has_all(it, one), "all of its memory")
+        assert not waits_for_memory(it, one.pid)
+        sizes = [int(line.rpartition("=")[2]) for line in it.read(f"procs/{one.pid}/history").splitlines()]
+        assert min(sizes[1:]) > int(how.split()[0]) << 20
+        end(one)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_all_that_is_touched_comes_and_the_memory_may_change(
+    it: VirtualCluster, gate: Path, tmp_path: Path, route: tuple[int, int]
+) -> None:
+    with writing(tmp_path, "8", "2", "churn", "forks", "threads") as one:
+        owes(it, one, route)
+        end(one)  # it looks at every page
+        until(lambda: not processes_of(it, one.pid), "nothing of it should be left")
+
+
+def test_what_else_is_asked_of_it_waits(it: VirtualCluster, gate: Path, tmp_path: Path) -> None:
+    with writing(tmp_path, "16", "1") as one:
+        owes(it, one, (-1, 0))
+        assert "its memory is not all there" in it.read(f"procs/{one.pid}/cantmove")
+        assert "No such process" in echo(it, "cancel", f"procs/{one.pid}/node").stderr
+        words = [f"{one.pid} > nodes/1/migrate", f"{tmp_path}/image > procs/{one.pid}/checkpoint"]
+        asking = [subprocess.Popen(["bash", "-c", f"cd {it.mount}; echo {word}"]) for word in words]
+        one.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: it.read(f"procs/{one.pid}/state").startswith("stopped: "), "it should stop")
+        one.process.send_signal(signal.SIGCONT)
+        assert [process.poll() for process in asking] == [None, None]
+        gate.unlink()
+        codes = [process.wait(60) for process in asking]
+        assert 0 in codes  # whoever came second may have met the other: EBUSY
+        wait_until(lambda: has_all(it, one), "all of its memory")
+        end(one)
+
+
+@pytest.mark.parametrize("who", ["source", "destination"])
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_an_engine_is_killed(
+    it: VirtualCluster, gate: Path, tmp_path: Path, route: tuple[int, int], who: str
+) -> None:
+    with writing(tmp_path, "64", "1", "churn", "forks") as one:
+        owes(it, one, route)
+        where = route[who == "destination"]
+        kill_workers(it.pid("master") if where == -1 else it.slave(where))
+        assert one.process.wait(30) == KILLED, one.text()
+        wait_until(lambda: "was lost on the way" in history(it, one), "the reason")
+        last = history(it, one).splitlines()[-1]
+        origin = "the master" if route[0] == -1 else f"node {route[0]}"
+        assert re.match(rf"signal 9: its memory was lost on the way from {origin}, \d+ of \d+ MB to come: ", last)
+        assert it.read(f"procs/{one.pid}/state") == "ended\n"
+        wait_until(lambda: not processes_of(it, one.pid), "nothing of it should be left")
+        assert echo(it, f"{one.pid} lazy", "nodes/0/migrate").returncode != 0
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_the_link_is_cut(it: VirtualCluster, gate: Path, tmp_path: Path, route: tuple[int, int]) -> None:
+    node = max(route[0], 0)  # where the memory is, or the process
+    with writing(tmp_path, "64", "1") as one:
+        owes(it, one, route)
+        subprocess.run(["ip", "link", "set", it.leg(node), "down"], check=True)
+        try:
+            assert one.process.wait(60) == KILLED, one.text()
+            wait_until(lambda: "signal 9: " in history(it, one), "the reason")
+        finally:
+            subprocess.run(["ip", "link", "set", it.leg(node), "up"], check=True)
+        wait_until(lambda: it.read(f"nodes/{node}/state") == "up\n", "the node should be back")
+        wait_until(lambda: not processes_of(it, one.pid), "nothing of it should be left")
+
+
+def test_small_ones_move_as_ever(it: VirtualCluster, gate: Path, tmp_path: Path) -> None:
+    with writing(tmp_path, "1", "1") as one:
+        move(it, one, 0)
+        assert it.read(f"procs/{one.pid}/state") == "running\n"
+        end(one)
+
+
+def test_nonsense(it: VirtualCluster) -> None:
+    for words in ("lazy lazy", "lazy onexec", "lazily"):
+        with pytest.raises(OSError) as caught:
+            (it.mount / "nodes/0/migrate").write_text(f"{os.getpid()} {words}")
+        assert caught.value.errno == errno.EINVAL
