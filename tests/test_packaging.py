@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -47,6 +48,23 @@ def run_pytest(folder: Path, text: str, **environment: str) -> subprocess.Comple
 def test_every_entry_point_can_be_imported(command: str) -> None:
     module, _, function = PROJECT["project"]["scripts"][command].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def verify_units(folder: Path, old: str = "", new: str = "") -> str:
+    """What systemd-analyze (which reads units, and starts none) says of ours, with the commands of this environment."""
+    for unit in (TOP / "mountscripts/systemd").glob("*.service"):
+        text = unit.read_text().replace("/usr/local/bin/", f"{Path(sys.executable).parent}/")
+        (folder / unit.name).write_text(text.replace(old, new) if old else text)
+    command = ["systemd-analyze", "verify", "--man=no", *sorted(map(str, folder.glob("*.service")))]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (package systemd)"
+)
+def test_systemd_has_nothing_to_say_of_the_units(tmp_path: Path) -> None:
+    assert verify_units(tmp_path) == ""
+    assert "Restrat" in verify_units(tmp_path, "\nRestart=", "\nRestrat=")  # it would say so
 
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
