@@ -216,6 +216,7 @@ class HttpServer:
     def _words(self, path: str, address: str) -> list[str] | None:
         """The answer to what is asked or said about them; None where it is something else."""
         if path == "/peers":
+            self._seeds.pop(address, None)  # who asks has started anew, and passes nothing on yet
             return self._peers()
         if path == "/seed":
             self._seed(address)

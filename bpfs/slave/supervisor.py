@@ -48,6 +48,9 @@ STUCK_TIMEOUT = 5.0
 """Seconds for what was killed to be gone. Network file systems of jobs are the reason: their last user says goodbye to
 the server, and a server out of reach is asked for minutes."""
 
+EXIT_TIMEOUT = 1.0
+"""Seconds of that for what the kernel is ending already: it runs no more, and only its files and mounts say goodbye."""
+
 SHORT_LIFE = 5.0
 """A life shorter than this, ended by a fault of its own, is followed by a pause that doubles each time."""
 PAUSE_MAX = 10.0
@@ -243,13 +246,14 @@ def kill_descendants() -> list[int]:
     """Kill every descendant and wait until all are gone: orphans come to us, the reaper, and are next.
 
     One that the kernel cannot end now, because it waits for a disk or a server that is away, runs no more either: after
-    `STUCK_TIMEOUT` they are left to it, and their pids returned.
+    `STUCK_TIMEOUT` (`EXIT_TIMEOUT` where it is known to be at its end) they are left to it, and their pids returned.
     """
-    deadline = time.monotonic() + STUCK_TIMEOUT
+    began = time.monotonic()
     while True:
         _reap(0)
         left = procfs.children(os.getpid())
-        if not left or time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if not left or waited > STUCK_TIMEOUT or (waited > EXIT_TIMEOUT and all(map(procfs.is_exiting, left))):
             return left
         for pid in left:
             with suppress(ProcessLookupError):

@@ -10,6 +10,7 @@ from typing import Final
 _CHUNK: Final = 1 << 16
 _PAGE: Final = 4096
 NO_FILES: Final = ("/memfd:", "/SYSV", "/dev/", "/secretmem")  # what maps shows like files, and is none of a disk
+_PF_EXITING: Final = 0x4  # include/linux/sched.h
 _PRESENT: Final = (b"Rss:", b"Swap:", b"Shared_Hugetlb:", b"Private_Hugetlb:")
 
 
@@ -232,6 +233,18 @@ def parse_timers(raw: bytes) -> list[PosixTimer]:
 def threads(pid: int) -> list[int]:
     """Thread ids of a process, in creation order."""
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process and all that descend from it have run their last instruction, and only the kernel is busy with
+    their end."""
+    try:
+        for tid in threads(pid):
+            if not parse_stat(read(f"/proc/{pid}/task/{tid}/stat")).flags & _PF_EXITING:
+                return False
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # gone meanwhile
+    return all(is_exiting(child) for child in children(pid))
 
 
 def children(pid: int) -> list[int]:
