@@ -205,7 +205,7 @@ class Lab:
         """Writes the configuration file."""
         lines = [
             "interface br0", "iprange 10.54.0.10 10.54.0.99", f"key {self.key}", f"bootimages {self.images}",
-            f"mount {self.mount}", "lease 8", "kernelcommandline console=ttyS0 panic=5 quiet", "bootserver yes",
+            f"mount {self.mount}", "lease 8", "kernelcommandline console=ttyS0 panic=1 quiet", "bootserver yes",
             f"state {self.folder / 'state'}", "onlost reboot 2", "bootpeers 0",
             f"fstab {self.folder / 'fstab'}", "mkfs if_needed",
         ]  # fmt: skip

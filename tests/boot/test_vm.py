@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,9 +133,11 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         second.wait_for("RARP on eth0", other)
         lab.cut(1, False)
         second.wait_for("fetching the image, .* from 10.54.0.10\n[^\n]*switching kernels", other)
-        # That one starts again because it is told to.
-        lab.write("nodes/0/state", "reboot")
-        first.wait_for("RARP on eth0", before)
+        # That one's kernel panics: what ran there ends, and it starts again by itself.
+        panic = lab.bpsh("0", "/bin/sh", "-c", "echo c > /proc/sysrq-trigger; sleep 1000")
+        assert panic.returncode == -signal.SIGKILL, panic.stderr
+        assert "down (silent for 9 s)" in lab.read("nodes/0/log")
+        first.wait_for(r"Kernel panic[\s\S]*RARP on eth0", before)
         for number in (0, 1):
             lab.wait_state(number, "up")
 
@@ -169,5 +172,9 @@ def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: P
             # Longer while kernels are switched, when nobody feeds it.
             fed = re.findall(r"the watchdog is fed; it resets the machine after (\d+) s", machine.text)
             assert fed == ["300", "60"]
+            # It starts again because it is told to.
+            before = len(machine.text)
+            lab.write("nodes/0/state", "reboot")
+            machine.wait_for(r"reboot: Restarting system[\s\S]*iPXE initialising devices", before)
     finally:
         lab.close()
