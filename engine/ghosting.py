@@ -132,7 +132,7 @@ class Exec:
         ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
         injection.others = [thread.tid for thread in frozen.threads[1:]]
         if procfs.own_bytes(frozen.pid) >= _LARGE:
-            injection.while_waiting = _on_change(f"/proc/{frozen.pid}/exe", gone)
+            injection.while_waiting = _when_replaced(frozen.pid, gone)
         try:
             self._calls.run_until_exec()
         except OSError:
@@ -233,17 +233,17 @@ def _pass(frozen: Frozen, program: int, control: int, floor: int) -> tuple[int, 
     return exe, calls.run()[duplicate]
 
 
-def _on_change(link: str, then: Callable[[], object]) -> Callable[[], object]:
+def _when_replaced(pid: int, then: Callable[[], object]) -> Callable[[], object]:
     """What to call time and again: does something, once, when the process has its new memory. The kernel is long in
-    its exec then, giving back the old one: 30 ms a GB.
+    its exec then, giving back the old one, 30 ms a GB, and keeps whoever reads exe, maps or stat waiting for that.
     """
-    before, changed = os.stat(link), False
+    before, done = procfs.own_size(pid), False
 
     def look() -> None:
-        nonlocal changed
-        if not changed:
-            changed = not os.path.samestat(os.stat(link), before)
-            if changed:
+        nonlocal done
+        if not done:
+            done = procfs.own_size(pid) not in (before, 0)  # 0: it has been killed, and ends
+            if done:
                 then()
 
     return look

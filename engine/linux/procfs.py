@@ -80,6 +80,11 @@ def own_bytes(pid: int) -> int:
     return (int(resident) - int(shared)) * _PAGE
 
 
+def own_size(pid: int) -> int:
+    """Pages of a process's address space, 0 once it ends; never waits for its memory. Raises OSError."""
+    return int(read(own_file(pid, "statm")).split(None, 1)[0])
+
+
 def has_ended(folder: str) -> bool:
     """Whether the thread with this /proc folder is dead: gone, or a zombie."""
     try:
