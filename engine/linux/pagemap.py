@@ -18,6 +18,7 @@ _SWAPPED: Final = 16
 _PFNZERO: Final = 32
 _WP_MATCHING: Final = 1  # flag: protect what matches, in the same step
 _REGIONS: Final = 1024
+_MOST_GAPS: Final = 1000  # that are looked at one by one, 5 us each
 # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped, 61 file page or shared anonymous
 _NOT_FILE: Final = 7 << 61
 _WANTED: Final = (1 << 63, 1 << 62)  # present or swapped
@@ -63,7 +64,7 @@ def private_runs(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
     Raises:
         NoScan: use `private_entries`.
     """
-    return [(address, length) for address, length, _ in _scan(pagemap, start, end)]
+    return _scan(pagemap, start, end)
 
 
 def take_written(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
@@ -71,28 +72,32 @@ def take_written(pagemap: int, start: int, end: int) -> list[tuple[int, int]]:
 
     Only of mappings whose writes are recorded (`engine.linux.userfaultfd`). Raises as `private_runs`.
     """
-    found = _scan(pagemap, start, end, required=_WRITTEN, flags=_WP_MATCHING)
-    return [(address, length) for address, length, _ in found]
+    return _scan(pagemap, start, end, required=_WRITTEN, flags=_WP_MATCHING)
 
 
 def marked_runs(pagemap: int, start: int, end: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """As `private_runs`, in two lists: written since they were last taken, and not. Raises likewise."""
-    written: list[tuple[int, int]] = []
-    clean: list[tuple[int, int]] = []
-    for address, length, categories in _scan(pagemap, start, end, returned=_WRITTEN):
-        (written if categories & _WRITTEN else clean).append((address, length))
-    return written, clean
+    """As `private_runs`, in two lists: written since they were last taken, and not. Raises likewise.
+
+    Whether a page is of a file the kernel sees only in what describes the page itself: 60 ns each, most of it waiting
+    for memory. What has the mark is of none, so that it is found without, 5 ns a page; the rest is looked at apart.
+    """
+    clean = _scan(pagemap, start, end, absent=_WRITTEN | _PFNZERO)
+    if len(clean) > _MOST_GAPS:
+        return _scan(pagemap, start, end, required=_WRITTEN), clean
+    edges = [start, *(edge for address, length in clean for edge in (address, address + length)), end]
+    gaps = zip(edges[::2], edges[1::2], strict=True)
+    return [run for first, last in gaps if first < last for run in private_runs(pagemap, first, last)], clean
 
 
 def _scan(
-    pagemap: int, start: int, end: int, required: int = 0, returned: int = 0, flags: int = 0
-) -> list[tuple[int, int, int]]:
-    """(address, length, those of `returned` that it has) of private data in all the categories `required`."""
-    runs: list[tuple[int, int, int]] = []
-    absent, anyof = _FILE | _PFNZERO, _PRESENT | _SWAPPED
+    pagemap: int, start: int, end: int, required: int = 0, absent: int = _FILE | _PFNZERO, flags: int = 0
+) -> list[tuple[int, int]]:
+    """(address, length) of pages in all the categories `required` and in none of `absent`, in memory or in swap."""
+    runs: list[tuple[int, int]] = []
     argument = _Argument(
-        96, flags, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, absent, absent | required, anyof, returned
-    )
+        96, flags, start, end, 0, ctypes.addressof(_vector), _REGIONS, 0, absent, absent | required,
+        _PRESENT | _SWAPPED, 0,
+    )  # fmt: skip
     address = ctypes.addressof(argument)
     while argument.start < end:
         try:
@@ -102,11 +107,11 @@ def _scan(
                 raise NoScan(error.errno, "no PAGEMAP_SCAN") from None
             raise
         for i in range(count):
-            first, last, categories = _vector[3 * i], _vector[3 * i + 1], _vector[3 * i + 2]
-            if runs and runs[-1][0] + runs[-1][1] == first and runs[-1][2] == categories:
-                runs[-1] = (runs[-1][0], last - runs[-1][0], categories)
+            first, last = _vector[3 * i], _vector[3 * i + 1]
+            if runs and runs[-1][0] + runs[-1][1] == first:
+                runs[-1] = (runs[-1][0], last - runs[-1][0])
             else:
-                runs.append((first, last - first, categories))
+                runs.append((first, last - first))
         if argument.walk_end <= argument.start:
             break
         argument.start = argument.walk_end
