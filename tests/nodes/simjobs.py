@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from bpfs.daemon import raise_limits
 from bpfs.errors import LinkClosed
 from bpfs.wire.handshake import read_key
 from bpfs.wire.messages import (
@@ -121,6 +122,7 @@ MORE = 3
 def be_slaves(host: str, port: int, key: Path, count: int) -> None:
     """Is nodes 1 to `count`, and MORE that have their faults, until it is killed."""
     secret, what = read_key(key), facts()
+    raise_limits()  # a stream a job
     silent = socket.create_server(("", 0), backlog=count)
     shut = socket.socket()
     shut.bind(("", 0))

@@ -17,8 +17,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define MOST 2048        /* processes of one order */
-#define WAIT_SECONDS 100 /* as bpsh's */
+#define MOST 1024        /* processes of one order: a busy master takes 20 s for them */
+#define WAIT_SECONDS 100
 #define PAIR_LENGTH 40   /* " PID:NODE:RANK" */
 #define RANK "BPROC_RANK="
 
@@ -32,7 +32,7 @@ struct call {
 	char *const *argv, *const *envp;
 	int *board;    /* a word a child, and that of the template */
 	int order;     /* procs/onexec, open for writing; -1: there is none, or it cannot be used */
-	int failed[2]; /* a pipe: a struct failure of each child that could not move; it ends when all are on their way */
+	int failed[2]; /* a pipe an order: a struct failure of each child that could not move; it ends when all are on their way */
 };
 
 struct failure {
@@ -150,18 +150,6 @@ static void order(struct call *call, int first, int end)
 		let_go(call, first, end);
 }
 
-static void start(struct call *call, int first, int end)
-{
-	for (int i = first; i < end; i++) {
-		call->pids[i] = fork();
-		if (call->pids[i] == 0)
-			be_child(call, i);
-		if (call->pids[i] < 0)
-			call->pids[i] = -errno;
-	}
-	order(call, first, end);
-}
-
 static void hear_failures(const struct call *call)
 {
 	struct failure failure;
@@ -173,6 +161,26 @@ static void hear_failures(const struct call *call)
 		waitpid(call->pids[failure.rank], NULL, 0);
 		call->pids[failure.rank] = -failure.why;
 	}
+}
+
+static void start(struct call *call, int first, int end)
+{
+	if (pipe2(call->failed, O_CLOEXEC) < 0) {
+		for (int i = first; i < end; i++)
+			call->pids[i] = -errno;
+		return;
+	}
+	for (int i = first; i < end; i++) {
+		call->pids[i] = fork();
+		if (call->pids[i] == 0)
+			be_child(call, i);
+		if (call->pids[i] < 0)
+			call->pids[i] = -errno;
+	}
+	order(call, first, end);
+	close(call->failed[1]);
+	hear_failures(call);
+	close(call->failed[0]);
 }
 
 EXPORT int bproc_vexecmove_io(int n, int *nodes, int *pids, struct bproc_io_t *io, int iolen, const char *cmd,
@@ -190,19 +198,12 @@ EXPORT int bproc_vexecmove_io(int n, int *nodes, int *pids, struct bproc_io_t *i
 	call.board = board_make((size_t)n + 1);
 	if (!call.board)
 		return -1;
-	if (pipe2(call.failed, O_CLOEXEC) < 0) {
-		munmap(call.board, ((size_t)n + 1) * sizeof *call.board);
-		return -1;
-	}
 	/* The program is that of the master; with io entries each has descriptors of its own to make. */
 	if (n > 1 && !iolen && bproc_currnode() == BPROC_NODE_MASTER && access(cmd, X_OK) == 0 &&
 	    bpfs_path(path, "procs/onexec") == 0)
 		call.order = open(path, O_WRONLY | O_CLOEXEC);
 	for (int first = 0; first < n; first += MOST)
 		start(&call, first, n - first < MOST ? n : first + MOST);
-	close(call.failed[1]);
-	hear_failures(&call);
-	close(call.failed[0]);
 	if (call.order >= 0)
 		close(call.order);
 	munmap(call.board, ((size_t)n + 1) * sizeof *call.board);
