@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from errno import EINVAL
@@ -115,14 +116,36 @@ def _main(argv: Sequence[str] | None) -> int:
         if kind == "nodes":
             current = wanted[value]
         else:
-            done += [apply(Node(cluster, number), kind, value) for number in current]
+            done += apply_to_all([Node(cluster, number) for number in current], kind, value)
     if options.json:
         print(json.dumps(done))
     return EXIT_ERROR if any(entry["error"] for entry in done) else 0
 
 
+AT_ONCE = 64  # nodes: a state takes one that hangs ten seconds and more, and the others are not to wait for that
+
+
+def apply_to_all(nodes: list[Node], name: str, value: str) -> list[dict[str, object]]:
+    """`apply` to many, states to many at once; what was refused is said in the order of the nodes."""
+    if name != "state" or len(nodes) < 2:
+        return [apply(node, name, value) for node in nodes]
+    from concurrent.futures import ThreadPoolExecutor  # most calls do without
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            return [_told(done) for done in pool.map(lambda node: _write(node, name, value), nodes)]
+        except KeyboardInterrupt:  # the threads wait for nodes still, and would be waited for
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+            raise
+
+
 def apply(node: Node, name: str, value: str, prog: str = PROG) -> dict[str, object]:
     """Writes one value to one file of a node, and says on stderr when that was refused."""
+    return _told(_write(node, name, value), prog)
+
+
+def _write(node: Node, name: str, value: str) -> dict[str, object]:
     error = ""
     try:
         node.write(name, value)
@@ -130,9 +153,13 @@ def apply(node: Node, name: str, value: str, prog: str = PROG) -> dict[str, obje
         error = str(refused)
         if refused.errno == EINVAL and name in _MEANING:
             error += f" ({_MEANING[name]})"
-        name_of = "master" if node.number == MASTER else str(node.number)
-        print(f"{prog}: {name_of}: {error}", file=sys.stderr)
     return {"node": node.number, "file": name, "value": value, "error": error}
+
+
+def _told(done: dict[str, object], prog: str = PROG) -> dict[str, object]:
+    if done["error"]:
+        print(f"{prog}: {'master' if done['node'] == MASTER else done['node']}: {done['error']}", file=sys.stderr)
+    return done
 
 
 if __name__ == "__main__":

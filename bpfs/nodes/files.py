@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
+import trio
+
+from bpfs.figures import figure
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.attributes import NodeAttributes
 from bpfs.nodes.events import EventLog
@@ -32,7 +35,10 @@ from bpfs.tree.formats import (
     value,
 )
 from bpfs.tree.local import LocalTree
-from bpfs.wire.messages import Sample
+from bpfs.wire.messages import Figure, FigureIs, Sample
+
+ASK_TIMEOUT = 5.0
+"""Seconds for a node to tell a figure that is asked for."""
 
 
 class NodeFiles:
@@ -128,6 +134,8 @@ class NodeFiles:
             File("mhz", "their clock", read=partial(_figure, lambda it: value(f"{it.mhz:g}") if it.mhz else "")),
             File("stat", "its processors and processes, as in /proc/stat", read=partial(_figure, _processors)),
             File("busy", "a line a processor: the share of the last seconds that it was busy", read=_busy),
+            File("disk", "its root file system, as statfs(2)", read=partial(_asked, "disk")),
+            File("netdev", "as /proc/net/dev of the node", read=partial(_asked, "netdev")),
             File("uptime", "seconds since it started", read=partial(_figure, lambda it: f"{it.uptime:.2f}\n")),
             File("kernel", "the release of its kernel", read=partial(_figure, lambda it: value(it.kernel))),
             File("heard", "seconds since 1970 when it was last heard of", read=_heard),
@@ -213,6 +221,15 @@ def _figure(show: Callable[[Sample], str], node: Node) -> str:
     """What a node's last figures say, the master's own being those of now; nothing where there are none yet."""
     sample = _own().take() if node.number == MASTER else node.sample
     return show(sample) if sample is not None else ""
+
+
+async def _asked(name: str, node: Node) -> str:
+    """A figure of bpfs/figures.py, as it is now. Raises BpfsError."""
+    if node.number == MASTER:
+        return await trio.to_thread.run_sync(figure, name, abandon_on_cancel=True)
+    reply = await node.live_session().link.request(Figure(name), ASK_TIMEOUT)
+    assert isinstance(reply, FigureIs)
+    return reply.text
 
 
 class _Follower:

@@ -19,6 +19,7 @@ import trio
 from bpfs import daemon, kernel, log
 from bpfs.engines import Workers
 from bpfs.errors import BpfsError, LinkClosed, first_error
+from bpfs.figures import figure
 from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.slave import machine
 from bpfs.slave.births import BirthWatch
@@ -49,6 +50,8 @@ from bpfs.wire.messages import (
     FdClose,
     FdWhere,
     Fence,
+    Figure,
+    FigureIs,
     HeartbeatSeen,
     HoldImage,
     HostPidOf,
@@ -114,6 +117,7 @@ class Slave:
             Fence: self._fence,
             SetClock: self._set_clock,
             ReadClock: lambda _: ClockIs(time.time_ns()),
+            Figure: _tell_figure,
             SlewClock: lambda message: machine.slew_clock(message.gain_ns),
         }
         self._nursery: trio.Nursery | None = None
@@ -288,6 +292,11 @@ class Slave:
                 await trio.sleep(LOOK_EVERY)
         finally:
             sampler.close()
+
+
+async def _tell_figure(message: Figure) -> FigureIs:
+    # In a thread: a file system may keep who asks for it waiting.
+    return FigureIs(await trio.to_thread.run_sync(figure, message.name, abandon_on_cancel=True))
 
 
 def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None) -> int:

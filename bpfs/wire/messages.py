@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 12
+VERSION = 13
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -582,3 +582,20 @@ class ImageIs(Message):
     """master -> slave."""
 
     image: bytes
+
+
+# -- figures that are asked for: 80-89 ----------------------------------------------------------------
+
+
+@_message(80)
+class Figure(Message):
+    """master -> slave, request (reply FigureIs): one of bpfs/figures.py."""
+
+    name: str
+
+
+@_message(81)
+class FigureIs(Message):
+    """slave -> master."""
+
+    text: str

@@ -26,7 +26,7 @@ NR = {
     "prlimit64": 302, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "sched_setattr": 314,
     "sched_getattr": 315,
     "execveat": 322, "userfaultfd": 323,
-    "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436,
+    "statfs": 137, "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436,
     "pidfd_getfd": 438, "dup3": 292, "close": 3, "ptrace": 101, "ioprio_set": 251, "ioprio_get": 252,
 }  # fmt: skip
 

@@ -76,6 +76,23 @@ def test_what_a_node_refuses_is_an_error_of_bpctl(it: VirtualCluster) -> None:
     )
 
 
+def test_a_node_that_hangs_keeps_no_others_from_what_bpctl_says(it: VirtualCluster) -> None:
+    slave = it.slave(0)
+    os.kill(slave, signal.SIGSTOP)
+    program = [sys.executable, "-m", "bpfs.cli.bpctl", "-S", "0,2-3", "-s", "down"]
+    with subprocess.Popen(program, env={**os.environ, "BPFS": str(it.mount), "PYTHONPATH": str(TOP)}) as run:
+        try:
+            it.wait_state(2, "down")
+            it.wait_state(3, "down")
+            assert run.poll() is None
+        finally:
+            os.kill(slave, signal.SIGCONT)
+        assert run.wait(60) == 0
+    shown(it, "bpctl", "-S", "0,2-3", "-s", "up")
+    for number in (0, 2, 3):
+        it.wait_state(number, "up")
+
+
 def test_client_reads_every_file_of_a_node(it: VirtualCluster) -> None:
     api = Cluster(it.mount)
     assert list(api.nodes) == [0, 1, 2, 3]

@@ -71,9 +71,6 @@ static void processors(void)
 static void who_and_when(void)
 {
 	struct node_time when;
-	struct beostat_net_dev devices[MAX_NET_DEV];
-	struct statfs disk;
-	int most, used;
 	gid_t group = 4242;
 	char *name, host[256];
 	int *nodes;
@@ -95,10 +92,33 @@ static void who_and_when(void)
 	CHECK(beostat_get_avail_nodes_by_id(&nodes, 1300, &group, 1) == 2 && nodes[0] == 0 && nodes[1] == 1);
 	free(nodes);
 	CHECK(bproc_nodesetstatus(2, "up") == 0 && bproc_chmod(1, 0111) == 0 && bproc_chgrp(1, 0) == 0);
-	CHECK(beostat_get_statfs_p(0, &disk) == -1 && errno == ENOSYS);
-	CHECK(beostat_get_disk_usage(0, &most, &used) == -1 && errno == ENOSYS);
-	CHECK(beostat_get_net_dev(0, devices, MAX_NET_DEV) == -1 && errno == ENOSYS);
-	CHECK(beostat_get_net_rate(0) == (unsigned long)-1 && errno == ENOSYS);
+}
+
+/* The nodes of this test share root file system and network with the master. */
+static void disks_and_networks(void)
+{
+	struct beostat_net_dev devices[MAX_NET_DEV + 1];
+	struct statfs disk, own;
+	int most, used, loopback = -1;
+
+	CHECK(statfs("/", &own) == 0 && beostat_get_statfs_p(0, &disk) == 0);
+	CHECK(disk.f_type == own.f_type && disk.f_bsize == own.f_bsize && disk.f_blocks == own.f_blocks);
+	CHECK(disk.f_files == own.f_files && disk.f_namelen == own.f_namelen && disk.f_bfree <= disk.f_blocks);
+	CHECK(beostat_get_disk_usage(BPROC_NODE_MASTER, &most, &used) == 0 && used <= most);
+	CHECK(most == (int)(own.f_blocks * (unsigned long long)own.f_bsize >> 20));
+	CHECK(beostat_get_statfs_p(9, &disk) == -1 && errno == BE_INVALIDNODE);
+
+	memset(devices, 0xff, sizeof devices);
+	CHECK(beostat_get_net_dev(1, devices, MAX_NET_DEV + 1) == 0 && (signed char)devices[MAX_NET_DEV].name[0] == -1);
+	for (int i = 0; i < MAX_NET_DEV; i++)
+		if (!strcmp(devices[i].name, "lo"))
+			loopback = i;
+	/* What goes over it comes, and the cluster's own messages do so all the time. */
+	CHECK(loopback >= 0 && devices[loopback].recv.bytes > 0 && devices[loopback].recv.bytes == devices[loopback].trans.bytes);
+	CHECK(devices[loopback].recv.packets > 0 && devices[loopback].recv.packets == devices[loopback].trans.packets);
+	CHECK(beostat_get_net_dev(9, devices, 1) == -1 && errno == BE_INVALIDNODE);
+	CHECK(beostat_get_net_rate(0) != (unsigned long)-1 && beostat_get_net_rate(BPROC_NODE_SELF) < 1ul << 40);
+	CHECK(beostat_get_net_rate(9) == (unsigned long)-1 && errno == BE_INVALIDNODE);
 }
 
 int main(void)
@@ -107,5 +127,6 @@ int main(void)
 	load_and_memory();
 	processors();
 	who_and_when();
+	disks_and_networks();
 	return 0;
 }

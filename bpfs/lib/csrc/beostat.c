@@ -7,6 +7,7 @@
 #include "sys/beostat.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -236,34 +237,141 @@ EXPORT int beostat_count_idle_cpus(float threshold)
 	return idle;
 }
 
-/* -- what nodes do not tell: figures of disks and networks -------------------------------------------------------- */
+/* -- disks and networks ------------------------------------------------------------------------------------------- */
 
-static int not_told(void)
+/* The number behind `key` in lines of "key number"; 0 where it is not among them. */
+static unsigned long long number_of(const char *text, const char *key)
 {
-	errno = ENOSYS;
-	return -1;
-}
+	size_t length = strlen(key);
 
-EXPORT int beostat_get_disk_usage(int node, int *max, int *curr)
-{
-	(void)node, (void)max, (void)curr;
-	return not_told();
+	for (; text; text = (text = strchr(text, '\n')) ? text + 1 : NULL)
+		if (!strncmp(text, key, length) && text[length] == ' ')
+			return strtoull(text + length, NULL, 10);
+	return 0;
 }
 
 EXPORT int beostat_get_statfs_p(int node, struct statfs *statfs)
 {
-	(void)node, (void)statfs;
-	return not_told();
+	char *text = figures(node, "disk");
+
+	if (!text)
+		return -1;
+	memset(statfs, 0, sizeof *statfs);
+	statfs->f_type = (__typeof__(statfs->f_type))number_of(text, "type");
+	statfs->f_bsize = (__typeof__(statfs->f_bsize))number_of(text, "bsize");
+	statfs->f_blocks = number_of(text, "blocks");
+	statfs->f_bfree = number_of(text, "bfree");
+	statfs->f_bavail = number_of(text, "bavail");
+	statfs->f_files = number_of(text, "files");
+	statfs->f_ffree = number_of(text, "ffree");
+	statfs->f_namelen = (__typeof__(statfs->f_namelen))number_of(text, "namelen");
+	free(text);
+	return 0;
+}
+
+EXPORT int beostat_get_disk_usage(int node, int *max, int *curr)
+{
+	struct statfs disk;
+
+	if (beostat_get_statfs_p(node, &disk) < 0)
+		return -1;
+	*max = (int)(disk.f_blocks * (unsigned long long)disk.f_bsize >> 20);
+	*curr = (int)((disk.f_blocks - disk.f_bfree) * (unsigned long long)disk.f_bsize >> 20);
+	return 0;
+}
+
+/* One line of /proc/net/dev; 0 where it is a heading. */
+static int read_device(const char *line, struct beostat_net_dev *dev)
+{
+	memset(dev, 0, sizeof *dev);
+	return sscanf(line, " %15[^:]: %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu %lu", dev->name,
+		      &dev->recv.bytes, &dev->recv.packets, &dev->recv.errs, &dev->recv.drop, &dev->recv.fifo, &dev->frame,
+		      &dev->recv.compressed, &dev->multicast, &dev->trans.bytes, &dev->trans.packets, &dev->trans.errs,
+		      &dev->trans.drop, &dev->trans.fifo, &dev->colls, &dev->carrier, &dev->trans.compressed) == 17;
 }
 
 EXPORT int beostat_get_net_dev(int node, struct beostat_net_dev *devs, int size)
 {
-	(void)node, (void)devs, (void)size;
-	return not_told();
+	char *text = figures(node, "netdev"), *state = NULL;
+	int count = 0;
+
+	if (!text)
+		return -1;
+	if (size > MAX_NET_DEV)
+		size = MAX_NET_DEV;
+	for (char *line = strtok_r(text, "\n", &state); line && count < size; line = strtok_r(NULL, "\n", &state))
+		count += read_device(line, &devs[count]);
+	if (count < size)
+		memset(devs + count, 0, (size_t)(size - count) * sizeof *devs);
+	free(text);
+	return 0;
+}
+
+#define FIRST_MS 200   /* between the two looks of a first call */
+#define OLD_MS 60000   /* a look that is older says nothing of now */
+
+struct look {
+	struct look *next;
+	int node;
+	long long when; /* ms; 0: never */
+	unsigned long long bytes;
+};
+
+/* What a node's devices but the loopback have carried by now. */
+static int look_at_net(int node, struct look *look)
+{
+	char *text = figures(node, "netdev"), *state = NULL;
+	struct beostat_net_dev dev;
+	struct timespec time;
+
+	if (!text)
+		return -1;
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	look->when = time.tv_sec * 1000LL + time.tv_nsec / 1000000;
+	look->bytes = 0;
+	for (char *line = strtok_r(text, "\n", &state); line; line = strtok_r(NULL, "\n", &state))
+		if (read_device(line, &dev) && strcmp(dev.name, "lo"))
+			look->bytes += dev.recv.bytes + dev.trans.bytes;
+	free(text);
+	return 0;
+}
+
+static struct look *last_look(int node)
+{
+	static struct look *looks;
+	struct look *found = looks;
+
+	while (found && found->node != node)
+		found = found->next;
+	if (!found && (found = calloc(1, sizeof *found))) {
+		found->node = node;
+		found->next = looks;
+		looks = found;
+	}
+	return found;
 }
 
 EXPORT unsigned long beostat_get_net_rate(int node)
 {
-	(void)node;
-	return (unsigned long)not_told();
+	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+	struct look now = { 0 }, *last;
+	unsigned long rate = (unsigned long)-1;
+
+	pthread_mutex_lock(&lock);
+	last = last_look(node);
+	if (!last || look_at_net(node, &now) < 0)
+		goto out;
+	if (!last->when || now.when - last->when > OLD_MS || now.when - last->when < FIRST_MS) {
+		if (!last->when || now.when - last->when > OLD_MS)
+			last->when = now.when, last->bytes = now.bytes;
+		nanosleep(&(struct timespec){ .tv_nsec = FIRST_MS * 1000000L }, NULL);
+		if (look_at_net(node, &now) < 0)
+			goto out;
+	}
+	rate = now.bytes > last->bytes ? (unsigned long)((now.bytes - last->bytes) * 1000 / (now.when - last->when)) : 0;
+	last->when = now.when;
+	last->bytes = now.bytes;
+out:
+	pthread_mutex_unlock(&lock);
+	return rate;
 }
