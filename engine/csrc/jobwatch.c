@@ -80,17 +80,17 @@ static int waiting = -1; /* the epoll set: of clients, the connector, and who li
 static bool answering;  /* it has said something: we are where it speaks */
 static int64_t next_due = INT64_MAX;
 
-static int64_t now_us(void)
+static int64_t microseconds(clockid_t clock)
 {
 	struct timespec t;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	clock_gettime(clock, &t);
 	return t.tv_sec * 1000000LL + t.tv_nsec / 1000;
 }
 
 static int64_t now_ms(void)
 {
-	return now_us() / 1000;
+	return microseconds(CLOCK_MONOTONIC) / 1000;
 }
 
 /* ---- jobs ---- */
@@ -476,7 +476,7 @@ static int count_active(void)
 
 static void look_at_all(struct client *client, int64_t now)
 {
-	int64_t began = now_us();
+	int64_t began = microseconds(CLOCK_PROCESS_CPUTIME_ID);
 	struct job *job, *next;
 	bool busy = false;
 
@@ -492,7 +492,7 @@ static void look_at_all(struct client *client, int64_t now)
 	}
 	if (busy)
 		client->busy = now;
-	int64_t pause = (now_us() - began) * LOOK_SHARE * count_active() / 1000;
+	int64_t pause = (microseconds(CLOCK_PROCESS_CPUTIME_ID) - began) * LOOK_SHARE * count_active() / 1000;
 	client->look_at = now + (pause > LOOK_MS ? pause : LOOK_MS);
 }
 
@@ -782,11 +782,13 @@ static void work(void)
 	for (int i = 0; i < client_count; i++) {
 		struct client *client = clients[i];
 
-		if (client->active && client->look_at <= now)
+		if (client->active && client->look_at <= now) {
 			look_at_all(client, now);
-		if (client->active && now - client->busy > IDLE_MS) {
-			drop_jobs(client);
-			client->active = false;
+			/* Only a look knows whether there are jobs, and the last one may have been long ago. */
+			if (now - client->busy > IDLE_MS) {
+				drop_jobs(client);
+				client->active = false;
+			}
 		}
 		active |= client->active;
 		flush_packet(client);
