@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,8 +81,12 @@ HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "runner.bin"
 """What in C a node runs, by package; the rest is the master's."""
 
 
+LOADED = ("liblz4.so.1",)
+"""Libraries that a node's programs load by name, and can do without: engine/packing.py."""
+
+
 def helpers() -> list[cpio.Entry]:
-    """The programs in C that bpslave starts.
+    """The programs in C that bpslave starts, and what is LOADED of libraries.
 
     Raises:
         BootError: one has not been built.
@@ -96,6 +101,10 @@ def helpers() -> list[cpio.Entry]:
                 found.append(cpio.file(f"{SITE}/{package}/bin/{name}", path.read_bytes(), 0o755))
             except OSError:
                 raise BootError(f"{path} is missing: build it with make -C mountscripts helpers") from None
+    for name in LOADED:
+        with suppress(BootError):
+            library = Elf(_find_library(name, []).read_bytes())
+            found.append(cpio.file(f"{LIBRARIES}/{name}", library.loadable(), 0o755))
     return found
 
 

@@ -13,6 +13,7 @@ from boot import cpio, image, python
 from boot.errors import BootError
 from boot.image import Recipe
 from boot.kernel import Kernel, unpack
+from engine import packing
 from tests.boot.lab import TOP, kernel_package
 from tests.boot.lab import python as python_command
 
@@ -86,9 +87,15 @@ def test_the_nodes_program_runs_from_the_image(operational: list[cpio.Entry], tm
         "PYTHONPATH": f"/{python.HOME}:/{python.HOME}/lib-dynload:/{python.SITE}",
     }  # fmt: skip
     (tmp_path / "proc").mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'mount --bind /proc {tmp_path}/proc && exec chroot {tmp_path} "$@"', "sh",
-         f"/{python.PROGRAM}", "-S", "-s", "-B", "-m", "bpfs.cli.bpslave", "--version"],
-        env={**environment, "PATH": os.environ["PATH"] + ":/usr/sbin"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.startswith("bpslave "), done.stderr
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", f'mount --bind /proc {tmp_path}/proc && exec chroot {tmp_path} "$@"', "sh",
+             f"/{python.PROGRAM}", "-S", "-s", "-B", *arguments],
+            env={**environment, "PATH": os.environ["PATH"] + ":/usr/sbin"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-m", "bpfs.cli.bpslave", "--version").startswith("bpslave ")
+    assert run("-c", "from engine import packing; print(packing.works())") == f"{packing.works()}\n"
