@@ -112,6 +112,7 @@ def inspect(
     contents: int = CONTENT_LIMIT,
     digests: bool = False,
     lazy: bool = False,
+    foreseen: bytes = b"",
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -124,6 +125,7 @@ def inspect(
         contents: bytes of open files without a name that may travel.
         digests: files are known by their content.
         lazy: what can of its memory comes after it.
+        foreseen: its smaps a moment ago; else they are read now.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -131,7 +133,7 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests)
+    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests, foreseen)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, content_limit=contents, close=close, files_stay=files_stay,

@@ -31,6 +31,7 @@ PART: Final = 256 << 10  # bytes of pages in one piece
 _AHEAD: Final = 4  # pieces on their way: who waits for a page waits for these at most
 _NEAR: Final = 64 << 10  # what is asked for comes with its neighbours; aligned
 _LOOK: Final = 256 << 20  # bytes of address space that are looked through at a time: 2 ms
+_GRACE_S: Final = 0.02  # in which the process begins to run, and its first pages are asked for, before the rest goes
 _BEGUN_WITHIN_S: Final = 5.0
 SILENCE_S: Final = 20.0  # without a word from the other side
 
@@ -103,6 +104,7 @@ class Owing:
     _under_way: int = 0  # pieces
     _said_last: bool = False
     _heard: float = 0.0
+    _began: float = 0.0
 
     @classmethod
     def begin(cls, frozen: Frozen, owed: Spans, known: Spans | None) -> "Owing":
@@ -124,7 +126,8 @@ class Owing:
         """Send, until the daemon has something to say, or all is over."""
         stream = self.stream
         assert stream is not None
-        self._heard = self._heard or time.monotonic()
+        self._began = self._began or time.monotonic()
+        self._heard = self._heard or self._began
         stream.let_daemon_wait(SILENCE_S)
         poll = select.poll()
         poll.register(control, select.POLLIN)
@@ -133,8 +136,8 @@ class Owing:
             while not self.over:
                 may_send = self._under_way < _AHEAD and not self._said_last
                 patience_s = 0 if may_send else SILENCE_S
-                if may_send and faults.is_waited_for("owed"):  # only what is asked for, while a test wants it so
-                    may_send, patience_s = False, 0.005
+                if may_send and (time.monotonic() < self._began + _GRACE_S or faults.is_waited_for("owed")):
+                    may_send, patience_s = False, _GRACE_S / 4  # only what is asked for
                 ready = {fd for fd, _ in poll.poll(patience_s * 1000)}
                 if control.fileno() in ready:
                     return

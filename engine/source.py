@@ -49,6 +49,7 @@ class Source:
         self._rounds: Rounds | None = None  # in which memory goes ahead
         self._owing: Owing | None = None  # memory that goes after the process
         self._left = False  # and the process has gone
+        self._foreseen = b""  # smaps of the process, a moment ago
         self.afterwards: Callable[[], object] | None = None
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
 
@@ -91,6 +92,11 @@ class Source:
         self._settled = not writing
         return self.inspect(request, fds) if request.get("inspect") else {}
 
+    def foresee(self, request: Reply, fds: list[int]) -> Reply:
+        """Before the `freeze` of a process whose memory is to go after it: what takes the longer the larger it is."""
+        self._foreseen = procfs.read(f"/proc/{int(request['pid'])}/smaps")
+        return {}
+
     def straight(self, request: Reply, fds: list[int]) -> Reply:
         """`freeze` and `inspect`; then, of a process that still is what `look` said (`expected`), `send` and `depart`.
 
@@ -101,6 +107,8 @@ class Source:
         self._opened = self._open_stream(request)  # while it runs
         try:
             faults.hold("straight")
+            if request.get("lazy"):
+                self.foresee(request, [])
             frozen_at = time.monotonic()
             self.freeze({"pid": request["pid"]}, [])
             seen = self.inspect(request, [])
@@ -220,7 +228,7 @@ class Source:
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
             bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
-            bool(request.get("lazy")),
+            bool(request.get("lazy")), self._foreseen,
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
@@ -416,7 +424,7 @@ class Source:
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled = None, None, False
         self._image = self._passed = self._ready = self.afterwards = None
-        self._seen = ({}, {})
+        self._seen, self._foreseen = ({}, {}), b""
         self._end_rounds()
         if not self._left:
             self._end_owing()

@@ -37,6 +37,7 @@ def serve(control: socket.socket) -> bool:
         "watch": source.watch,
         "copy": source.copy,
         "unwatch": source.unwatch,
+        "foresee": source.foresee,
         "freeze": source.freeze,
         "straight": source.straight,
         "arm": source.arm,

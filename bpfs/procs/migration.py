@@ -325,6 +325,8 @@ class Migration(ABC):
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
         await self._enter(Phase.FREEZE)
         hostpid = await self.source.hostpid(self.proc)
+        if self.keep is not None:
+            await src.call("foresee", pid=hostpid)
         self.figures.frozen = time.perf_counter()
         if writer is None:
             limit, self.precopy = self.precopy, None
