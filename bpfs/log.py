@@ -19,9 +19,12 @@ class _OneLine(logging.Formatter):
         info, record.exc_info = record.exc_info, None
         line = super().format(record)
         if info and info[1] is not None:
-            frames = traceback.extract_tb(info[2])
+            error: BaseException = info[1]
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # a nursery's: says nothing
+                error = error.exceptions[0]
+            frames = traceback.extract_tb(error.__traceback__)
             trail = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
-            line += f": {type(info[1]).__name__}: {info[1]} [{trail}]"
+            line += f": {type(error).__name__}: {error} [{trail}]"
         return line.replace("\n", " | ").replace("\r", " ")
 
 

@@ -187,10 +187,18 @@ class Link:
             raise LinkClosed(f"the link to {self.name} ended: {self.reason}")
         box: list[Frame | None] = []
         self._waiting[frame_id] = (trio.lowlevel.current_task(), box, replied)
+        abandoned = False
+
+        def abandon(_raise_cancel: object) -> trio.lowlevel.Abort:
+            nonlocal abandoned
+            # Now: the reply may be read before this task runs again, and must not wake it once more.
+            abandoned = self._waiting.pop(frame_id, None) is not None
+            return trio.lowlevel.Abort.SUCCEEDED
+
         try:
-            await trio.lowlevel.wait_task_rescheduled(self._abandon)
+            await trio.lowlevel.wait_task_rescheduled(abandon)
         finally:
-            if self._waiting.pop(frame_id, None) is not None and not self.reason:
+            if abandoned and not self.reason:
                 with suppress(LinkClosed):
                     self._send(codec.encode_cancel(frame_id))
         frame = box[0]
@@ -199,10 +207,6 @@ class Link:
         if frame.message is None:
             raise RemoteError(frame.errno, frame.text)
         return frame.message
-
-    @staticmethod
-    def _abandon(_raise_cancel: object) -> trio.lowlevel.Abort:
-        return trio.lowlevel.Abort.SUCCEEDED
 
     def _send(self, data: bytes) -> None:
         if self.reason:

@@ -40,7 +40,7 @@ def gates(session_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
     subprocess.run(["make", "-s", "-C", str(WRITER.parent.parent)], check=True)
-    with holding(gates), cluster(session_folder / "lazy", "--lease", "2", "--netns", nodes=2) as made:
+    with holding(gates), cluster(session_folder / "lazy", "--lease", "3", "--netns", nodes=2) as made:
         yield made
 
 

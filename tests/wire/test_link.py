@@ -119,6 +119,21 @@ async def test_a_cancelled_request_cancels_its_handler():
         assert (await near.request(HostPidOf(4))).hostpid == 8
 
 
+async def test_a_request_is_cancelled_in_the_moment_in_which_its_reply_is_read():
+    async with links({}, {HostPidOf: double}) as (near, _), trio.open_nursery() as nursery:
+        scopes = [trio.CancelScope() for _ in range(20)]
+
+        async def ask(number: int) -> None:
+            with scopes[number]:
+                # The reply that comes right after, in the same piece, is that of the next.
+                await near.request(HostPidOf(number), replied=scopes[(number + 1) % 20].cancel)
+
+        for number in range(20):
+            nursery.start_soon(ask, number)
+        with trio.fail_after(10):
+            assert (await near.request(HostPidOf(4))).hostpid == 8
+
+
 async def test_the_end_of_a_link_ends_all_requests():
     async def hang(_: KillAll) -> None:
         await trio.sleep_forever()
