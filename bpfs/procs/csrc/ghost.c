@@ -457,12 +457,12 @@ static int number(const char *name, int otherwise)
 	return text && *text ? atoi(text) : otherwise;
 }
 
-static int wait_ms(void)
+static int64_t wait_us(void)
 {
 	int64_t next = INT64_MAX, now = now_ms();
 
 	if (pumping)
-		return 1000;
+		return 1000 * MS;
 	if (barrier.what != B_NONE)
 		next = barrier.deadline;
 	if (hold_deadline && hold_deadline < next)
@@ -473,7 +473,7 @@ static int wait_ms(void)
 		next = now + FOREGROUND_TICK_MS;
 	if (next == INT64_MAX)
 		return -1;
-	return next <= now ? 0 : (int)(next - now);
+	return next <= now ? 0 : (next - now) * MS;
 }
 
 /* capset(2), without the kernel's headers: two sets of 32 capabilities each. */
@@ -563,7 +563,7 @@ int main(void)
 	tell(C_READY, 0, 0, 0, 0, 0);
 	for (;;) {
 		the_stream.progress = false;
-		if (loop_once(wait_ms()) && !pumping)
+		if (loop_once(wait_us()) && !pumping)
 			tell(C_INTERRUPTED, 0, 0, 0, 0, 0);
 		if (pumping) {
 			pump_check();

@@ -24,7 +24,7 @@
 #include <unistd.h>
 
 #define MAX_PASSED 253 /* SCM_MAX_FD */
-#define END_MS 5
+#define END_US (5 * MS)
 
 static struct stream *streams;
 static struct port control;
@@ -301,10 +301,10 @@ static void bury(void)
 	}
 }
 
-/* What must be looked at by time. Returns ms until the next look, -1: none. */
-static int ticks(void)
+/* What must be looked at by time. Returns microseconds until the next look, -1: none. */
+static int64_t ticks(void)
 {
-	int64_t now = now_ms(), next = lines_tick(now);
+	int64_t now = now_us(), next = lines_tick(now);
 
 	for (struct stream *s = streams; s; s = s->next)
 		for (int i = 0; i < s->nchans && s->open && !s->held; i++) {
@@ -314,13 +314,13 @@ static int ticks(void)
 			if (c->tty)
 				t = tty_tick(c, now);
 			else if (end_waits(c))
-				t = now + END_MS;
+				t = now + END_US;
 			else if (c->out_end && !c->out.len && c->sink.fd >= 0)
 				side_sink_end(c);
 			if (t < next)
 				next = t;
 		}
-	return next == INT64_MAX ? -1 : next <= now ? 0 : (int)(next - now);
+	return next == INT64_MAX ? -1 : next <= now ? 0 : next - now;
 }
 
 int main(int argc, char **argv)

@@ -159,7 +159,9 @@ void port_forget(struct port *p);
 void port_close(struct port *p);
 void loop_init(void);
 void loop_forget(void); /* no stream waits for service */
-bool loop_once(int timeout_ms); /* whether it was interrupted */
+#define MS 1000 /* microseconds */
+bool loop_once(int64_t timeout_us); /* -1: none. Returns whether it was interrupted */
+int64_t now_us(void);
 int64_t now_ms(void);
 
 /* ---- channels and streams ---- */

@@ -17,10 +17,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define READ_MS 50      /* most that a drain through another's stream goes on reading */
-#define SYNC_MS 300     /* a speaker that has not even said "not yet" by then is stopped or stuck */
-#define LISTEN_MS 100   /* what a speaker in the background was given is asked after that */
-#define SETTLE_MS 500   /* the leader's placeholder takes some 0.1 ms */
+#define READ_US (50 * MS)      /* most that a drain through another's stream goes on reading */
+#define SYNC_US (300 * MS)     /* a speaker that has not even said "not yet" by then is stopped or stuck */
+#define LISTEN_US (100 * MS)   /* what a speaker in the background was given is asked after that */
+#define SETTLE_US (500 * MS)   /* the leader's placeholder takes some 0.1 ms */
 
 static struct line *lines;
 static int orders; /* given to bpslave */
@@ -119,7 +119,7 @@ static void ask(struct line *l)
 {
 	l->step = LINE_WAITS;
 	l->said_alive = false;
-	l->until = now_ms() + SYNC_MS;
+	l->until = now_us() + SYNC_US;
 	frame_put_u32(l->speaker->chan->stream, F_SYNC, l->speaker->chan->id, ++l->asked);
 }
 
@@ -149,7 +149,7 @@ static void synced(struct line *l)
 	line_look(l);
 	if (more && l->step == LINE_RESTS && l->speaker) {
 		l->step = LINE_READS;
-		l->until = now_ms() + READ_MS;
+		l->until = now_us() + READ_US;
 		l->speaker->chan->draining = true;
 		stream_mark(l->speaker->chan->stream);
 	}
@@ -211,7 +211,7 @@ void line_drain(struct tty *t)
 	if (l->step != LINE_RESTS)
 		return;
 	l->step = LINE_READS;
-	l->until = now_ms() + READ_MS;
+	l->until = now_us() + READ_US;
 	l->speaker->chan->draining = true;
 	stream_mark(l->speaker->chan->stream);
 }
@@ -232,7 +232,7 @@ static void give(struct line *l, struct tty *to, uint32_t group)
 	l->owner = to;
 	if (!teller || !tty_is_native(l))
 		return;
-	l->settling = now_ms() + SETTLE_MS;
+	l->settling = now_us() + SETTLE_US;
 	l->order = ++orders;
 	report(C_FRONT, teller->chan->stream->id, group, orders);
 }
@@ -336,13 +336,13 @@ static int64_t tick(struct line *l, int64_t now)
 			synced(l);
 		}
 	}
-	if (l->step == LINE_RESTS && l->told && l->seats->next && l->speaker && now >= l->told_at + LISTEN_MS)
+	if (l->step == LINE_RESTS && l->told && l->seats->next && l->speaker && now >= l->told_at + LISTEN_US)
 		ask(l);
 	int64_t next = l->settling ? l->settling : INT64_MAX;
 	if (l->step != LINE_RESTS && l->until < next)
 		next = l->until;
-	else if (l->step == LINE_RESTS && l->told && l->seats->next && l->told_at + LISTEN_MS < next)
-		next = l->told_at + LISTEN_MS;
+	else if (l->step == LINE_RESTS && l->told && l->seats->next && l->told_at + LISTEN_US < next)
+		next = l->told_at + LISTEN_US;
 	return next;
 }
 

@@ -34,11 +34,11 @@
 #define TIOCSLCKTRMIOS 0x5457
 #endif
 
-#define RECORD_MS 5      /* a record waits until the job has read the one before */
-#define WANT_MIN_MS 1    /* first look for a waiting reader, then doubled */
-#define WANT_MAX_MS 50
-#define BACKGROUND_MS 250
-#define LEFT_MS 500      /* between looks whether an ended job's children have ended */
+#define RECORD_US (5 * MS)      /* a record waits until the job has read the one before */
+#define WANT_MIN_US 100       /* between the first two looks for a waiting reader, then doubled: it has just got its CPU */
+#define WANT_MAX_US (50 * MS)
+#define BACKGROUND_US (250 * MS)
+#define LEFT_US (500 * MS)      /* between looks whether an ended job's children have ended */
 
 static int foreground_group(const struct chan *c)
 {
@@ -122,7 +122,7 @@ void tty_free(struct chan *c)
 static void note_told(struct line *l)
 {
 	if (!l->told)
-		l->told_at = now_ms();
+		l->told_at = now_us();
 	l->told = true;
 	l->told_since = l->step == LINE_WAITS;
 }
@@ -353,11 +353,11 @@ int64_t tty_tick(struct chan *c, int64_t now)
 	if (c->out.len) {
 		tty_flush(c);
 		if (c->out.len)
-			return now + RECORD_MS;
+			return now + RECORD_US;
 	}
 	if (t->over && t->line->seats->next) {
 		if (now >= t->next_look) {
-			t->next_look = now + LEFT_MS;
+			t->next_look = now + LEFT_US;
 			leave_to_others(c);
 		}
 		return t->next_look;
@@ -371,8 +371,8 @@ int64_t tty_tick(struct chan *c, int64_t now)
 		frame_put_u32(c->stream, F_WANT, c->id, most);
 		t->pending = false;
 	}
-	t->delay = t->delay * 2 < WANT_MAX_MS ? t->delay * 2 : WANT_MAX_MS;
-	t->next_look = now + (watched ? BACKGROUND_MS : t->delay);
+	t->next_look = now + (watched ? BACKGROUND_US : t->delay);
+	t->delay = t->delay * 2 < WANT_MAX_US ? t->delay * 2 : WANT_MAX_US;
 	return t->pending || watched ? t->next_look : INT64_MAX;
 }
 
@@ -445,7 +445,7 @@ static void foreground(struct chan *c, uint32_t group)
 	struct tty *t = c->tty;
 
 	t->pending = false;
-	t->next_look = now_ms() + BACKGROUND_MS;
+	t->next_look = now_us() + BACKGROUND_US;
 	if (!t->told_native && tty_is_native(t->line)) {
 		t->told_native = true;
 		frame_put(c->stream, F_NATIVE, c->id, NULL, 0);
@@ -462,7 +462,7 @@ bool tty_frame(struct chan *c, const struct frame *h, const uint8_t *data)
 	switch (h->type) {
 	case F_PENDING:
 		c->tty->pending = true;
-		c->tty->delay = WANT_MIN_MS;
+		c->tty->delay = WANT_MIN_US;
 		c->tty->next_look = 0;
 		return true;
 	case F_FOREGROUND:
