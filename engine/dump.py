@@ -259,12 +259,13 @@ def add_state(inspection: Inspection, image: Image) -> None:
     image.shared_pending = ptrace.queued_signals(leader.tid, shared=True)
     for name in (
         "actions", "itimers", "timers", "brk", "securebits", "personality", "dumpable", "death_signal", "subreaper",
-        "thp_disabled", "lock_future",
+        "thp_disabled", "lock_future", "barriers", "memory_merge", "machine_checks",
     ):  # fmt: skip
         setattr(image, name, getattr(asked, name))
     image.limits = limits(frozen.pid)
     image.umask = int(frozen.status["Umask"], 8)
     image.oom_score_adj = int(procfs.read(f"{frozen.live}/oom_score_adj"))
+    image.core_filter = int(procfs.read(f"/proc/{frozen.pid}/coredump_filter") or b"0", 16)
 
 
 def write(

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 6
+VERSION: Final = 7
 META: Final = 1
 STATE: Final = 14
 END: Final = 2
@@ -157,6 +157,10 @@ class Image:
     oom_score_adj: int = 0
     brk: int = 0
     securebits: int = 0
+    barriers: int = 0  # commands of membarrier(2) that it has registered for, a bit each
+    core_filter: int = 0  # as of /proc/PID/coredump_filter
+    memory_merge: int = 0  # as of PR_GET_MEMORY_MERGE
+    machine_checks: int = 2  # as of PR_MCE_KILL_GET; 2: the machine's way
 
 
 T = TypeVar("T")

@@ -327,6 +327,8 @@ class Builder:
             syscall(NR["ioprio_set"], 1, target.pid, leader.io_priority)
         with contextlib.suppress(OSError), open(f"/proc/{target.pid}/oom_score_adj", "w") as file:
             file.write(str(image.oom_score_adj))
+        with contextlib.suppress(OSError), open(f"/proc/{target.pid}/coredump_filter", "w") as file:
+            file.write(hex(image.core_filter))
 
     def _limit_rows(self, calls: Calls) -> None:
         # By the process itself, while it still has the rights that the worker may lack towards it.

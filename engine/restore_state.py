@@ -26,6 +26,13 @@ def process_rows(calls: Calls, image: Image) -> None:
         calls.add("prctl", state.PR_SET_CHILD_SUBREAPER, 1)
     if image.thp_disabled:
         calls.add("prctl", state.PR_SET_THP_DISABLE, image.thp_disabled, 0, 0, 0)
+    if image.machine_checks != state.MCE_DEFAULT:
+        calls.add("prctl", state.PR_MCE_KILL, state.PR_MCE_KILL_SET, image.machine_checks, 0, 0, must=False)
+    if image.memory_merge:
+        calls.add("prctl", state.PR_SET_MEMORY_MERGE, 1, 0, 0, 0, must=False)
+    for bit in range(image.barriers.bit_length()):
+        if image.barriers >> bit & 1:
+            calls.add("membarrier", 1 << bit, 0, 0, label="registering for membarrier")
     for which, value in enumerate(image.itimers):
         calls.add("setitimer", which, calls.data(_armed(value)), 0, label="interval timer")
 

@@ -37,11 +37,21 @@ PR_GET_THP_DISABLE: Final = 42
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
 PR_TIMER_CREATE_RESTORE_IDS: Final = 77
+PR_MCE_KILL: Final = 33
+PR_MCE_KILL_SET: Final = 1
+PR_MCE_KILL_GET: Final = 34
+PR_SET_MEMORY_MERGE: Final = 67
+PR_GET_MEMORY_MERGE: Final = 68
+MCE_DEFAULT: Final = 2
 PR_SET_VMA: Final = 0x53564D41
 # <asm-generic/mman.h>
 _MS_INVALIDATE: Final = 2
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
+
+# <linux/membarrier.h>: what to ask, and to register for what is asked. Global barriers are for all anyway.
+_BARRIERS: Final = {1 << 3: 1 << 4, 1 << 5: 1 << 6, 1 << 7: 1 << 8}
+_BARRIER_REGISTRATIONS: Final = 1 << 9  # Linux 6.3
 
 _F_GETFD: Final = 1
 _IOPRIO_WHO_PROCESS: Final = 1
@@ -65,6 +75,9 @@ class Asked:
     thp_disabled: int
     lock_future: int
     personality: int
+    barriers: int
+    memory_merge: int
+    machine_checks: int
     altstack: bytes
     clear_tid: int
     timers: list[list[Any]]
@@ -103,7 +116,12 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
         calls.add("prctl", PR_GET_TIMERSLACK),
         calls.add("prctl", PR_GET_THP_DISABLE, 0, 0, 0, 0),
         calls.add("personality", 0xFFFFFFFF),
+        calls.add("prctl", PR_MCE_KILL_GET, 0, 0, 0, 0),
     ]
+    merge = calls.add("prctl", PR_GET_MEMORY_MERGE, 0, 0, 0, 0, must=False)  # without KSM there is no such thing
+    registered = calls.add("membarrier", _BARRIER_REGISTRATIONS, 0, 0, must=False)
+    # Older kernels do not tell; but a barrier is no harm, and is refused to who has not registered for it.
+    barriers = {calls.add("membarrier", ask, 0, 0, must=False): register for ask, register in _BARRIERS.items()}
     # The scratch was mapped like any memory of the process: mlockall(MCL_FUTURE) has locked it, and then this fails.
     locked = calls.add("msync", injection.base, 4096, _MS_INVALIDATE, must=False)
     posix = _posix_timers(frozen)
@@ -125,9 +143,13 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
     asked.altstack = at(stack, 24)
     asked.clear_tid, death, subreaper = struct.unpack("<QQQ", at(words, 24))
     asked.death_signal, asked.subreaper = death & 0xFF, subreaper & 1
-    asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality = (
-        results[i] for i in numbers
-    )
+    (
+        asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality,
+        asked.machine_checks,
+    ) = (results[i] for i in numbers)  # fmt: skip
+    asked.memory_merge = int(results[merge] == 1)
+    granted = sum(register for index, register in barriers.items() if results[index] == 0)
+    asked.barriers = granted if results[registered] < 0 else results[registered]
     asked.lock_future = _lock_future(frozen, injection.base) if results[locked] == -errno.EBUSY else 0
     asked.cloexec = {fd: bool(results[i]) for fd, i in zip(doubtful, descriptors, strict=True)}
     asked.timers = [

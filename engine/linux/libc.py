@@ -17,7 +17,7 @@ NR = {
     "socketpair": 53, "execve": 59, "exit": 60, "fcntl": 72, "chdir": 80, "fchdir": 81, "umask": 95, "setuid": 105,
     "setpgid": 109,
     "setsid": 112, "setgroups": 116, "setresuid": 117, "setresgid": 119, "capset": 126, "rt_sigtimedwait": 128,
-    "rt_sigqueueinfo": 129, "sigaltstack": 131, "personality": 135, "mlock2": 325, "prctl": 157, "arch_prctl": 158,
+    "rt_sigqueueinfo": 129, "sigaltstack": 131, "personality": 135, "membarrier": 324, "mlock2": 325, "prctl": 157, "arch_prctl": 158,
     "gettid": 186, "msync": 26, "mlockall": 151,
     "setfsuid": 122, "setfsgid": 123, "futex": 202, "sched_setaffinity": 203, "set_tid_address": 218,
     "restart_syscall": 219,

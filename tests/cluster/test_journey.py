@@ -64,6 +64,7 @@ def travel(it: VirtualCluster, one: Victim) -> None:
 @pytest.mark.parametrize(
     "victim",
     ["memory", "memory-static", "signals", "state root", "shared", "shared many", "attributes", "births", "clocks",
+     "settings", "robust",
      "threads 1", "threads 10", "threads 500"],
 )  # fmt: skip
 def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) -> None:
@@ -72,6 +73,18 @@ def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) 
     one = Victim(VICTIMS / "bin" / name, tmp_path, *arguments, close_fds=True)
     try:
         travel(it, one)
+        assert one.process.returncode == 0, one.text()
+    finally:
+        one.close()
+
+
+def test_vector_registers_of_a_program_that_makes_no_calls(it: VirtualCluster, tmp_path: Path) -> None:
+    one = Victim(VICTIMS / "bin/fpu", tmp_path, close_fds=True)
+    try:
+        for node in JOURNEY:
+            move(it, one.pid, node)
+        os.kill(one.pid, signal.SIGUSR1)
+        until(lambda: one.process.poll() is not None, "its end")
         assert one.process.returncode == 0, one.text()
     finally:
         one.close()
