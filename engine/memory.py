@@ -158,6 +158,8 @@ class Survey:
     def _file(self, vma: Vma) -> tuple[int, int] | None:
         if vma.path.startswith("/SYSV"):
             self._refuse(f"it has System V shared memory attached ({vma.path})")
+        elif vma.path.startswith("/[aio]"):
+            self._refuse("it has a queue of asynchronous I/O (io_setup)")
         elif vma.path.startswith("/secretmem"):
             self._refuse("it has secret memory (memfd_secret)")
         elif vma.path.startswith(("anon_inode:", "[")) or not vma.path.startswith("/"):

@@ -17,7 +17,7 @@ from engine.linux.procfs import Vma
 _PAGE: Final = 4096
 _PROT_WRITE: Final = 2
 _MAP_SHARED: Final = 1
-_NOT_OURS: Final = ("/SYSV", "/secretmem")
+_NOT_OURS: Final = ("/SYSV", "/secretmem", "/[aio]")
 _HUGE: Final = "/anon_hugepage (deleted)"
 _UNNAMED: Final = ("/dev/zero (deleted)", "[anon_shmem:", _HUGE)
 MAP_HUGETLB: Final = 0x40000

@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from engine.freeze import Frozen
-from engine.linux import nsfs, procfs
+from engine.linux import nsfs, procfs, ptrace
 from engine.linux.procfs import Stat
 
 
@@ -30,6 +30,8 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
         found.append("it runs under seccomp")
     if status.get("x86_Thread_features", ""):
         found.append("it uses a shadow stack")
+    if any(thread.stopped and ptrace.has_dispatch(thread.tid) for thread in frozen.threads):
+        found.append("its system calls are dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)")
     if frozen.threads[0].stopped and frozen.threads[0].registers.cs != 0x33:
         found.append("it is a 32-bit program")
     if os.readlink(f"{frozen.live}/root") != "/":

@@ -203,9 +203,14 @@ class Injection:
         """Map the scratch at `base` (a hole) and put the runner there. Raises OSError."""
         if self.base:
             return
-        self.call(
-            "mmap", base, SCRATCH_SIZE, _PROT_RWX, _MAP_FIXED_NOREPLACE, -1 & ALL_SIGNALS, 0, subject="scratch memory"
-        )
+        try:
+            self.call(
+                "mmap", base, SCRATCH_SIZE, _PROT_RWX, _MAP_FIXED_NOREPLACE, -1 & ALL_SIGNALS, 0,
+                subject="scratch memory",
+            )  # fmt: skip
+        except PermissionError:
+            why = "PR_SET_MDWE, or a security module"
+            raise OSError(95, f"it may have no memory that is both written and executed ({why})") from None
         self.adopt(base)
 
     def adopt(self, base: int) -> None:

@@ -32,6 +32,7 @@ from engine.linux.libc import LIBC
 from engine.linux.openat2 import open_in_root
 
 _FUSE_MAGIC = 0x65735546  # <linux/magic.h>
+_MQUEUE_MAGIC = 0x19800202  # ipc/mqueue.c
 _DELETED = b" (deleted)"
 
 
@@ -48,6 +49,10 @@ def _is_path(_: Source, probe: Probe) -> bool:
 
 
 def _dump_file(source: Source, probe: Probe) -> Entry:
+    # Every queue lies at the top of a file system of its own, which need not be mounted anywhere.
+    at_top = probe.link.count(b"/") == 1 and source.file_system(probe) in ("", "mqueue")
+    if at_top and _is_of(source.path(probe), _MQUEUE_MAGIC):
+        raise Refusal(f"is a POSIX message queue ({os.fsdecode(probe.link)})")
     if probe.status.nlink == 0:
         return _dump_deleted(source, probe)
     return _dump_named(source, probe)
@@ -107,8 +112,12 @@ def _roots(pid: int) -> Iterator[bytes]:
 
 def is_fuse(path: bytes) -> bool:
     """Whether a path is on a FUSE file system; its server is asked, so never call it where it cannot answer."""
+    return _is_of(path, _FUSE_MAGIC)
+
+
+def _is_of(path: bytes, magic: int) -> bool:
     buffer = ctypes.create_string_buffer(256)
-    return LIBC.statfs(path, buffer) == 0 and int.from_bytes(buffer.raw[:8], "little") == _FUSE_MAGIC
+    return LIBC.statfs(path, buffer) == 0 and int.from_bytes(buffer.raw[:8], "little") == magic
 
 
 def _build_file(target: Target, entry: Entry) -> int:

@@ -26,6 +26,7 @@ PEEKSIGINFO: Final = 0x4209
 GETSIGMASK: Final = 0x420A
 SETSIGMASK: Final = 0x420B
 GET_RSEQ_CONFIGURATION: Final = 0x420F
+GET_DISPATCH: Final = 0x4211  # PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, Linux 6.4
 
 O_TRACESYSGOOD: Final = 0x1
 O_TRACEFORK: Final = 0x2
@@ -219,6 +220,18 @@ def rseq_configuration(tid: int) -> tuple[int, int, int, int]:
             return 0, 0, 0, 0
         raise
     return buffer[0] | buffer[1] << 32, buffer[2], buffer[3], buffer[4]
+
+
+def has_dispatch(tid: int) -> bool:
+    """Whether calls of a stopped thread are dispatched to itself; False where the kernel does not tell."""
+    config = (ctypes.c_uint64 * 4)()  # struct ptrace_sud_config: mode, selector, offset, len
+    try:
+        ptrace(GET_DISPATCH, tid, 32, ctypes.addressof(config))
+    except OSError as error:
+        if error.errno in (22, 5):
+            return False
+        raise
+    return bool(config[0])
 
 
 _WAIT_TIMEOUT_S: Final = 20.0  # injected calls take microseconds; a loaded machine may need longer

@@ -55,6 +55,18 @@ int main(int argc, char **argv)
 		char parameters[120] = {0}; /* struct io_uring_params */
 		CHECK(skips(syscall(SYS_io_uring_setup, 4, parameters)) >= 0);
 	}
+	if (!strcmp(argv[2], "aio")) {
+		unsigned long context = 0;
+		skips(syscall(SYS_io_setup, 4, &context));
+	}
+	if (!strcmp(argv[2], "queue"))
+		CHECK(skips(syscall(SYS_mq_open, "bpfs-test", O_CREAT | O_RDWR, 0600, 0)) >= 0 && !syscall(SYS_mq_unlink, "bpfs-test"));
+	if (!strcmp(argv[2], "dispatch")) {
+		static char allow; /* SYSCALL_DISPATCH_FILTER_ALLOW */
+		skips(prctl(PR_SET_SYSCALL_USER_DISPATCH, 1, 0, 0, &allow));
+	}
+	if (!strcmp(argv[2], "mdwe"))
+		skips(prctl(65 /* PR_SET_MDWE */, 1, 0, 0, 0));
 	if (!strcmp(argv[2], "userfault"))
 		CHECK(skips(syscall(SYS_userfaultfd, O_CLOEXEC)) >= 0);
 	if (!strcmp(argv[2], "secret")) {
