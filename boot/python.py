@@ -77,7 +77,7 @@ def _is_within(name: str, packages: frozenset[str]) -> bool:
     return any(".".join(words[:count]) in packages for count in range(1, len(words) + 1))
 
 
-HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "runner.bin")}
+HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "callwatch", "runner.bin")}
 """What in C a node runs, by package; the rest is the master's."""
 
 

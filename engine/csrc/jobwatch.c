@@ -12,6 +12,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later */
 #define _GNU_SOURCE
+#include "inside.h"
 #include "jobwatch.h"
 
 #include <dirent.h>
@@ -47,8 +48,7 @@
 #define BUCKETS 4096
 #define RECEIVE_BUFFER (16 << 20)
 #define INITIAL_PIDNS 0xEFFFFFFC /* linux/proc_ns.h: PROC_PID_INIT_INO */
-#define PID_IN_PIDNS 0x8004b708u /* linux/nsfs.h, since 6.11 */
-#define PID_FROM_PIDNS 0x8004b706u
+#define PID_FROM_PIDNS 0x8004b706u /* linux/nsfs.h, since 6.11 */
 
 struct client {
 	int fd, proc, namespace;
@@ -149,37 +149,10 @@ static void forget(struct job *job)
 
 /* ---- pids ---- */
 
-static int by_status(int global)
-{
-	char path[48], text[4096];
-	int pid = 0;
-
-	snprintf(path, sizeof(path), "/proc/%d/status", global);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
-	if (fd >= 0)
-		close(fd);
-	if (n <= 0)
-		return 0;
-	text[n] = 0;
-	char *line = strstr(text, "\nNSpid:");
-	if (!line)
-		return 0;
-	*strchrnul(line + 1, '\n') = 0;
-	char *last = strrchr(line, '\t');
-	if (last)
-		pid = atoi(last + 1);
-	return pid;
-}
-
 /* The job namespace's number of a process; 0 when it is gone. */
 static int inner(const struct client *client, int global)
 {
-	int pid = ioctl(client->namespace, PID_IN_PIDNS, global);
-
-	if (pid >= 0)
-		return pid;
-	return errno == ESRCH ? 0 : by_status(global);
+	return inside(client->namespace, global);
 }
 
 static int outer(const struct client *client, int pid)
