@@ -225,7 +225,8 @@ class Copies:
         )
         builder = None
         try:
-            builder = Builder(target, image, externals)
+            place = request["place"]
+            builder = Builder(target, image, externals, strict=int(place["init"]) if place.get("strict") else 0)
             builder.begin()
             builder.pages(source.fill)
             builder.complete()

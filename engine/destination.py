@@ -39,6 +39,7 @@ class Destination:
         self._filling: filling.Filling | None = None  # memory that comes when the process runs
         self._runs = False  # and it does
         self._owed = 0  # bytes of it, about
+        self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
@@ -52,6 +53,7 @@ class Destination:
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
+                self._strict = int(place["init"]) if place.get("strict") else 0
                 terminal, front = str(request.get("terminal", "")), bool(request.get("front", True))
                 self._target = place_child(
                     int(place["init"]), pid, ppid, pgid, sid, int(request.get("uid", 0)), terminal, front,
@@ -201,7 +203,7 @@ class Destination:
                 spans, about = unpack(frame[1], 2)
                 owed, self._owed = checked(spans), about if type(about) is int else 0
         image = img.decode(frame[1])
-        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends)
+        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends, self._strict)
         builder.begin()
         img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         builder.pages(stream.receive_part)

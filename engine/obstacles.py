@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+from engine import strict
 from engine.freeze import Frozen
 from engine.linux import nsfs, procfs, ptrace
 from engine.linux.procfs import Stat
@@ -26,7 +27,7 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
         found.append("its main thread has ended before the others")
     if any(_rights(frozen.status_of(thread)) != _rights(status) for thread in frozen.threads[1:]):
         found.append("its threads have different rights")
-    if status.get("Seccomp", "0") != "0":
+    if status.get("Seccomp", "0") != "0" and not strict.is_ours(frozen):
         found.append("it runs under seccomp")
     if status.get("x86_Thread_features", ""):
         found.append("it uses a shadow stack")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from engine import binder, cpu, nameless, note, state, timers, vdso
+from engine import binder, cpu, nameless, note, state, strict, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
@@ -58,7 +58,9 @@ class Builder:
         ghost: dict[int, int] | None = None,
         ahead: tuple[Stage, Keep] | None = None,
         lends: bool = False,
+        strict: int = 0,
     ) -> None:
+        self._strict_by = strict  # host pid of the nodeinit of a job that is to be strict
         self._books = Lending(lends)  # files that are not here
         self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
@@ -299,14 +301,26 @@ class Builder:
             calls = Calls(target.injection)
         if image.timers:
             timers.restore(target.injection, image)
+        if self._strict_by:
+            calls = self._make_strict(calls)
         credential_rows(calls, image)
-        self._queue(calls)
+        if not self._strict_by:
+            self._queue(calls)
         calls.run()
-        self._threads.complete()
+        if not self._strict_by:
+            self._threads.complete()
         injection = target.injection
         registers = Registers.from_buffer_copy(leader.registers)
         ptrace.set_xstate(target.pid, leader.xstate)
         injection.registers, injection.mask = registers, leader.mask
+
+    def _make_strict(self, calls: Calls) -> Calls:
+        """While it has the right to, and when nothing is left to do that is going to be handed over."""
+        self._queue(calls)
+        calls.run()
+        self._threads.complete()
+        strict.put_on(self.target, self._strict_by)
+        return Calls(self.target.injection)
 
     def _widen_binders(self) -> None:
         target, image = self.target, self.image

@@ -25,6 +25,7 @@ LISTEN: Final = 0x4208
 PEEKSIGINFO: Final = 0x4209
 GETSIGMASK: Final = 0x420A
 SETSIGMASK: Final = 0x420B
+SECCOMP_GET_FILTER: Final = 0x420C
 GET_RSEQ_CONFIGURATION: Final = 0x420F
 GET_DISPATCH: Final = 0x4211  # PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, Linux 6.4
 
@@ -280,3 +281,11 @@ def reap(tid: int) -> None:
 def is_event(status: int, event: int) -> bool:
     """Whether a wait status is the stop of a ptrace event."""
     return os.WIFSTOPPED(status) and status >> 16 == event
+
+
+def seccomp_filter(tid: int) -> bytes:
+    """The one (or the innermost) filter of a stopped thread. Raises OSError: it has none, or the kernel does not tell."""
+    count = ptrace(SECCOMP_GET_FILTER, tid, 0, 0)
+    buffer = ctypes.create_string_buffer(count * 8)  # struct sock_filter
+    ptrace(SECCOMP_GET_FILTER, tid, 0, ctypes.addressof(buffer))
+    return buffer.raw
