@@ -109,6 +109,7 @@ class Config:
     nodetimeout: float = DEFAULT_NODETIMEOUT  # seconds for a node to answer, before what it was asked for has failed
     fanout: int = DEFAULT_FANOUT  # nodes to which each passes an image on; 0: all have it from the master
     tree_timeout: float = DEFAULT_TREE_TIMEOUT  # seconds of silence after which a node asks another for an image
+    strict: tuple[range, ...] = ()  # nodes whose jobs are strict
     psview: int = DEFAULT_PSVIEW  # ghosts up to which everybody's ps shows what is on nodes; 0: never
 
     @property
@@ -414,6 +415,17 @@ def _imagetree(config: Config, args: list[str]) -> None:
             raise ValueError(f"imagetree must have at least {LEAST_TREE_TIMEOUT:g} seconds, not {args[1]}")
 
 
+def _strict(config: Config, args: list[str]) -> None:
+    if args in (["all"], ["none"]):
+        config.strict = (range(1 << 31),) if args == ["all"] else ()
+        return
+    found = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII) for word in args for part in word.split(",")]
+    spans = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in found if match is not None]
+    if len(spans) < len(found) or not all(spans):
+        raise ValueError(f"strict takes all, none, or numbers of nodes, as 0-3,7, not {' '.join(args)!r}")
+    config.strict = tuple(spans)
+
+
 def _psview(config: Config, args: list[str]) -> None:
     config.psview = 0 if args[0] == "off" else _number(args[0], 0, PSVIEW_MOST, "psview")
 
@@ -450,6 +462,7 @@ KEYWORDS = {
         _imagetree,
         f"nodes to which each passes an image on, and its patience ({DEFAULT_FANOUT} {DEFAULT_TREE_TIMEOUT:g})",
     ),
+    "strict": Keyword("all|none|NODE...", 1, 999, _strict, "nodes whose jobs are strict, as 0-3,7 (none); see bpfs(5)"),
     "psview": Keyword("COUNT|off", 1, 1, _psview, f"ghosts up to which any ps shows what nodes do ({DEFAULT_PSVIEW})"),
     "mount": Keyword("PATH", 1, 1, _mount, "where the tree is mounted (default /bpfs)"),
     "bootserver": Keyword("yes|no", 1, 1, _bootserver, "whether bpmaster starts bpbootd, too (default no)"),

@@ -26,9 +26,8 @@ class Kind(enum.IntEnum):
     """What callwatch asks or tells (csrc/callwatch.h)."""
 
     SIGNAL = 1  # to `target`, as kill(2) has it
-    SETPGID = 2  # of `target`; `signo` is the group
-    BORN = 3  # `pid` has been forked by `target`: both stand still until the answer
-    OVER = 4  # nobody is under the listener `token` any more
+    BORN = 2  # `pid` has been forked by `target`: both stand still until the answer
+    OVER = 3  # nobody is under the listener `token` any more
 
 
 @dataclass(frozen=True, slots=True)

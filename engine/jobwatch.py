@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from engine.linux import procfs
+
 PROGRAM: Final = Path(__file__).parent / "bin" / "jobwatch"
 PACKET_MAX: Final = 32768  # csrc/jobwatch.h
 _LOOK: Final = struct.Struct("=i")  # struct look
 RECORD: Final = struct.Struct("=HBBiiiiiiIII16s")  # struct record, without the command line
+_ARGUMENTS_MAX: Final = 3072  # likewise
 _BACKLOG: Final = 1024
 
 
@@ -72,6 +75,20 @@ def parse(packet: bytes) -> Iterator[Record]:
             comm.split(b"\0", 1)[0], packet[start : start + length],
         )  # fmt: skip
         at += size
+
+
+def describe(init: int, pid: int) -> bytes:
+    """The packet that tells how a job is now, as jobwatch would. Raises OSError: it is gone."""
+    folder = f"/proc/{init}/root/proc/{pid}"
+    text = procfs.read(f"{folder}/stat")
+    stat, tty = procfs.parse_stat(text), int(text.rpartition(b")")[2].split()[4])
+    status = procfs.parse_status(procfs.read(f"{folder}/status"))
+    cmdline = procfs.read(f"{folder}/cmdline")[:_ARGUMENTS_MAX]
+    size = (RECORD.size + len(cmdline) + 3) & ~3
+    ids = int(status["Uid"].split()[0]), int(status["Gid"].split()[0])
+    head = RECORD.pack(size, Kind.IS, ord(stat.state), pid, stat.ppid, stat.pgid, stat.sid, tty, 0, *ids,
+                       len(cmdline), stat.comm)  # fmt: skip
+    return (head + cmdline).ljust(size, b"\0")
 
 
 def open_shared(path: Path) -> subprocess.Popen[bytes]:

@@ -478,6 +478,44 @@ def send_as(init: int, sender: int, pid: int, number: int, value: int | None) ->
         time.sleep(_SENT_S / 5000)
 
 
+def send_for(
+    init: int, sender: int, uid: int, pid: int, number: int, value: int | None, made: Callable[[], None]
+) -> bool:
+    """As `send_as`, in the name of a process of which nothing is on this node: something is made that stands for it
+    just for this. May wait for a birth here.
+
+    Args:
+        sender, pid: job pids.
+        uid: the sender's.
+        made: called when it is there, and its end is going to be reported.
+
+    Returns:
+        False where the sender has come, or no process can be made: nothing was sent.
+    """
+    namespace = nsfs.open_pid_namespace(init)
+    try:
+        fcntl.flock(namespace, fcntl.LOCK_EX)
+        if outer_pid(init, namespace, sender) is not None:
+            return False
+        try:
+            _carry_out(init, namespace, [Step(INIT, sender, Command.NONE)], uid)
+            outer = outer_pid(init, namespace, sender)
+            if outer is None:
+                return False
+            made()
+            send_as(init, outer, pid, number, value)
+            return True
+        finally:
+            handle = _end(init, namespace, sender)
+            if handle >= 0:
+                select.select([handle], [], [], _DEATH_S)
+                os.close(handle)
+    except OSError:
+        return False
+    finally:
+        os.close(namespace)
+
+
 def _is_idle(placeholder: int) -> bool:
     """Whether it has no command left to obey."""
     try:

@@ -28,7 +28,6 @@ _CLONE_THREAD: Final = 0x10000
 # <asm/unistd_64.h>
 _TGKILL: Final = 234
 _CLONE: Final = 56
-_SETPGID: Final = 109
 _ALWAYS: Final = {
     "fork": 57, "vfork": 58, "kill": 62, "rt_sigqueueinfo": 129, "tkill": 200, "rt_tgsigqueueinfo": 297,
     "pidfd_send_signal": 424, "clone3": 435,
@@ -37,7 +36,7 @@ _ANSWER_S: Final = 5.0  # for the node's daemon to take a listener
 
 
 def _program() -> bytes:
-    """Hands over what `_ALWAYS` lists; clone of no thread; setpgid of another; tgkill but by the signals that stop
+    """Hands over what `_ALWAYS` lists; clone of no thread; tgkill but by the signals that stop
     a process for the engine, which Go's runtime uses for its own threads as well."""
     steps: list[Step] = [
         load(seccomp.ARCH),
@@ -45,12 +44,9 @@ def _program() -> bytes:
         load(seccomp.NUMBER),
         *(jump(seccomp.EQUAL, number, then="notify") for number in _ALWAYS.values()),
         jump(seccomp.EQUAL, _TGKILL, then="tgkill"),
-        jump(seccomp.EQUAL, _SETPGID, then="setpgid"),
         jump(seccomp.EQUAL, _CLONE, then="clone", otherwise="allow"),
         load(seccomp.argument(0), label="clone"),
         jump(seccomp.ANY_BIT, _CLONE_THREAD, then="allow", otherwise="notify"),
-        load(seccomp.argument(0), label="setpgid"),
-        jump(seccomp.EQUAL, 0, then="allow", otherwise="notify"),
         load(seccomp.argument(2), label="tgkill"),
         *(jump(seccomp.EQUAL, number, then="allow") for number in (0, *TRAP_SIGNALS)),
         ret(seccomp.USER_NOTIF, label="notify"),
@@ -68,9 +64,11 @@ def address(init: int) -> str:
 
 
 def is_ours(frozen: Frozen) -> bool:
-    """Whether a process is under the filter of strict jobs and no other; False where the kernel does not tell."""
-    if frozen.status.get("Seccomp_filters") != "1" or not frozen.threads[0].stopped:
+    """Whether a process is under the filter of strict jobs and no other; of one that runs, whether it can be."""
+    if frozen.status.get("Seccomp_filters") != "1":
         return False
+    if not frozen.threads[0].stopped:
+        return True
     try:
         return ptrace.seccomp_filter(frozen.threads[0].tid) == PROGRAM
     except OSError:

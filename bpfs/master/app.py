@@ -154,6 +154,7 @@ async def _serve(
             _read_again(cluster, options.config_path)
             boot.read_again()
             files.export()
+            procs.choose_strict(cluster.config.strict)
             if procs.view is not None:
                 procs.view.configure(cluster.config.psview)
         _log.info("told to end")

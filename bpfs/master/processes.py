@@ -16,6 +16,7 @@ from bpfs.procs.programs import Programs
 from bpfs.procs.psview import PsView
 from bpfs.procs.routes import Surroundings
 from bpfs.procs.service import Procs
+from bpfs.procs.strict import StrictCalls
 from bpfs.procs.table import ProcTable
 from bpfs.rundir import RunDir
 from bpfs.wire import messages
@@ -33,6 +34,8 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     cluster.handle(messages.AskImage, procs.batches.images.asked)
     births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)
     cluster.handle(messages.JobEvents, births.report)
+    cluster.handle(messages.GhostOf, births.ghost_of)
+    cluster.handle(messages.JobCall, StrictCalls(ghosts).call)
     cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
     procs.view = view = PsView(covers, ghosts, cluster.nodes, cluster.config.psview)
     cluster.events.listen(lambda _: view.poke())

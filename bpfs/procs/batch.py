@@ -156,7 +156,7 @@ class Copy(Leave):
                 if not around.is_ghost(proc.pid):  # the worker may have died right after the exec
                     ours.close()
                     raise
-        proc.place = self.destination.number
+        self._is_there()
         return around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
 
     async def _make_there(self, original: Original, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
@@ -167,7 +167,7 @@ class Copy(Leave):
             message = MakeJob(
                 proc.pid, who.ppid, who.pgid, who.sid, session, front, number, expected.token,
                 plain(channels), who.uid, who.gid, b"" if original.name else original.image, original.name,
-                original.patches(self.rank), original.random,
+                original.patches(self.rank), original.random, self.strict,
             )  # fmt: skip
             try:
                 made = await place.link.request(message, place.link.patience)

@@ -39,6 +39,7 @@ AGAIN_TIMES = 25
 TURN = 0.02  # seconds at most that pid_max stays raised
 LATE = 0.05  # seconds that what a node tells may be old
 SIGCONT = Signal(signal.SIGCONT, SI_USER, 0, 0, 0)
+STANDS_WITHIN = 3.0  # seconds for a ghost that somebody waits for
 EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
 
 _log = log.get("procs")
@@ -57,6 +58,7 @@ class Births:
         self._since: dict[tuple[int, int], float] = {}  # when the first of these was told, by trio's clock
         self._taking: tuple[int, int] | None = None  # it may be in the middle of its birth
         self._wake = trio.Event()
+        self._stood_for: dict[int, trio.Event] = {}  # who is waited for until it has a ghost
         self._raised = AsyncExitStack()
         self._is_raised = False
         nursery.start_soon(self._take_all, name="births")
@@ -69,6 +71,17 @@ class Births:
         except (ValueError, struct.error) as error:
             _log.warning("node %d told nonsense of its jobs: %s", node.number, error)
         self._wake.set()
+
+    async def ghost_of(self, node: Node, message: messages.GhostOf) -> None:
+        """Handler: a strict job has forked, and stands still until its child has a ghost."""
+        if self._ghosts.stand_in(message.pid) is not None:
+            return
+        stands = self._stood_for.setdefault(message.pid, trio.Event())
+        with trio.move_on_after(STANDS_WITHIN):
+            await stands.wait()
+        if not stands.is_set():
+            self._stood_for.pop(message.pid, None)
+            raise BpfsError(errno.ETIMEDOUT, f"process {message.pid} of node {node.number} has no ghost yet")
 
     def _put(self, node: Node, record: Record) -> None:
         key = (int(node.number), record.pid)
@@ -150,6 +163,8 @@ class Births:
             groups = parent.proc.identity.groups
         identity = Identity(record.uid, record.gid, record.ppid, record.pgid, record.sid, groups, 0, record.cmdline)
         proc = Process(Pid(record.pid), identity, int(node.number), native=True)
+        if parent is not None:
+            proc.wants_strict, proc.strict = parent.proc.wants_strict, parent.proc.strict
         self._table.add(proc)
         continued = False
         try:
@@ -160,6 +175,8 @@ class Births:
                 self._complained.add(node.number)
                 _log.warning("process %d of node %d, and maybe others, cannot be shown here: %s",
                              record.pid, node.number, error)  # fmt: skip
+        if (stands := self._stood_for.pop(record.pid, None)) is not None:
+            stands.set()
         self._table.changed(proc, f"forked by {record.ppid}")
         if continued:  # whatever it was told to be: its stop may have been just under way
             await self._ghosts.go_on(self._ghosts.of(proc), SIGCONT)

@@ -13,7 +13,7 @@ from bpfs.nodes.registry import Node, NodeTable
 from bpfs.procs import kernelfiles
 from bpfs.procs.batch import LINE_LIMIT
 from bpfs.procs.process import Process, ProcState
-from bpfs.procs.verbs import parse_move, parse_pid
+from bpfs.procs.verbs import MoveVerb, parse_move, parse_pid
 from bpfs.rundir import process_start
 from bpfs.tree.entries import Access, Collection, File, Table, WriteRequest
 from bpfs.tree.formats import parse_number
@@ -83,7 +83,7 @@ class ProcFiles:
             if request.text.strip() == "cancel":
                 procs.cancel(proc, request.caller)
             else:
-                await procs.move(proc.pid, parse_number(request.text, -1, 2**31 - 1, "node"), request)
+                await procs.move(MoveVerb(proc.pid), parse_number(request.text, -1, 2**31 - 1, "node"), request)
 
         async def send_signal(proc: Process, request: WriteRequest) -> None:
             await procs.signal(proc, parse_signal(request.text), request.caller)
@@ -113,6 +113,7 @@ class ProcFiles:
                 "running, stopped, ended, `migrating: PHASE for node N`, and how far its memory is",
                 read=_state,
             ),
+            File("strict", "whether it is a strict job: yes or no", read=_strict),
             File("cmdline", "its command line, as in /proc/PID/cmdline", read=lambda proc: proc.identity.cmdline),
             File("rusage", "CPU time in seconds and memory in kB, `key value` lines", read=rusage, sized=False),
             File("signal", "write a signal's name or number", write=send_signal, access=owned(0o200)),
@@ -201,6 +202,10 @@ async def _state(proc: Process) -> str:
     if proc.owed is not None and state is not ProcState.ENDED:
         return f"{state.value}: {proc.owed.progress}\n"
     return f"{state.value}\n"
+
+
+def _strict(proc: Process) -> str:
+    return "yes\n" if proc.strict else "no\n"
 
 
 async def _history(proc: Process) -> str:

@@ -32,6 +32,8 @@ HEIR: Final = b"BPFS_HEIR="
 ROOM_FOR_HEIR: Final = HEIR + b"0000000000"  # in a ghost's environment
 ACCEPTED: Final = b"\x01"  # a node's answer to a valid token
 BIRTH_SECONDS: Final = 2.0  # for BORN; nothing else waits for it but other births
+STRIKE_SECONDS: Final = 2.0  # for STRUCK: the process that asked stands still
+STRUCK_AT_ONCE: Final = 512
 ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
 
 _log = log.get("ghost")
@@ -144,6 +146,7 @@ class Ghost:
         self._gone = trio.Event()
         self._answers: dict[Ctl, Packet | None] = {}
         self._answered = trio.Condition()
+        self._strikes = trio.Lock()
         self._streams = 0  # given to this run of the program
         self._seen = 0  # events for which `seen` was called
         self._pidfd = -1
@@ -227,7 +230,7 @@ class Ghost:
                 await self._send_event.send(Adopted(a))
             case Ctl.CHILD:
                 await self._send_event.send(Child(a, packet.b, packet.c))
-            case Ctl.HELD | Ctl.PUMPED | Ctl.BORN:
+            case Ctl.HELD | Ctl.PUMPED | Ctl.BORN | Ctl.STRUCK:
                 await self._answer(Ctl(packet.type), packet)
             case _:
                 _log.warning("ghost %d sent a packet of type %d", self.pid, packet.type)
@@ -321,6 +324,24 @@ class Ghost:
     async def send_signal(self, pid: int, signo: int, code: int, value: int) -> None:
         """Has it send a signal to another process here, in the name of its own. code, value as in siginfo_t."""
         await self._send(Packet(Ctl.SEND, pid, signo, code, value=value))
+
+    async def strike(self, pids: Sequence[int], signo: int, code: int, value: int) -> tuple[int, int]:
+        """As `send_signal`, to many processes.
+
+        Returns:
+            How many got it; the errno of those that did not, ESRCH where none had another.
+
+        Raises:
+            BpfsError: it is gone, or stopped.
+        """
+        sent, error = 0, ESRCH
+        async with self._strikes:
+            for first in range(0, len(pids), STRUCK_AT_ONCE):
+                part = pids[first : first + STRUCK_AT_ONCE]
+                packet = Packet(Ctl.STRIKE, signo, code, value=value, text=struct.pack(f"<{len(part)}i", *part))
+                answer = await self._ask(packet, Ctl.STRUCK, STRIKE_SECONDS)
+                sent, error = sent + answer.a, answer.b if answer.b != ESRCH else error
+        return sent, error
 
     async def seen(self) -> None:
         """One more `Signal` or `Child` has been dealt with; what has not when we die, it tells the next master."""

@@ -36,6 +36,7 @@ NODE_TIMEOUT = 30.0  # seconds for a node to carry out a signal
 BORN_WITHIN = 1.0  # seconds that the ghost of a child may take that its parent has just made
 SI_USER = 0
 SI_QUEUE = -1
+SI_TKILL = -6
 SI_KERNEL = 0x80
 ORPHANED = 1.0  # seconds from the end of a process to what the kernel does then to its ghost's children
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
@@ -428,10 +429,18 @@ class Ghosts:
 
     async def _take_reports(self) -> None:
         async for node, report in self._incoming:
-            if report.kind == SIGNAL_REPORT:
+            if report.kind == SIGNAL_REPORT and self._has_sent(report):
+                if report.status == signal.SIGCONT:
+                    self._heard[report.pid] = report.stime_us
+            elif report.kind == SIGNAL_REPORT:
                 self.in_order(report.pid, partial(self._forward, report))
             elif not self.defer(report.pid, node, partial(self._changed, node, report)):
                 await carefully(report.pid, self._changed(node, report))
+
+    def _has_sent(self, report: messages.JobReport) -> bool:
+        """Whether a strict job has sent a signal that came to a placeholder: it was passed on before (strict.py)."""
+        sender = self.table.known(report.sender)
+        return sender is not None and sender.strict and report.code in (SI_USER, SI_QUEUE, SI_TKILL)
 
     async def _changed(self, node: Node, report: messages.JobReport) -> None:
         away = self._away.get(report.pid)

@@ -81,6 +81,7 @@ class Migration(ABC):
             self.looking["digests"] = True
         self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
+        self.wants_strict = proc.wants_strict
         self.before = proc.state  # what it does when no move owns it
         self.compress = False  # pages may be packed, where that is faster
         self.ahead = False  # the destination has memory that went ahead

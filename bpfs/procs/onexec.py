@@ -42,8 +42,8 @@ class OnExec:
         self._around = around
         self._armed: dict[int, trio.CancelScope] = {}
 
-    async def arm(self, pid: int, node: int, request: WriteRequest) -> None:
-        """Arms a process of the master; a second write replaces the first. Returns at once.
+    async def arm(self, pid: int, node: int, request: WriteRequest, strict: bool = False) -> None:
+        """Arms a process of the master; a second write replaces the first. Returns at once. `strict`: as for a move.
 
         Raises:
             BpfsError: as for a move; EOPNOTSUPP for a process that is away, has several threads, or can never move.
@@ -56,7 +56,7 @@ class OnExec:
         self.disarm(pid)
         if node == MASTER:
             return
-        await self._nursery.start(self._follow, proc, node, name=f"onexec of {pid}")
+        await self._nursery.start(self._follow, proc, node, strict, name=f"onexec of {pid}")
 
     def disarm(self, pid: int) -> None:
         """Forgets what was armed for a process."""
@@ -65,11 +65,11 @@ class OnExec:
             scope.cancel()
 
     async def _follow(
-        self, proc: Process, node: int, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, proc: Process, node: int, strict: bool, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         refused: BpfsError | None = None  # raised outside of the nursery, which would wrap it
         with trio.CancelScope() as scope:
-            ahead = Ahead(self._route(proc, node))
+            ahead = Ahead(self._route(proc, node, strict))
             async with self._procs.place(MASTER).engine() as engine, trio.open_nursery() as nursery:
                 nursery.start_soon(carefully, proc.pid, ahead.run())
                 try:
@@ -86,8 +86,10 @@ class OnExec:
         if refused is not None:
             raise refused
 
-    def _route(self, proc: Process, node: int) -> Migration:
-        return route(proc, self._procs.place(MASTER), self._procs.place(node), self._around)
+    def _route(self, proc: Process, node: int, strict: bool) -> Migration:
+        migration = route(proc, self._procs.place(MASTER), self._procs.place(node), self._around)
+        migration.wants_strict |= strict
+        return migration
 
     async def _wait_and_move(
         self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope, ahead: Ahead
@@ -110,7 +112,7 @@ class OnExec:
         try:
             proc.identity = read_identity(proc.pid)
             ready = await ahead.take()
-            migration = ahead.migration if ready is not None else self._route(proc, node)
+            migration = ahead.migration if ready is not None else self._route(proc, node, ahead.migration.wants_strict)
         except BpfsError as error:
             await end(error)
             return

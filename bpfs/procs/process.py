@@ -102,6 +102,8 @@ class Process:
     owed: Owed | None = None  # it runs, and has not got all of its memory yet
     why: str = ""  # it was killed, in words; empty: there is no more to say than its status
     onloss: OnLoss = OnLoss.KILL
+    wants_strict: bool = False  # it, or who forked it, was moved so; until it comes home
+    strict: bool = False  # it runs under the filter of strict jobs (engine/strict.py)
     busy: str = ""  # what keeps it from moving just now: a checkpoint, or a move that copies ahead
     status: ExitStatus | None = None
     doom: ExitStatus | None = None  # it ended, or is to end, while a migration owns it; the migration sees to that

@@ -57,6 +57,7 @@ class Surroundings:
         precopy: bytes of memory from which on it is sent ahead; None: never.
         compress: whether memory may be packed for slow links.
         fanout, tree_timeout: of images of programs for many nodes, see ImageTree.
+        strict_nodes: numbers of nodes whose jobs are strict.
         contents: bytes of files without a name that may travel with a process.
         exports: what nodes with an empty root see.
         environment: of every ghost: BPFS_GHOST names the cluster, BPFS_LEASE how long one lives without a master.
@@ -64,6 +65,7 @@ class Surroundings:
 
     def __init__(self, ghosts: Ghosts, streams: StreamBook, programs: Programs, blocks: Blocks, config: Config) -> None:
         self.precopy = config.precopy
+        self.strict_nodes = config.strict
         self.contents = config.contentlimit
         self.compress = config.compress
         self.fanout, self.tree_timeout = config.fanout, config.tree_timeout
@@ -74,6 +76,10 @@ class Surroundings:
         self.programs = programs
         lease = max(1, round(config.lease))
         self.environment = [f"BPFS_GHOST={config.mount}".encode(), f"BPFS_LEASE={lease}".encode()]
+
+    def is_strict(self, node: int) -> bool:
+        """Whether all jobs of a node are strict (engine/strict.py)."""
+        return any(node in numbers for numbers in self.strict_nodes)
 
     def is_ghost(self, pid: int) -> bool:
         """Whether a process of the master is a ghost of this cluster by now.
@@ -185,6 +191,15 @@ class ToNode(Migration):
         self.rename(renamed)
         return True
 
+    @property
+    def strict(self) -> bool:
+        """Whether it is going to be a strict job."""
+        return self.wants_strict or self._around.is_strict(self.destination.number)
+
+    def _is_there(self) -> None:
+        self.proc.place = self.destination.number
+        self.proc.wants_strict, self.proc.strict = self.wants_strict, self.strict
+
     def rename(self, renamed: Mapping[int, External]) -> None:
         """The externals that were foreseen, by their keys then, are these."""
         return
@@ -232,8 +247,8 @@ class ToNode(Migration):
         terminal = self._attached.terminal if self._attached is not None and self._session else ""
         reply = await dst.call(
             "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
-            place=place.target(proc.pid), address=address, front=self._front != 0, terminal=terminal,
-            children=self.children, lazy=self.keep is not None,
+            place=place.target(proc.pid) | {"strict": self.strict}, address=address, front=self._front != 0,
+            terminal=terminal, children=self.children, lazy=self.keep is not None,
         )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
 
@@ -320,7 +335,7 @@ class Leave(ToNode):
         ours, theirs = self._control
         theirs.close()
         attached, proc = self._attached, self.proc
-        proc.place = self.destination.number
+        self._is_there()
         self._stdio.stream, self._stdio.ends = attached.number, attached.ends
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
         away.asked_stop = self.before is ProcState.STOPPED
@@ -374,7 +389,7 @@ class Hop(ToNode):
         await vanish(self, src, go)
 
     async def departed(self) -> None:
-        self.proc.place = self.destination.number
+        self._is_there()
         await self._around.ghosts.catch_up(self.proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
@@ -465,6 +480,7 @@ class Return(Migration):
 
     async def departed(self) -> None:
         self.proc.place = self.destination.number
+        self.proc.wants_strict = self.proc.strict = False
 
     async def lost(self) -> None:
         self._away.retired = False

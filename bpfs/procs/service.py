@@ -58,31 +58,33 @@ class Procs:
     async def migrate(self, verb: MoveVerb, node: int, request: WriteRequest) -> None:
         """Carries out a write to nodes/`node`/migrate. Raises BpfsError as `move`."""
         if verb.onexec:
-            await self._onexec.arm(verb.pid, node, request)
+            await self._onexec.arm(verb.pid, node, request, verb.strict)
         else:
-            await self.move(verb.pid, node, request, verb.close, verb.lazy)
+            await self.move(verb, node, request)
 
-    async def move(
-        self, pid: int, node: int, request: WriteRequest, close: bool = False, lazy: bool = False
-    ) -> None:
-        """Moves a process; returns when it runs there. `close`: without the sockets that cannot move. `lazy`: before
-        all of its memory is there.
+    async def move(self, verb: MoveVerb, node: int, request: WriteRequest) -> None:
+        """Moves a process; returns when it runs there.
 
         Raises:
             BpfsError: ESRCH no such process; ENOENT no such node; EHOSTDOWN it is down; EACCES the caller may not;
                 EBUSY it is moving already; EOPNOTSUPP it cannot be moved; ETIMEDOUT.
         """
-        proc = await self.admit(pid, node, request.caller)
+        proc = await self.admit(verb.pid, node, request.caller)
         if proc.place == node:
             return
         migration = route(proc, self.place(proc.place), self.place(node), self._around)
         migration.precopy = self._around.precopy
-        if lazy:
+        migration.wants_strict |= verb.strict
+        if verb.lazy:
             migration.be_lazy(self._look_after)
-        if close:
+        if verb.close:
             migration.looking["close"] = True
         writer = request if writes_itself(request.caller, proc) else None
         await self.carry_out(migration, lambda: migration.run(writer))
+
+    def choose_strict(self, nodes: tuple[range, ...]) -> None:
+        """From now on, whoever comes to these nodes is a strict job there."""
+        self._around.strict_nodes = nodes
 
     def _look_after(self, lazy: Lazy) -> None:
         self.ghosts.nursery.start_soon(lazy.run, self.table, name="memory to come")

@@ -1,4 +1,4 @@
-"""The one line that is written to nodes/N/migrate: `PID [onexec | close | lazy]`."""
+"""The one line that is written to nodes/N/migrate: `PID [onexec] [close] [lazy] [strict]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bpfs.errors import BpfsError
 
-_HOW = {"onexec", "close", "lazy"}
+_HOW = {"onexec", "close", "lazy", "strict"}
 
 PID_LIMIT = 1 << 22  # PID_MAX_LIMIT of a 64-bit kernel, include/linux/threads.h
 
@@ -20,6 +20,7 @@ class MoveVerb:
     onexec: bool = False  # move at the next exec, not now
     close: bool = False  # sockets that cannot move are closed on the way
     lazy: bool = False  # what can of its memory comes when it runs there
+    strict: bool = False  # its signals reach everybody, and its children have ghosts before it knows them
 
 
 def parse_pid(word: str) -> int:
@@ -40,15 +41,16 @@ def parse_move(text: str) -> MoveVerb:
     """Reads a write to a migrate file.
 
     Raises:
-        BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec`, and `PID` with `close`, `lazy` or both.
+        BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec` and `PID` with `close`, `lazy` or both,
+            each with `strict` or without.
     """
     words = text.split()
     if not words:
-        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec', 'PID close' or 'PID lazy'")
+        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec', 'PID close', 'PID lazy' or 'PID strict'")
     if len(text.strip().splitlines()) > 1:
         raise BpfsError(errno.EINVAL, "write one line at a time")
     pid = parse_pid(words[0])
-    known = set(words[1:]) <= _HOW and len(set(words)) == len(words)
-    if not known or ("onexec" in words and len(words) > 2):
+    how = set(words[1:])
+    if len(how) < len(words) - 1 or not how <= _HOW or ("onexec" in how and how & {"close", "lazy"}):
         raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: {', '.join(sorted(_HOW))}")
-    return MoveVerb(pid, **dict.fromkeys(words[1:], True))
+    return MoveVerb(pid, **dict.fromkeys(how, True))

@@ -135,17 +135,17 @@ class Jobs:
 
     # -- handlers ----------------------------------------------------------------------------------
 
-    def signal(self, message: Signal) -> None:
+    async def signal(self, message: Signal) -> None:
         """Handler: send a signal to a job."""
         if not 0 <= message.sig <= 64:
             raise BpfsError(EINVAL, f"{message.sig} is no signal")
         value = message.value if message.si_code == SI_QUEUE else None
-        if (
-            message.si_pid
-            and message.sig not in DIRECT
-            and self._space.send_as(message.si_pid, message.pid, message.sig, value)
-        ):
-            return
+        if message.si_pid and message.sig not in DIRECT:
+            if self._space.send_as(message.si_pid, message.pid, message.sig, value):
+                return
+            send_for = partial(self._space.send_for, message.si_pid, message.si_uid, message.pid, message.sig, value)
+            if await trio.to_thread.run_sync(send_for):
+                return
         try:
             process = self._space.open_process(message.pid)
             try:

@@ -34,6 +34,7 @@ from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Relay, open_relay
 from bpfs.slave.remote_tree import mounted
 from bpfs.slave.stdio import StdioHost
+from bpfs.slave.strict import StrictJobs
 from bpfs.slave.supervisor import End, Reporter
 from bpfs.slave.view import NodeView, no_cache
 from bpfs.wire.link import Link
@@ -102,6 +103,7 @@ class Slave:
         self.jobs: Jobs | None = None
         self.stdio: StdioHost | None = None
         self.births: BirthWatch | None = None
+        self.strict: StrictJobs | None = None
         self.view: NodeView | None = None
         self.names = NamesFile(welcome, options.mount, link.peer_address)
         self.end: End = End.AFRESH
@@ -146,6 +148,8 @@ class Slave:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
                     if self.births is not None:
                         nursery.start_soon(self.births.run, name="births")
+                    if self.strict is not None:
+                        nursery.start_soon(self.strict.run, name="strict jobs")
                     door = await self.images.open(nursery)
                     self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node(), door))
         except* BpfsError as group:  # the link was closed, or iorelay died
@@ -211,6 +215,10 @@ class Slave:
             self.handlers[MakeJob] = maker.make
         births = BirthWatch.start(jobs.init, self.options.watch, self.link)
         self.births = jobs.births = self.engines.births = births
+        try:
+            self.strict = StrictJobs(jobs.space, self.link)
+        except OSError as error:
+            _log.error("this node takes no strict jobs: %s", error)
 
     def _kill_jobs(self) -> None:
         """Kill all jobs; returns when none lives. Waits for nothing that this very task would have to do."""
@@ -227,6 +235,8 @@ class Slave:
             self.jobs.close()
         if self.births is not None:
             self.births.close()
+        if self.strict is not None:
+            self.strict.close()
         self.held.close()
 
     def _stop(self, end: End, reason: str) -> None:

@@ -51,9 +51,10 @@ class JobMaker:
         body = pack_call(
             "make",
             {
-                "place": {"init": self._init}, "pid": message.pid, "ppid": message.ppid, "pgid": message.pgid,
-                "sid": message.sid, "front": message.front != 0, "terminal": (message.session and ends.terminal) or "",
-                "image": image, "patches": message.patches, "random": message.random,
+                "place": {"init": self._init, "strict": message.strict}, "pid": message.pid, "ppid": message.ppid,
+                "pgid": message.pgid, "sid": message.sid, "front": message.front != 0,
+                "terminal": (message.session and ends.terminal) or "", "image": image,
+                "patches": message.patches, "random": message.random,
                 "externals": {key: index for index, key in enumerate(ends.job)},
             },
         )  # fmt: skip

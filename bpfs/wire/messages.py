@@ -405,7 +405,36 @@ class StandInLeads(Message):
     session: bool  # and a session, too
 
 
-# -- tree: 40-49 -----------------------------------------------------------------------------------
+@_message(46)
+class JobCall(Message):
+    """slave -> master, request (reply JobCallIs): a strict job sends a signal, to whoever is not on its node."""
+
+    pid: int  # the sender
+    target: int  # as kill(2) has it: a process, -1 or a negative group
+    sig: int
+    si_code: int
+    value: int
+
+
+@_message(47)
+class JobCallIs(Message):
+    """master -> slave."""
+
+    sent: int  # to so many processes
+    error: int  # where that is 0: the errno
+
+
+@_message(48)
+class GhostOf(Message):
+    """slave -> master, request (reply Done): come back when this job, of which JobEvents told just now, has a ghost.
+
+    ESRCH: it will not have one.
+    """
+
+    pid: int
+
+
+# -- tree: 40-45 -----------------------------------------------------------------------------------
 
 
 @_message(40)
@@ -520,6 +549,7 @@ class MakeJob(Message):
     name: bytes
     patches: Plain  # [offset, bytes] of what differs from one process to another
     random: int  # offset of the bytes that shall be random; -1: none
+    strict: bool  # see JobCall
 
 
 @_message(56)

@@ -46,6 +46,7 @@ class Ctl(IntEnum):
     ARGUMENTS = 13
     KEEP = 14
     SEND = 15
+    STRIKE = 18
     ADOPT = 17
     SEEN = 16
     READY = 32
@@ -59,6 +60,7 @@ class Ctl(IntEnum):
     CHILD = 40
     INTERRUPTED = 41
     ADOPTED = 42
+    STRUCK = 43
     ATTACH = 64
     DETACH = 65
     FRONTED = 66

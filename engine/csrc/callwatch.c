@@ -2,7 +2,7 @@
  *
  * usage: callwatch FD      (a connected SEQPACKET socket of the node's daemon)
  *
- * The filter (engine/strict.py) hands over what sends a signal, setpgid of another, and forks. What concerns processes
+ * The filter (engine/strict.py) hands over what sends a signal, and forks. What concerns processes
  * of this node only, the kernel goes on with at once. All else is asked of the daemon, which asks the master. A fork is
  * let through under a tracer: parent and child stand still, right after it, until the child has its ghost. Nobody has
  * to wait for ever: a question without an answer is over after a while, and the kernel makes the call.
@@ -386,13 +386,6 @@ static void take(struct listener *from, const struct seccomp_notif *n)
 		answer(from->fd, n->id, 0, true); /* a job that has left, and is stood for in its own process */
 	} else if (forks(n)) {
 		begin_birth(from, n);
-	} else if (n->data.nr == SYS_setpgid) {
-		question = (struct question){ .kind = ASK_SETPGID, .target = (int)n->data.args[0], .signo = (int)n->data.args[1] };
-		if (question.target > 0 && !lives_here(question.target)) {
-			ask(from, n, question, noted);
-			return;
-		}
-		answer(from->fd, n->id, 0, true);
 	} else if (read_signal(n, &question) && (question.target <= 0 || !lives_here(question.target))) {
 		ask(from, n, question, noted);
 		return;

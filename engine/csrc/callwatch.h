@@ -21,9 +21,8 @@ struct order {
 
 enum question_kind {
 	ASK_SIGNAL = 1, /* a job sends a signal to what is not a process of this node, or not one alone */
-	ASK_SETPGID = 2, /* of what is not a process of this node; signo: the group */
-	ASK_BORN = 3,   /* `pid` was forked, and stands still until the answer */
-	TELL_OVER = 4,  /* nobody is under the listener `token` any more */
+	ASK_BORN = 2,   /* `pid` was forked, and stands still until the answer */
+	TELL_OVER = 3,  /* nobody is under the listener `token` any more */
 };
 
 /* Pids are the job namespace's own. */

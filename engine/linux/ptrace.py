@@ -284,7 +284,7 @@ def is_event(status: int, event: int) -> bool:
 
 
 def seccomp_filter(tid: int) -> bytes:
-    """The one (or the innermost) filter of a stopped thread. Raises OSError: it has none, or the kernel does not tell."""
+    """A stopped thread's last filter (seccomp(2)). Raises OSError: it has none, or the kernel does not tell."""
     count = ptrace(SECCOMP_GET_FILTER, tid, 0, 0)
     buffer = ctypes.create_string_buffer(count * 8)  # struct sock_filter
     ptrace(SECCOMP_GET_FILTER, tid, 0, ctypes.addressof(buffer))

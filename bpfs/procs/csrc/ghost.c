@@ -308,14 +308,31 @@ static void new_stream(int fd, const struct ctl *m, size_t len)
 /* ---- control ---- */
 
 /* siginfo then has the pid and user of the real process, which are ours. */
-static void send_signal(int pid, int signo, int code, uint64_t value)
+static int send_signal(int pid, int signo, int code, uint64_t value)
 {
 	union sigval with = { .sival_ptr = (void *)(uintptr_t)value };
 
 	if (code == SI_QUEUE)
-		sigqueue(pid, signo, with);
-	else
-		kill(pid, signo);
+		return sigqueue(pid, signo, with);
+	if (code == SI_TKILL)
+		return syscall(SYS_tgkill, pid, pid, signo);
+	return kill(pid, signo);
+}
+
+/* Whether the real process may is the kernel's to say, as on one machine. */
+static void strike(const struct ctl *m, size_t text)
+{
+	int sent = 0, error = ESRCH;
+	pid_t pid;
+
+	for (size_t i = 0; i + sizeof(pid) <= text; i += sizeof(pid)) {
+		memcpy(&pid, m->text + i, sizeof(pid));
+		if (send_signal(pid, m->a, m->b, m->value) == 0)
+			sent++;
+		else if (errno != ESRCH)
+			error = errno;
+	}
+	tell(C_STRUCK, sent, error, 0, 0, 0);
 }
 
 /* A new master: what the last one was about to do with the job it has not done. */
@@ -359,6 +376,9 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		break;
 	case C_SEND:
 		send_signal(m->a, m->b, m->c, m->value);
+		break;
+	case C_STRIKE:
+		strike(m, text);
 		break;
 	case C_REAP:
 		reap(m->a);

@@ -44,6 +44,7 @@ enum ctl_type {
 	C_IDS = 12,   /* a: session, b: process group, c: uid, d: gid */
 	C_ARGUMENTS = 13, /* text: command line */
 	C_SEND = 15,  /* a: pid, b: signal, c: si_code, value: si_value: send it in the name of the real process */
+	C_STRIKE = 18, /* a: signal, b: si_code, value: si_value; text: pids (int32_t): likewise, to each; answered by C_STRUCK */
 	C_KEEP = 14,  /* text: pids (int32_t) of children: tell of them, and leave them to be waited for; a: beside those of before */
 	C_ADOPT = 17, /* from a new master, on the socket that it took out of the ghost (BPFS_HEIR): you are mine */
 	C_SEEN = 16,  /* a: so many of your C_SIGNAL and C_CHILD have been dealt with; the next master is told the others */
@@ -58,6 +59,7 @@ enum ctl_type {
 	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0, c: this ghost has a SIGCONT of the user's yet to tell of */
+	C_STRUCK = 43,      /* a: how many got it; b: why others did not, ESRCH where nothing else was in the way */
 	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table; b: the

@@ -1,0 +1,213 @@
+"""Strict jobs: their signals reach everybody, and their children have ghosts before they know of them."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.moving import echo, move
+from tests.cluster.virtual import VirtualCluster, children, cluster, comm, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+MASTER = -1
+USER, OTHER = 12321, 12322  # nobody else's on this machine: what they signal is theirs
+PYTHON = "/usr/bin/python3"  # one that everybody may run
+USR1, RT = signal.SIGUSR1, 40
+
+# Does what it is told, a line of Python after the other, and says what comes of it.
+ACTOR = """
+import ctypes, os, signal, socket, subprocess, sys, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM, 40})
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *arguments):
+    if libc.syscall(number, *[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) < 0:
+        raise OSError(ctypes.get_errno(), "call")
+    return 0
+def heard(seconds=20):
+    info = signal.sigtimedwait({signal.SIGUSR1, signal.SIGTERM, 40}, seconds)
+    return info and (info.si_signo, info.si_pid, info.si_uid, info.si_code)
+def line(pid, name):
+    return next(l.split()[1] for l in open(f"/proc/{pid}/status") if l.startswith(name + ":"))
+def forked(count):
+    unseen = 0
+    for _ in range(count):
+        pid = os.fork()
+        here = os.path.exists(f"{tree}/procs/{pid or os.getpid()}/node")
+        if pid == 0:
+            os._exit(0 if here else 1)
+        unseen += not here
+        unseen += os.waitpid(pid, 0)[1] != 0
+    return unseen
+tree = sys.argv[1]
+print("ready", flush=True)
+for text in sys.stdin:
+    try:
+        print(repr(eval(text)), flush=True)
+    except OSError as error:
+        print(repr(("error", error.errno)), flush=True)
+"""
+
+
+class Actor:
+    """One such program."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def begin(self, text: str) -> None:
+        """Has it do something; `answer` tells what came of it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{text}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self._process.stdout is not None
+        return ast.literal_eval(self._process.stdout.readline())
+
+    def do(self, text: str) -> Any:
+        self.begin(text)
+        return self.answer()
+
+    def heard_from(self, sender: Actor, signo: int = USR1, code: int = 0, uid: int = 0) -> bool:
+        found = self.do("heard()")
+        assert found == (signo, sender.pid, uid, code)
+        return True
+
+
+@contextmanager
+def actor(it: VirtualCluster, node: int = MASTER, how: str = "strict", **more: Any) -> Iterator[Actor]:
+    """One that runs on a node; `more` as for Popen."""
+    process = subprocess.Popen(
+        [PYTHON, "-c", ACTOR, str(it.mount)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        if node != MASTER:
+            done = echo(it, f"{process.pid} {how}", f"nodes/{node}/migrate")
+            assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate")
+        yield Actor(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def it(session_folder: Path) -> Iterator[VirtualCluster]:
+    """A cluster whose node 2 is strict."""
+    with cluster(session_folder / "strict", "--config", "strict 2", nodes=3) as up:
+        yield up
+
+
+def seccomp(it: VirtualCluster, pid: int) -> str:
+    return next(line.split()[1] for line in it.read(f"procs/{pid}/status").splitlines() if line.startswith("Seccomp:"))
+
+
+def callwatch(it: VirtualCluster, node: int) -> list[int]:
+    """Those of a node."""
+    return [pid for pid in children(it.slave(node)) if comm(pid) == "bpfs-callwatch"]
+
+
+def test_signals_of_every_kind_reach_whom_they_are_for(it: VirtualCluster) -> None:
+    with actor(it, 0) as sender, actor(it, 1, "") as there, actor(it) as home, actor(it, 0, "") as beside:
+        for receiver in (there, home, beside):
+            pid = receiver.pid
+            assert sender.do(f"os.kill({pid}, 0)") is None
+            assert sender.do(f"os.kill({pid}, {USR1})") is None
+            assert receiver.heard_from(sender)
+            assert sender.do(f"call(200, {pid}, {USR1})") == 0  # tkill
+            assert receiver.heard_from(sender, code=-6 if receiver is not there else 0)
+            assert sender.do(f"call(234, {pid}, {pid}, {USR1})") == 0  # tgkill
+            assert receiver.heard_from(sender, code=-6 if receiver is not there else 0)
+            assert sender.do(f"libc.sigqueue({pid}, {RT}, 7)") == 0
+            assert receiver.heard_from(sender, RT, -1)
+        assert sender.do(f"os.kill({2**22 - 2}, 0)") == ("error", 3)
+        assert sender.do(f"os.kill({there.pid}, 99)") == ("error", 22)
+        assert sender.do("signal.raise_signal(signal.SIGUSR1)") is None
+        assert sender.heard_from(sender, code=-6)
+
+
+def test_a_child_has_its_ghost_before_fork_returns(it: VirtualCluster) -> None:
+    with actor(it, 1) as job:
+        assert it.read(f"procs/{job.pid}/strict") == "yes\n"
+        assert seccomp(it, job.pid) == "2"
+        assert job.do("forked(30)") == 0
+        assert job.do("os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)[1]") == 0
+        assert job.do("subprocess.run('echo a | cat; (sleep 0.01 & wait); exit 3', shell=True, close_fds=False).returncode") == 3
+        assert job.do("[t.join() for t in [threading.Thread(target=time.sleep, args=(0.01,)) for _ in range(20)] if not t.start()] == 20 * [None]")
+        child = job.do("globals().setdefault('child', os.fork()) or [signal.sigwait({12}), os._exit(0)]")
+        assert it.read(f"procs/{child}/strict") == "yes\n"
+        assert job.do(f"os.kill({child}, 9) or os.waitpid({child}, 0)[1]") == 9
+
+
+def test_what_comes_home_or_hops_leaves_its_filter_behind(it: VirtualCluster) -> None:
+    with actor(it, 0, "") as job:
+        assert (it.read(f"procs/{job.pid}/strict"), job.do("line('self', 'Seccomp')")) == ("no\n", "0")
+        for node, word, filters in ((2, "yes", "1"), (1, "no", "0"), (MASTER, "no", "0")):
+            move(it, job.pid, node)
+            assert it.read(f"procs/{job.pid}/strict") == f"{word}\n"
+            assert job.do("line('self', 'Seccomp_filters')") == filters
+        assert echo(it, f"{job.pid} strict", "nodes/0/migrate").returncode == 0
+        for node, filters in ((1, "1"), (2, "1"), (0, "1"), (MASTER, "0")):
+            move(it, job.pid, node)
+            assert job.do("line('self', 'Seccomp_filters')") == filters
+        assert Path(f"/proc/{job.pid}/status").read_text().count("Seccomp:\t0\n") == 1
+
+
+def test_onexec_takes_the_word(it: VirtualCluster) -> None:
+    script = f"echo $$ onexec strict > {it.mount}/nodes/1/migrate; exec grep ^Seccomp: /proc/self/status"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("Seccomp:\t2\n", "", 0)
+
+
+def test_the_senders_rights_count_as_on_one_machine(it: VirtualCluster) -> None:
+    mine: dict[str, Any] = {"user": USER, "group": USER}
+    with (
+        actor(it, 1, **mine) as sender, actor(it, 0, "", **mine) as there, actor(it, **mine) as home,
+        actor(it, 1, "", **mine) as beside, actor(it, 2, user=OTHER) as others, actor(it, 0) as roots, actor(it) as here,
+    ):  # fmt: skip
+        for stranger in (others, roots, here):
+            assert sender.do(f"os.kill({stranger.pid}, {USR1})") == ("error", 1)
+            assert sender.do(f"os.kill({stranger.pid}, 0)") == ("error", 1)
+        assert sender.do(f"os.kill(1, {USR1})") == ("error", 1)
+        assert sender.do(f"os.kill(-1, {USR1})") is None
+        for own in (there, home, beside):
+            assert own.heard_from(sender, uid=USER)
+        for stranger in (others, roots, here, sender, there, home, beside):
+            assert stranger.do("heard(0)") is None
+        # An empty group, and one of others.
+        assert sender.do(f"os.kill(-{home.pid}, {USR1})") == ("error", 3)
+
+
+def test_a_group_is_signalled_wherever_its_members_are(it: VirtualCluster) -> None:
+    with actor(it, 0, process_group=0) as leader:
+        with actor(it, 1, "", process_group=leader.pid) as there, actor(it, process_group=leader.pid) as home, \
+                actor(it, 0, "", process_group=leader.pid) as beside, actor(it, 2) as stranger:  # fmt: skip
+            members = (leader, there, home, beside)
+            assert leader.do(f"os.killpg({leader.pid}, {USR1})") is None
+            for member in members:
+                assert member.heard_from(leader)
+            assert leader.do(f"os.kill(0, {USR1})") is None
+            for member in members:
+                assert member.heard_from(leader)
+            assert [one.do("heard(0.05)") for one in (*members, stranger)] == [None] * 5
+            assert leader.do(f"os.killpg({leader.pid}, 0)") is None
+            assert stranger.do(f"os.killpg({leader.pid}, {signal.SIGSTOP})") is None
+            wait_until(lambda: all(state(one.pid) == "T" for one in members), "all of the group should stop")
+            assert stranger.do(f"os.killpg({leader.pid}, {signal.SIGCONT})") is None
+            assert [one.do("1") for one in members] == [1] * 4
+            assert stranger.do(f"os.killpg({leader.pid}, {signal.SIGKILL})") is None
+            wait_until(lambda: not any(Path(f"/proc/{one.pid}/fd/0").exists() for one in members), "all should end")
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()[0]
