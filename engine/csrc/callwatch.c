@@ -7,6 +7,9 @@
  * let through under a tracer: parent and child stand still, right after it, until the child has its ghost. Nobody has
  * to wait for ever: a question without an answer is over after a while, and the kernel makes the call.
  *
+ * Until a call has been taken, a signal interrupts it, and fork(2) is not made for EINTR. So a thread for each listener
+ * does nothing but take calls, woken on the caller's own processor, and the main thread, the tracer, does the rest.
+ *
  * The daemon holds every listener as well. Should this process die, its successor lets the kernel make the calls that
  * were being answered (struct note), and goes on with those that wait.
  *
@@ -16,6 +19,8 @@
 #include "inside.h"
 
 #include <linux/sched.h>
+#include <poll.h>
+#include <pthread.h>
 #include <linux/seccomp.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -23,6 +28,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -34,12 +40,24 @@
 #define FORK_MS 100     /* within which a call that was let go on has forked, or has failed */
 #define ANSWER_MS 5000  /* the master has not been heard of for so long: its node is about to be lost */
 #define EVENTS 64
+#define HASTE (-20)     /* nice(2) */
+#define STACK (64 << 10)
+#define WAKE SIGUSR2    /* to a thread whose listener is over, for kernels before 6.11 */
+#define NOTIF_SET_FLAGS _IOW('!', 4, uint64_t) /* linux/seccomp.h, since 6.6: SECCOMP_IOCTL_NOTIF_SET_FLAGS */
+#define SYNC_WAKE_UP 1
 #define FORKS (PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE)
 
 struct listener {
 	struct listener *next;
 	int fd;
 	uint32_t number;
+	pthread_t taker;
+};
+
+struct taken { /* from a taker to the main thread */
+	struct listener *from;
+	int noted;
+	struct seccomp_notif call; /* id 0: the listener is over */
 };
 
 struct call { /* a question to the daemon */
@@ -60,7 +78,7 @@ struct birth {
 };
 
 static int daemon_fd, proc_fd = -1, namespace_fd = -1;
-static int events_fd;
+static int events_fd, inbox[2];
 static struct listener *listeners;
 static struct call *calls;
 static struct birth *births;
@@ -83,18 +101,21 @@ static int64_t now_ms(void)
 
 static int take_note(const struct listener *from, uint64_t id)
 {
-	for (int i = 0; notes && i < NOTES; i++)
-		if (!notes[i].id) {
-			notes[i] = (struct note){ id, from->number };
+	for (int i = 0; notes && i < NOTES; i++) {
+		uint64_t none = 0;
+
+		if (__atomic_compare_exchange_n(&notes[i].id, &none, id, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+			notes[i].listener = from->number;
 			return i;
 		}
+	}
 	return -1;
 }
 
 static void drop_note(int index)
 {
 	if (index >= 0)
-		notes[index].id = 0;
+		__atomic_store_n(&notes[index].id, 0, __ATOMIC_SEQ_CST);
 }
 
 /* False: the call is not waited for any more. */
@@ -377,10 +398,9 @@ static bool read_signal(const struct seccomp_notif *n, struct question *q)
 	return true;
 }
 
-static void take(struct listener *from, const struct seccomp_notif *n)
+static void serve(struct listener *from, const struct seccomp_notif *n, int noted)
 {
 	struct question question = { .kind = ASK_SIGNAL };
-	int noted = take_note(from, n->id);
 
 	if (is_placeholder((int)n->pid)) {
 		answer(from->fd, n->id, 0, true); /* a job that has left, and is stood for in its own process */
@@ -413,34 +433,82 @@ static void drop_listener(struct listener *listener)
 	while (*at != listener)
 		at = &(*at)->next;
 	*at = listener->next;
+	epoll_ctl(events_fd, EPOLL_CTL_DEL, listener->fd, NULL); /* the daemon has it open as well */
 	close(listener->fd);
 	free(listener);
 	put(&question);
 }
 
-static void hear_kernel(struct listener *listener, uint32_t events)
+static void hear_takers(void)
 {
-	static union { /* a newer kernel's may be longer */
+	struct taken taken;
+
+	while (read(inbox[0], &taken, sizeof(taken)) == sizeof(taken))
+		if (taken.call.id)
+			serve(taken.from, &taken.call, taken.noted);
+		else
+			drop_listener(taken.from);
+}
+
+static void *take(void *of)
+{
+	static const struct taken none;
+	struct taken taken = { .from = of };
+	union { /* a newer kernel's may be longer */
 		struct seccomp_notif it;
 		char room[512];
 	} n;
 
-	if (events & EPOLLIN) {
+	for (;;) {
+		struct pollfd state = { .fd = taken.from->fd };
+
 		memset(&n, 0, sizeof(n));
-		if (ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_RECV, &n) == 0)
-			take(listener, &n.it);
-	} else if (events & (EPOLLHUP | EPOLLERR)) {
-		drop_listener(listener);
+		if (ioctl(taken.from->fd, SECCOMP_IOCTL_NOTIF_RECV, &n) == 0) {
+			taken.noted = take_note(taken.from, n.it.id);
+			taken.call = n.it;
+		} else if (poll(&state, 1, 0) == 1 && state.revents & (POLLHUP | POLLERR | POLLNVAL)) {
+			taken.call = none.call;
+		} else {
+			continue; /* it was interrupted, and is gone */
+		}
+		if (write(inbox[1], &taken, sizeof(taken)) != sizeof(taken))
+			exit(1);
+		if (!taken.call.id)
+			return NULL;
 	}
+}
+
+/* Nobody is under this listener any more: its taker shall say so, if it has not just done. */
+static void wake_taker(const struct listener *of)
+{
+	for (struct listener *listener = listeners; listener; listener = listener->next)
+		if (listener == of)
+			pthread_kill(listener->taker, WAKE);
+}
+
+static void wake(int signo)
+{
+	(void)signo;
 }
 
 /* ---- the daemon ---- */
 
-static void watch(int fd, void *of)
+static void watch(int fd, uint32_t what, void *of)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.ptr = of };
+	struct epoll_event event = { .events = what, .data.ptr = of };
 
 	epoll_ctl(events_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+static void start_taker(struct listener *listener)
+{
+	pthread_attr_t attributes;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	if (pthread_create(&listener->taker, &attributes, take, listener))
+		exit(1);
 }
 
 static void listen_to(int fd, uint32_t number)
@@ -449,14 +517,16 @@ static void listen_to(int fd, uint32_t number)
 
 	if (!listener)
 		exit(1);
-	*listener = (struct listener){ listeners, fd, number };
+	*listener = (struct listener){ .next = listeners, .fd = fd, .number = number };
 	listeners = listener;
 	for (int i = 0; notes && i < NOTES; i++)
 		if (notes[i].id && notes[i].listener == number) { /* of a predecessor that died over it */
 			answer(fd, notes[i].id, 0, true);
 			notes[i].id = 0;
 		}
-	watch(fd, listener);
+	ioctl(fd, NOTIF_SET_FLAGS, SYNC_WAKE_UP); /* an older kernel's call waits some microseconds longer for us */
+	watch(fd, EPOLLET, listener);
+	start_taker(listener);
 }
 
 static void take_answer(const struct order *order)
@@ -567,13 +637,19 @@ int main(int argc, char **argv)
 	}
 	fcntl(daemon_fd, F_SETFD, FD_CLOEXEC);
 	prctl(PR_SET_NAME, "bpfs-callwatch"); /* the engine waits for tracers of ours (engine/freeze.py) */
+	setpriority(PRIO_PROCESS, 0, HASTE);
 	sigemptyset(&ends);
 	sigaddset(&ends, SIGCHLD);
 	sigprocmask(SIG_BLOCK, &ends, NULL);
 	int signals = signalfd(-1, &ends, SFD_NONBLOCK | SFD_CLOEXEC);
 	events_fd = epoll_create1(EPOLL_CLOEXEC);
-	watch(signals, &signals);
-	watch(daemon_fd, &daemon_fd);
+	if (events_fd < 0 || pipe2(inbox, O_CLOEXEC) < 0)
+		return 1;
+	fcntl(inbox[0], F_SETFL, O_NONBLOCK);
+	sigaction(WAKE, &(struct sigaction){ .sa_handler = wake }, NULL);
+	watch(signals, EPOLLIN, &signals);
+	watch(daemon_fd, EPOLLIN, &daemon_fd);
+	watch(inbox[0], EPOLLIN, inbox);
 	for (;;) {
 		int count = epoll_wait(events_fd, events, EVENTS, wait_ms());
 
@@ -582,8 +658,10 @@ int main(int argc, char **argv)
 				wait_for_tracees(signals);
 			else if (events[i].data.ptr == &daemon_fd)
 				hear_daemon();
+			else if (events[i].data.ptr == inbox)
+				hear_takers();
 			else
-				hear_kernel(events[i].data.ptr, events[i].events);
+				wake_taker(events[i].data.ptr);
 		}
 		give_up(now_ms());
 	}
