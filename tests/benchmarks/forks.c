@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What a job does on a node as it would at home. `forks calls`: ns of processor time for each of
  * getpid, read, write, futex, and ns for a fork + exec + wait. `forks storm CHILDREN WAYS US`: so many forks by so many processes at once, of children that live
- * US microseconds; says how many were waited for and how many seconds it took. */
+ * US microseconds; says how many were waited for and how many seconds it took. `forks signals PID...`: ns of a kill of itself, and of
+ * each of these, by the signal 0. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +18,7 @@
 
 #define CALLS 200000
 #define FORKS 200
+#define SIGNALS 200
 
 static uint32_t word;
 
@@ -79,6 +82,20 @@ static void calls(void)
 	printf("\n");
 }
 
+static void signals(int count, char **pids)
+{
+	for (int i = -1; i < count; i++) {
+		pid_t pid = i < 0 ? getpid() : atoi(pids[i]);
+		double began = now();
+
+		for (int turn = 0; turn < SIGNALS; turn++)
+			if (kill(pid, 0))
+				exit(1);
+		printf("%.1f ", (now() - began) * 1e9 / SIGNALS);
+	}
+	printf("\n");
+}
+
 static int forker(int children, int us)
 {
 	int waited = 0;
@@ -121,6 +138,8 @@ int main(int argc, char **argv)
 {
 	if (argc == 2 && !strcmp(argv[1], "calls"))
 		calls();
+	else if (argc > 1 && !strcmp(argv[1], "signals"))
+		signals(argc - 2, argv + 2);
 	else if (argc == 5)
 		storm(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
 	else

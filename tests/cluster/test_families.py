@@ -103,7 +103,7 @@ class Family:
     def fork(self, kept: str = "") -> int:
         """A child that is made where the parent is now."""
         self.children.append(int(self.ask(f"fork {kept}")))
-        wait_until(lambda: (self.it.mount / f"procs/{self.children[-1]}/node").exists(), "the child should show")
+        wait_until(lambda: Path(f"/proc/{self.children[-1]}/stat").exists(), "the child should have a ghost")
         return self.children[-1]
 
     def ids(self, child: int) -> list[int]:
