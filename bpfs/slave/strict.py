@@ -127,6 +127,11 @@ class StrictJobs:
         assert self._nursery is not None
         self._nursery.start_soon(self._follow, watch)
 
+    def _drop(self, number: int) -> None:
+        listener = self._listeners.pop(number, None)  # none: one that has died had told it as well
+        if listener is not None:
+            os.close(listener)
+
     def _end(self, watch: CallWatch) -> None:
         self._watch = None
         with suppress(OSError):
@@ -140,7 +145,7 @@ class StrictJobs:
                 await trio.lowlevel.wait_readable(watch.socket)
                 question = watch.read()
                 if question is not None and question.kind is Kind.OVER:
-                    os.close(self._listeners.pop(question.token))
+                    self._drop(question.token)
                 elif question is not None:
                     self._nursery.start_soon(self._answer, watch, question)
         except (EOFError, trio.ClosedResourceError):

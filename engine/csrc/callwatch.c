@@ -430,6 +430,7 @@ static void drop_listener(struct listener *listener)
 		} else {
 			call = &(*call)->next;
 		}
+	pthread_join(listener->taker, NULL);
 	while (*at != listener)
 		at = &(*at)->next;
 	*at = listener->next;
@@ -506,7 +507,6 @@ static void start_taker(struct listener *listener)
 
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK);
-	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	if (pthread_create(&listener->taker, &attributes, take, listener))
 		exit(1);
 }
