@@ -68,9 +68,12 @@ def _change(cluster: Cluster, verb: str, paths: list[str]) -> int:
     code = 0
     for name in names:
         try:
+            if verb == "add":
+                os.stat(name)  # the nodes would find out, one after the other, when they come up
             cluster.change_libraries(verb, os.path.abspath(name))
         except OSError as refused:
-            print(f"{PROG}: {refused}", file=sys.stderr)
+            sentence = str(refused) if isinstance(refused, BpfsError) else f"{name}: {refused.strerror}"
+            print(f"{PROG}: {sentence}", file=sys.stderr)
             code = EXIT_ERROR
     return code
 

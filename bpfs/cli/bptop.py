@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import curses
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from errno import ENOTTY
 
 from bpfs.cli.bptopdata import Row, Sampler, View, Watcher
 from bpfs.cli.common import make_parser, run
 from bpfs.client import MASTER, Cluster
+from bpfs.errors import BpfsError
 
 PROG = "bptop"
 
@@ -72,12 +75,23 @@ def _main(argv: Sequence[str] | None) -> int:
     sampler = Sampler(cluster, everything=options.all, nodes=nodes)
     if options.batch:
         return _print(sampler, options)
+    _expect_terminal()
     # A signal ends us by an exception, so that the terminal is as it was before.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     curses.wrapper(
         lambda window: Screen(window, cluster, Watcher(sampler, options.delay), options.sort).run(options.count)
     )
     return 0
+
+
+def _expect_terminal() -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise BpfsError(ENOTTY, "standard input and output are no terminal (-b prints for programs and files)")
+    try:
+        curses.setupterm()
+    except curses.error:
+        name = os.environ.get("TERM", "")
+        raise BpfsError(ENOTTY, f"the terminal {name!r} is unknown here (-b prints for programs and files)") from None
 
 
 def _print(sampler: Sampler, options: argparse.Namespace) -> int:

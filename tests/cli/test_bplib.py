@@ -43,8 +43,8 @@ def test_the_list(plain_tree: Path) -> None:
     libraries.write_text("/lib/a\n/lib/b\n")
     assert bplib(plain_tree, "-l").stdout == "/lib/a\n/lib/b\n"
     assert json.loads(bplib(plain_tree, "-l", "--json").stdout) == ["/lib/a", "/lib/b"]
-    assert bplib(plain_tree, "-a", "/lib/../lib/libm.so.6").returncode == 0
-    assert libraries.read_text() == "add /lib/libm.so.6\n"
+    assert bplib(plain_tree, "-a", "/usr/../usr/bin/env").returncode == 0
+    assert libraries.read_text() == "add /usr/bin/env\n"
     assert bplib(plain_tree, "-d", "/lib/a").returncode == 0
     assert libraries.read_text() == "delete /lib/a\n"
 
@@ -53,3 +53,8 @@ def test_errors(plain_tree: Path) -> None:
     run = bplib(plain_tree, "-S", "1", "-d", "/lib/x")
     assert (run.returncode, run.stderr.startswith("bplib: nodes keep contents, not names")) == (1, True)
     assert bplib(plain_tree).returncode == 2
+
+
+def test_what_is_not_there_is_not_added(plain_tree: Path) -> None:
+    added = bplib(plain_tree, "-a", "/no/such/lib.so")
+    assert (added.returncode, added.stderr) == (1, "bplib: /no/such/lib.so: No such file or directory\n")

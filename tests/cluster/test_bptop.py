@@ -145,3 +145,9 @@ def test_a_silent_node_keeps_nobody_waiting(it: VirtualCluster, jobs: list[subpr
     finally:
         os.kill(slave, signal.SIGCONT)
     assert [line[0] for line in shown] == ["NODE", "0", "1"]
+
+
+def test_without_a_terminal_it_says_what_to_do(it: VirtualCluster) -> None:
+    run = subprocess.run(command(it), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    line = "bptop: standard input and output are no terminal (-b prints for programs and files)\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", line)
