@@ -212,6 +212,11 @@ def test_an_unknown_machine_gets_the_next_number_where_that_is_wanted(lab: Lab) 
         wait_until((lab.mount / "nodes/2").exists, "the new node is not there")
         assert read(lab.config).number_for((mac(STRANGER),)) == 2
         assert lab.read("nodes/2/state") == "boot\n" and mac(STRANGER) not in lab.read("boot/unknown")
+        # Locked again, who is no node is not even listed.
+        lab.configure("nodeassign locked\npxe br0")
+        lab.reload()
+        wait_until(lambda: lab.client(STRANGER, "ask", "0.6").stdout == "", "who is no node any more is answered")
+        assert mac(STRANGER) not in lab.read("boot/unknown")
     finally:
         lab.configure("pxe br0")
         lab.reload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -88,3 +89,23 @@ def test_what_it_refuses(lab: Lab, tmp_path: Path, change: tuple[str, str], sent
 def test_without_a_terminal_all_must_be_said(lab: Lab, tmp_path: Path) -> None:
     done = bpsetup(lab, tmp_path / "etc", *GOOD[:4])
     assert done.returncode == 1 and "address of node 0: there is no terminal to ask on" in done.stderr
+
+
+def test_on_a_terminal_it_asks_for_what_was_not_said(lab: Lab, tmp_path: Path) -> None:
+    screen, terminal = os.openpty()
+    command = [*lab.inside, sys.executable, "-m", "bpfs.cli.bpsetup", "--folder", tmp_path / "etc"]
+    with subprocess.Popen(command, cwd=TOP, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        os.write(screen, b"\n4\n\n")  # what it suggests, but for the number of nodes
+        assert process.wait(60) == 0
+    shown = os.read(screen, 65536).decode()
+    os.close(screen)
+    for question in (
+        "network interface of the nodes [br0]: ",
+        "how many nodes [16]: ",
+        "address of node 0 [10.54.0.11]: ",
+    ):
+        assert question in shown
+    config = read(tmp_path / "etc/config")
+    assert (config.interface, config.nodes) == ("br0", 4)
+    assert [config.address_for(number) for number in (0, 3, 4)] == ["10.54.0.11", "10.54.0.14", None]
