@@ -87,7 +87,8 @@ def check_counting(lines: list[str], pid: int) -> None:
 def processes_of(it: VirtualCluster, pid: int) -> list[str]:
     """Living processes that are `pid` in any of a cluster's pid namespaces, the ghost included, zombies not."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
+    # Path.glob of their files would look at each, and fail for one that ends in that moment (ESRCH).
+    for status in [entry / "status" for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
         try:
             fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
             own = fields["NSpid"].split()[-1] == str(pid) and fields["State"][0] not in "ZX"

@@ -46,7 +46,7 @@ def log(session_folder: Path) -> Path:
 def members(group: int) -> list[int]:
     """The master's processes of a group."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in [folder / "stat" for folder in Path("/proc").iterdir() if folder.name.isdigit()]:
         try:
             if stat.read_text().rpartition(")")[2].split()[2] == str(group):
                 found.append(int(stat.parent.name))

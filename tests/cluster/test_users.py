@@ -254,7 +254,7 @@ def test_the_death_signal_of_a_users_process_outlasts_its_way(it: VirtualCluster
 
 def it_pid(it: VirtualCluster, pid: int) -> int:
     """The host pid of a process that is on a node."""
-    for entry in Path("/proc").glob("[0-9]*/status"):
+    for entry in [folder / "status" for folder in Path("/proc").iterdir() if folder.name.isdigit()]:
         try:
             words = dict(line.split(":\t", 1) for line in entry.read_text().splitlines() if ":\t" in line)
         except OSError:
