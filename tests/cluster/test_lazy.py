@@ -125,6 +125,71 @@ def test_all_that_is_touched_comes_and_the_memory_may_change(
         until(lambda: not processes_of(it, one.pid), "nothing of it should be left")
 
 
+# Does what it is told, a word a line, with memory that it has not touched since it began.
+OBEDIENT = """
+import hashlib, os, sys
+memory = bytearray(os.urandom(16 << 20))
+digest = hashlib.sha256(memory).digest()
+print("ready", flush=True)
+for word in sys.stdin:
+    if word == "write\\n":
+        copy = os.memfd_create("copy")
+        assert os.write(copy, memory) == len(memory)
+        print(hashlib.sha256(os.pread(copy, len(memory), 0)).digest() == digest, flush=True)
+        os.close(copy)
+    elif word == "exec\\n":
+        os.execv("/bin/sh", ["sh", "-c", "echo new; read line; exit 5"])
+    else:
+        sys.exit(3)
+"""
+
+
+@contextmanager
+def obeying(user: int) -> Iterator[subprocess.Popen[str]]:
+    command = ["/usr/bin/python3", "-c", OBEDIENT]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, user=user, group=user,
+        extra_groups=[], cwd="/", env={},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def tell(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{word}\n")
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_system_calls_another_program_and_the_end(
+    it: VirtualCluster, gate: Path, route: tuple[int, int], user: int
+) -> None:
+    with obeying(user) as process:
+        if route[0] != -1:
+            assert echo(it, process.pid, f"nodes/{route[0]}/migrate").returncode == 0
+        done = echo(it, f"{process.pid} lazy", f"nodes/{route[1]}/migrate")
+        assert done.returncode == 0, done.stderr + it.read(f"nodes/{route[1]}/migrate")
+        assert it.read(f"procs/{process.pid}/state").endswith(" to come\n")
+        if user:
+            assert tell(process, "write") == "True\n"
+            assert tell(process, "end") == ""
+            assert process.wait(30) == 3
+        else:
+            assert tell(process, "exec") == "new\n"
+            gate.unlink()  # the first page that is given tells that nobody is there any more
+            wait_until(lambda: it.read(f"procs/{process.pid}/state") == "running\n", "nothing is to come any more")
+            assert tell(process, "end") == ""
+            assert process.wait(30) == 5
+
+
 def test_what_else_is_asked_of_it_waits(it: VirtualCluster, gate: Path, tmp_path: Path) -> None:
     with writing(tmp_path, "16", "1") as one:
         owes(it, one, (-1, 0))
