@@ -6,6 +6,7 @@ import os
 from engine import strict
 from engine.freeze import Frozen
 from engine.linux import nsfs, procfs, ptrace
+from engine.linux.kcmp import same_memory
 from engine.linux.procfs import Stat
 
 
@@ -23,6 +24,7 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
     if children:
         listing = ", ".join(str(pid) for pid in children[:8]) + (" and more" if len(children) > 8 else "")
         found.append(f"it has living children ({listing})")
+    found += _shared_memory(frozen, stat)
     if frozen.leader_exited:
         found.append("its main thread has ended before the others")
     if any(_rights(frozen.status_of(thread)) != _rights(status) for thread in frozen.threads[1:]):
@@ -40,6 +42,13 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
     if status.get("Kthread", "0") == "1" or stat.mm[0] == 0 == stat.mm[2]:
         found.append("it is a kernel thread")
     return found
+
+
+def _shared_memory(frozen: Frozen, stat: Stat) -> list[str]:
+    if same_memory(frozen.pid, stat.ppid):
+        return [f"it runs in the memory of its parent {stat.ppid} (vfork) until it runs another program"]
+    others = [child for child in living_children(frozen) if same_memory(frozen.pid, child)]
+    return [f"its child {others[0]} runs in its memory"] if others else []
 
 
 _RIGHTS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")

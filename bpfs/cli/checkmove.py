@@ -18,6 +18,7 @@ _ADVICE: Final = [
         (r"traced|debugger", "end the debugger (strace, gdb) or detach it"),
         (r"seccomp", "run it without the sandbox: a filter cannot be read back from the kernel"),
         (r"shares memory with process", "stop the other process, or start both on the node"),
+        (r"vfork|runs in its memory", "wait until the child runs another program, or has ended"),
         (r"System V", "detach the segment (shmdt), or use a file or mmap(MAP_SHARED) instead"),
         (r"socket", "close it, or have it closed on the way: echo \"PID close\" > nodes/N/migrate"),
         (r"io_uring|io_setup", "run it without (most programs have a switch for that)"),

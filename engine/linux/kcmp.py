@@ -1,4 +1,4 @@
-"""kcmp(2): do two descriptors share one open file description?"""
+"""kcmp(2): do two descriptors share one open file description, two processes one memory?"""
 
 import ctypes
 import os
@@ -7,6 +7,7 @@ from typing import Final
 from engine.linux.libc import LIBC, NR
 
 _KCMP_FILE: Final = 0
+_KCMP_VM: Final = 1
 _syscall = LIBC.syscall
 
 
@@ -19,3 +20,8 @@ def same_file(pid: int, first: int, second: int, other: int = 0) -> bool:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), f"descriptors {first} and {second} of process {pid}")
     return bool(result == 0)
+
+
+def same_memory(pid: int, other: int) -> bool:
+    """Whether two processes run in one address space; no where one of them is gone. Raises nothing."""
+    return bool(_syscall(NR["kcmp"], pid, other, _KCMP_VM, 0, 0) == 0)

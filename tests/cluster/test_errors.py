@@ -16,7 +16,7 @@ import pytest
 from bpfs import kernel
 from tests.cluster.held import holding
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place
-from tests.cluster.virtual import VirtualCluster, cluster, wait_until
+from tests.cluster.virtual import VirtualCluster, children, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -27,6 +27,9 @@ LISTENER = (
     "import socket, sys; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print('on', flush=True); "
     "sys.stdin.readline(); print('off', flush=True)"
 )
+
+
+VICTIMS = Path(__file__).parent.parent / "victims"
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,26 @@ def silent_mount(tmp_path: Path) -> Iterator[Path]:
     finally:
         os.close(device)  # whoever waits gets ENOTCONN
         subprocess.run(["umount", "-l", mount], check=True)
+
+
+@pytest.mark.parametrize("who", ["parent", "child"])
+def test_vfork_without_exec_is_refused_and_left_alone(it: VirtualCluster, tmp_path: Path, who: str) -> None:
+    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    stop = tmp_path / "stop"
+    parent = subprocess.Popen([VICTIMS / "bin" / "vfork", stop])
+    try:
+        wait_until(lambda: children(parent.pid), "it should have its child")
+        (child,) = children(parent.pid)
+        done = echo(it, parent.pid if who == "parent" else child, "nodes/0/migrate")
+        assert "not supported" in done.stderr
+        assert "vfork" in it.read("nodes/0/migrate").splitlines()[-1]
+        assert children(parent.pid) == [child] and parent.poll() is None
+        stop.touch()
+        assert parent.wait(60) == 0
+    finally:
+        stop.touch()
+        parent.kill()
+        parent.wait()
 
 
 def test_who_cannot_be_stopped_times_out(it: VirtualCluster, silent_mount: Path) -> None:
