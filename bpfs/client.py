@@ -223,18 +223,20 @@ class Node:
         """The last moves to this node, oldest first."""
         return [parse_move(line) for line in self.read("migrate").splitlines()]
 
-    def migrate(self, pid: int, *, onexec: bool = False) -> None:
+    def migrate(self, pid: int, *, onexec: bool = False, lazy: bool = False) -> None:
         """Moves a process here; returns when it is here.
 
         Args:
             pid: whom.
             onexec: arms the move for the process's next exec(2) instead.
+            lazy: it runs here before its memory is here; see bpfs(5) for what it risks.
 
         Raises:
             BpfsError: why not, with the errno of bpfs(5) and the reason in words.
         """
         try:
-            _write(self.path / "migrate", f"{pid} onexec" if onexec else pid, f"process {pid} to node {self.number}")
+            words = [str(pid), *["onexec"] * onexec, *["lazy"] * lazy]
+            _write(self.path / "migrate", " ".join(words), f"process {pid} to node {self.number}")
         except BpfsError as error:
             reason = self._why_not(pid)
             raise BpfsError(error.code, f"{error.sentence}: {reason}" if reason else error.sentence) from None
@@ -305,7 +307,15 @@ class Process:
     @property
     def history(self) -> list[Stay]:
         """The places it has been to, oldest first."""
-        return [Stay(int(line.split()[0]), line) for line in self.read("history").splitlines()]
+        return [Stay(int(line.split()[0]), line) for line in self._history() if not line.startswith("signal ")]
+
+    @property
+    def killed_because(self) -> str:
+        """Why it was killed, where memory that was to come was lost; else empty."""
+        return next((line for line in self._history() if line.startswith("signal ")), "")
+
+    def _history(self) -> list[str]:
+        return self.read("history").splitlines()
 
     @property
     def cantmove(self) -> str:
@@ -315,9 +325,9 @@ class Process:
         except OSError:
             return ""
 
-    def migrate(self, node: int) -> None:
-        """Moves it to a node (-1: home). Raises as `Node.migrate` does."""
-        Node(self.cluster, node).migrate(self.pid)
+    def migrate(self, node: int, *, lazy: bool = False) -> None:
+        """Moves it to a node (-1: home). `lazy` and what it raises: as of `Node.migrate`."""
+        Node(self.cluster, node).migrate(self.pid, lazy=lazy)
 
     def signal(self, number: int | signals.Signals) -> None:
         """Sends it a signal, wherever it runs."""

@@ -41,6 +41,7 @@ _ADVICE: Final = [
         (r"not the same file|No such file", "put the same file on the node, or on a file system that both reach"),
         (r"uninterruptible", "wait: a device or a file system keeps it in a call that cannot be broken off"),
         (r"moving already", "wait until it has arrived"),
+        (r"not all there", "nothing: a move waits until it is"),
         (r"kernel thread", "nothing: it is part of the kernel"),
         (r"performance counter|BPF|fanotify|namespace|Landlock|virtual (machine|processor)|of a kind",
          "close it, or have it closed on the way: echo \"PID close\" > nodes/N/migrate"),
