@@ -214,7 +214,7 @@ async def _history(proc: Process) -> str:
         f"{stay.node} {time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(stay.since))} "
         f"freeze_ms={stay.freeze_ms:.1f} bytes={stay.bytes}\n"
         for stay in proc.history
-    ) + (f"{proc.status}: {proc.why}\n" if proc.why else "")
+    ) + (f"{proc.status}: {proc.why}\n" if proc.why and proc.status is not None else "")
 
 
 def parse_signal(text: str) -> int:

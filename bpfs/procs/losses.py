@@ -65,5 +65,6 @@ class Losses:
         proc.state = ProcState.RUNNING
         if proc.doom is not None:  # its ghost was killed meanwhile
             return False
+        proc.why = ""  # what was to come from elsewhere was in the image
         self._procs.table.changed(proc, f"restarted on node {proc.place} after the loss of node {lost}")
         return True
