@@ -16,10 +16,11 @@ import trio
 from bpfs.errors import BpfsError, LinkClosed
 from bpfs.fanout import above
 from bpfs.nodes.registry import Node
-from bpfs.procs.places import NodePlace
+from bpfs.procs.places import LOOPBACK, NodePlace
 from bpfs.wire.link import now
 from bpfs.wire.messages import NAME, AskImage, DropImage, HoldImage, ImageIs
 
+LOOPBACK_6 = "::1"
 LATE = 15.0  # seconds without a heartbeat, of which there is one in ten or less, after which a node is to feed nobody
 
 
@@ -42,7 +43,9 @@ class ImageTree:
         Empty: it has to be in each request, which is cheaper for a few nodes with one job each.
         """
         places = list({place.number: place for place in jobs}.values())
-        fanout = self._fanout or len(places)
+        # What is on this very machine has no link to be spared.
+        away = sum(place.node.address not in (LOOPBACK, LOOPBACK_6) for place in places)
+        fanout = self._fanout if away > self._fanout > 0 else len(places)
         if len(jobs) == len(places) <= fanout:
             yield b""
             return

@@ -22,7 +22,11 @@ COUNTS = (63, 64, 65, 128, 130)  # around the bits of a word, of two, and the no
 @pytest.fixture(scope="module")
 def it(session_folder: Path) -> Iterator[VirtualCluster]:
     patience = f"imagetree 32 {PATIENCE}"
-    with cluster(session_folder / "simulated", "--config", patience, nodes=1) as made, slaves(made, max(COUNTS)):
+    # On a link of their own: what is on the master's machine needs no tree.
+    with (
+        cluster(session_folder / "simulated", "--netns", "--config", patience, nodes=1) as made,
+        slaves(made, max(COUNTS), beside=0),
+    ):
         wait_until(lambda: made.read("status").count(" up ") == max(COUNTS) + MORE + 1, "all nodes are up")
         yield made
 
