@@ -36,6 +36,10 @@ STRIKE_SECONDS: Final = 2.0  # for STRUCK: the process that asked stands still
 STRUCK_AT_ONCE: Final = 512
 ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
 
+STATS_KEPT: Final = 4096
+"""Stat files of ghosts that stay open; that of a ghost beyond is opened again at each look, for some 5 us more: where
+10,000 ghosts are, and no more than 20,000 descriptors may be had, their control sockets need these."""
+
 _log = log.get("ghost")
 
 
@@ -137,6 +141,8 @@ class Birth:
 class Ghost:
     """One ghost. `run` must be running for events and answers to come."""
 
+    _stats = 0  # stat files that are open, of all
+
     def __init__(self, pid: int, control: socket.socket) -> None:
         """`pid` is the ghost's; `control` our end of `pair()`, ours from now on."""
         self.pid = pid
@@ -188,10 +194,10 @@ class Ghost:
         finally:
             self._socket.close()
             self._gone.set()
-            for fd in (self._pidfd, self._stat):
-                if fd >= 0:
-                    os.close(fd)
-            self._pidfd = self._stat = -1
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+            self._close_stat()
         async with self._answered:
             self._answered.notify_all()
         await self._send_event.send(Gone())
@@ -270,17 +276,27 @@ class Ghost:
     def state(self) -> str:
         """The state letter of proc(5): T when it was stopped from outside, which no packet can tell; X when it is gone.
 
-        One pread of a descriptor that stays open, some 6 us: cheap enough to poll.
+        Mostly one pread of a descriptor that stays open, some 6 us: cheap enough to poll.
         """
         if self.gone:
             return "X"
         try:
             if self._stat < 0:
                 self._stat = os.open(own_file(self.pid, "stat"), os.O_RDONLY | os.O_CLOEXEC)
+                Ghost._stats += 1
             text = os.pread(self._stat, 512, 0)
         except OSError:
             return "X"
+        finally:
+            if Ghost._stats > STATS_KEPT:
+                self._close_stat()
         return text[text.rindex(b")") + 2 :][:1].decode() or "X"
+
+    def _close_stat(self) -> None:
+        if self._stat >= 0:
+            os.close(self._stat)
+            Ghost._stats -= 1
+            self._stat = -1
 
     # -- commands --------------------------------------------------------------------------------
 
