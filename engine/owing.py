@@ -33,7 +33,7 @@ _NEAR: Final = 64 << 10  # what is asked for comes with its neighbours; aligned
 _LOOK: Final = 256 << 20  # bytes of address space that are looked through at a time: 2 ms
 _GRACE_S: Final = 0.02  # in which the process begins to run, and its first pages are asked for, before the rest goes
 _BEGUN_WITHIN_S: Final = 5.0
-SILENCE_S: Final = 20.0  # without a word from the other side
+SILENCE_S: Final = 60.0  # without a word from the other side, whose end or loss shows sooner
 
 
 class Hold:
