@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from engine import faults, filling
+from engine import faults, filling, kin, placeholders
 from engine import image as img
+from engine.descriptors.ghost import take_from
 from engine.image import MappedFile
 from engine.linux import userfaultfd
 from engine.operation import FDS, NOT_LAZY, ORDER, TOKEN_SIZE, Reply, report, sentence
@@ -41,6 +42,7 @@ class Destination:
         self._owed = 0  # bytes of it, about
         self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
+        self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
         """Make the stopped child, or seize the ghost, and listen. `lazy`: some of its memory will come later."""
@@ -86,6 +88,35 @@ class Destination:
         self._listener, self._token = listener, secrets.token_bytes(TOKEN_SIZE)
         return {"port": listener.getsockname()[1], "token": self._token}
 
+    def take_kin(self, request: Reply, fds: list[int]) -> Reply:
+        """Make what the processes of a tree share: engine/kin.py. `root`: a process whose root directory paths mean."""
+        if self._listener is None:
+            raise OSError(22, f"{ORDER}: listen first")
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+        self._close_listener()
+        with self._telling(stream):
+            self._kin = kin.receive(stream, int(request["root"]))
+            stream.send(img.frame(img.HELD, b""))
+        stream.close()
+        return {}
+
+    def hand_out(self, request: Reply, fds: list[int]) -> Reply:
+        """Give what belongs to `keys`, in their order: the descriptors come with the reply."""
+        return {FDS: [os.dup(self._kin[int(key)]) for key in request["keys"]]}
+
+    def borrow(self, request: Reply, fds: list[int]) -> Reply:
+        """Keep, by a key, what ghosts have for others than their own process: `of` is [key, pid, number] of each."""
+        for key, pid, number in request["of"]:
+            self._kin[int(key)] = take_from(int(pid), int(number))
+        return {}
+
+    def sweep(self, request: Reply, fds: list[int]) -> Reply:
+        """End what stands for nobody on a node (`init`). Returns which of `pids` something has there still."""
+        init = int(request["init"])
+        placeholders.sweep(init)
+        return {"left": placeholders.present(init, request["pids"])}
+
     def stage(self, request: Reply, fds: list[int]) -> Reply:
         """Take memory that comes ahead, into what `prepare` made or into the ghost `ghost`, until all of it is there.
 
@@ -113,10 +144,12 @@ class Destination:
         `part`: all but what comes after the memory, for which `complete` has to be called.
         `follow`: go on at once with that.
         `lends`: the source gives the content of files that are mapped and not here.
+        `memory`: [device, inode, index] of shared memory that is among `fds`.
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
+        given = {(device, inode): fds[index] for device, inode, index in request.get("memory", [])}
         ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
         timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
         ahead = bool(request.get("ahead")) and self._stage is not None
@@ -130,7 +163,7 @@ class Destination:
         self._stream = stream
         try:
             with self._telling(stream):
-                total = self._build(stream, externals, ghost_fds, ahead, bool(request.get("lends")))
+                total = self._build(stream, externals, ghost_fds, ahead, bool(request.get("lends")), given)
                 if not request.get("part"):
                     self._complete(stream)
         finally:
@@ -188,8 +221,9 @@ class Destination:
         return {"running": True} | self.resume(request, fds)
 
     def _build(
-        self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool, lends: bool
-    ) -> int:
+        self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool, lends: bool,
+        given: dict[tuple[int, int], int],
+    ) -> int:  # fmt: skip
         assert self._target is not None
         before = None
         if ahead and self._stage is not None:
@@ -203,7 +237,9 @@ class Destination:
                 spans, about = unpack(frame[1], 2)
                 owed, self._owed = checked(spans), about if type(about) is int else 0
         image = img.decode(frame[1])
-        builder = self._builder = Builder(self._target, image, externals, ghost_fds, before, lends, self._strict)
+        builder = self._builder = Builder(
+            self._target, image, externals, ghost_fds, before, lends, self._strict, given
+        )
         builder.begin()
         img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         builder.pages(stream.receive_part)
@@ -283,7 +319,8 @@ class Destination:
         builder, target, stage = self._builder, self._target, self._stage
         self._builder = self._target = self._stage = None
         files, self._files = self._files, {}
-        for fd in files.values():
+        shared, self._kin = self._kin, {}
+        for fd in [*files.values(), *shared.values()]:
             os.close(fd)
         memory, self._filling = self._filling, None
         runs, self._runs = self._runs, False

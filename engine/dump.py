@@ -3,7 +3,7 @@
 import functools
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from engine import cpu, facts, owed, placeholders, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
+from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT, Entry
 from engine.descriptors.relatives import kept_by_descendants
 from engine.freeze import Frozen, freeze, unseized
@@ -63,10 +64,10 @@ class Inspection:
         self.runs = self.left
         image.runs, image.total = pack_runs(self.runs), sum(length for _, length in self.runs)
 
-    def is_needed(self, init: int) -> bool:
+    def is_needed(self, init: int, leaving: Container[int] = ()) -> bool:
         """Whether relatives that stay need something in its place (`engine.placeholders.is_needed`)."""
         self._children = [child for child, *_ in children_of(self.frozen)]
-        return placeholders.is_needed(init, procfs.inner_pid(self.frozen.status), self._children)
+        return placeholders.is_needed(init, procfs.inner_pid(self.frozen.status), self._children, leaving)
 
     def end_stand_ins(self, init: int) -> None:
         """It has left and is stood for: what stood for its children that are elsewhere has nobody to wait for it."""
@@ -113,6 +114,7 @@ def inspect(
     digests: bool = False,
     lazy: bool = False,
     foreseen: bytes = b"",
+    kin: Kin | None = None,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -126,6 +128,7 @@ def inspect(
         digests: files are known by their content.
         lazy: what can of its memory comes after it.
         foreseen: its smaps a moment ago; else they are read now.
+        kin: what it shares with others that move with it.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -133,14 +136,16 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests, foreseen)
+    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests, foreseen, kin)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, content_limit=contents, close=close, files_stay=files_stay,
-        at_home=at_home,
+        at_home=at_home, shared=kin,
     )  # fmt: skip
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
-    if family and not at_home and refusals == []:
+    if kin is not None:
+        carried |= kin.memory.keys()
+    if family and not at_home and refusals == [] and kin is None:
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     later = owed.choose(frozen, survey) if lazy else []

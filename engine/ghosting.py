@@ -116,7 +116,11 @@ class Exec:
             calls.add("rt_sigtimedwait", calls.data(struct.pack("<Q", 1 << (info[0] - 1))), 0, zero, 8, must=False)
         calls.add("rt_sigprocmask", signal.SIG_SETMASK, base, 0, 8)
         calls.add("execveat", program, base + 8, argv, envp, _AT_EMPTY_PATH, label=f"running the {what}")
-        calls.make_ready()
+        self.make_ready()
+
+    def make_ready(self) -> None:
+        """Put what it takes into the scratch, where other calls may have been since."""
+        self._calls.make_ready()
 
     def run(self, gone: Callable[[], object]) -> None:
         """Exec, and let the new program run.

@@ -42,6 +42,7 @@ WANT: Final = 16  # from the destination: a page of these that is waited for
 PIECE: Final = 17  # a span, all of which has been dealt with then, and the spans in it whose pages follow
 TAKEN: Final = 18  # from the destination: these are where they belong
 LAST: Final = 19  # from the source: all has been sent; and back, when it is there
+KIN: Final = 20  # what the processes of a tree share (engine/kin.py)
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size
 MAX_META: Final = 256 << 20  # bytes; a fragmented process of 1 TB stays below
@@ -193,7 +194,7 @@ def _unpack(body: bytes, names: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _believing_nothing() -> Iterator[None]:
+def believing_nothing() -> Iterator[None]:
     """Whatever a body that is not ours makes fail in this context, is an ImageError."""
     try:
         yield
@@ -212,7 +213,7 @@ def encode(image: Image) -> bytes:
 
 def decode(body: bytes) -> Image:
     """Inverse of `encode`; `add_state` gives it the rest. Raises ImageError."""
-    with _believing_nothing():
+    with believing_nothing():
         image = Image(**_unpack(body, _META))
         _check(image)
         return image
@@ -225,7 +226,7 @@ def encode_state(image: Image) -> bytes:
 
 def add_state(image: Image, body: bytes) -> None:
     """Inverse of `encode_state`. Raises ImageError."""
-    with _believing_nothing():
+    with believing_nothing():
         for name, value in _unpack(body, _STATE).items():
             setattr(image, name, value)
         if not image.threads:
@@ -303,7 +304,7 @@ def error_frame(code: int, text: str) -> bytes:
 
 def failure(body: bytes) -> OSError:
     """What a frame ERROR tells. Raises ImageError."""
-    with _believing_nothing():
+    with believing_nothing():
         answer = msgpack.unpackb(body, unicode_errors="surrogateescape")
         return OSError(int(answer["errno"]), str(answer["text"]))
 

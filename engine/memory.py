@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from engine import lending, nameless
+from engine.descriptors.kin import Kin
 from engine.descriptors.model import is_open_elsewhere
 from engine.freeze import Frozen
 from engine.image import MappedFile, Region
@@ -54,13 +55,14 @@ class Survey:
             written since they were last taken, and the others.
         digests: whether files are to be known by their content.
         foreseen: its smaps, read a moment before it stood still: that takes 3 ms and more a GB.
+        kin: what it shares with others that move with it.
     """
 
     def __init__(
         self, frozen: Frozen, marks: "Callable[[], tuple[Runs, Runs]] | None" = None, digests: bool = False,
-        foreseen: bytes = b"",
+        foreseen: bytes = b"", kin: Kin | None = None,
     ) -> None:  # fmt: skip
-        self._frozen, self._digests = frozen, digests
+        self._frozen, self._digests, self._kin = frozen, digests, kin or Kin()
         self._watched = marks is not None
         self._marks = _begin(marks) if marks is not None else None
         self.clean: list[tuple[int, int]] = []
@@ -76,6 +78,7 @@ class Survey:
         self._carried: Container[tuple[int, int]] = ()
         self._later: Spans = []
         self.known: Spans | None = None
+        self._handed: set[tuple[int, int, int]] = set()  # of `shared`, what the others that move are handed as well
         scratch = frozen.injection.base if frozen.injection else 0
         raw = (_unchanged(frozen, foreseen) if foreseen else b"") or procfs.read(f"{frozen.live}/smaps")
         self._vmas = frozen.vmas = procfs.parse_smaps(raw)
@@ -118,7 +121,7 @@ class Survey:
                 self.bare_code.append(vma)
         elif (index := self._lent(vma)) >= 0:
             flags, file = MAP_SHARED if vma.shared else MAP_PRIVATE, index
-        elif vma.shared and nameless.is_nameless(vma):
+        elif vma.shared and (nameless.is_nameless(vma) or self._is_handed(vma)):
             flags, file = self._nameless(vma)
             self.shared.append(vma)
         else:
@@ -146,13 +149,26 @@ class Survey:
         region = Region(vma.start, vma.end, vma.prot, flags, file, offset, advice, lock, name, "sl" in vma.flags)
         self.regions.append(region)
 
+    def _is_handed(self, vma: Vma) -> bool:
+        """Whether it maps memory with a name that others map who move with it."""
+        if not self._kin.memory or not vma.path.startswith("/"):
+            return False
+        info = os.stat(f"/proc/{self._frozen.pid}/map_files/{vma.start:x}-{vma.end:x}")
+        return (info.st_dev, info.st_ino) in self._kin.memory
+
     def _nameless(self, vma: Vma) -> tuple[int, int]:
-        if nameless.is_plain(vma, self._vmas):
-            return MAP_SHARED | MAP_ANONYMOUS, -1
         key = (vma.major, vma.minor, vma.inode, True)
         if key not in self._index:
+            plain = nameless.is_plain(vma, self._vmas)
+            if plain and not self._kin.memory:
+                return MAP_SHARED | MAP_ANONYMOUS, -1
+            file = nameless.describe(self._frozen.pid, vma)
+            if (file.device, file.inode) in self._kin.memory:
+                self._handed.add((vma.major, vma.minor, vma.inode))
+            elif plain:
+                return MAP_SHARED | MAP_ANONYMOUS, -1
             self._index[key] = len(self.files)
-            self.files.append(nameless.describe(self._frozen.pid, vma))
+            self.files.append(file)
         return MAP_SHARED, self._index[key]
 
     def _file(self, vma: Vma) -> tuple[int, int] | None:
@@ -209,12 +225,15 @@ class Survey:
         if not self.shared:
             return
         mine = {(v.major, v.minor, v.inode) for v in self.shared}
-        marks = [f" {major:02x}:{minor:02x} {inode} ".encode() for major, minor, inode in mine]
+        marks, apart = (
+            [f" {major:02x}:{minor:02x} {inode} ".encode() for major, minor, inode in some]
+            for some in (mine, mine - self._handed)
+        )
         for vma in self.shared:
             index = self._index.get((vma.major, vma.minor, vma.inode, True), -1)
             if index >= 0 and vma.path.startswith("/memfd:"):
                 file = self.files[index]
-                if is_open_elsewhere(self._frozen.pid, vma.path, file.device, file.inode):
+                if is_open_elsewhere(self._kin.pids | {self._frozen.pid}, vma.path, file.device, file.inode):
                     self._refuse(f"it maps {os.fsdecode(file.path)}, which another process has open")
         for name in os.listdir("/proc"):
             if not name.isdigit() or int(name) == self._frozen.pid:
@@ -223,7 +242,7 @@ class Survey:
                 raw = procfs.read(f"/proc/{name}/maps")
             except OSError:
                 continue
-            if any(mark in raw for mark in marks):
+            if any(mark in raw for mark in (apart if int(name) in self._kin.pids else marks)):
                 self._refuse(f"it shares memory with process {name}")
 
     def runs(self, carried: Container[tuple[int, int]] = (), later: Spans | None = None) -> list[tuple[int, int]]:

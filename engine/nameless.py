@@ -7,7 +7,7 @@ object (SEEK_DATA), not of the page tables.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from engine.descriptors import Placed
@@ -45,11 +45,26 @@ def huge_flags(vma: Vma, every: Iterable[Vma], page_size: int) -> int | None:
     return MAP_HUGETLB | (page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
 
 
+def is_huge(vma: Vma) -> bool:
+    """Whether it is anonymous memory of huge pages."""
+    return vma.path == _HUGE
+
+
 def describe(pid: int, vma: Vma) -> MappedFile:
     """The object for the image."""
     info = os.stat(_link(pid, vma))
     name = os.fsencode(vma.path.removesuffix(" (deleted)"))
     return MappedFile(name, info.st_dev, info.st_ino, info.st_size, 0, True, True)
+
+
+def open_object(pid: int, vma: Vma) -> int:
+    """A descriptor of what is mapped, for reading. Raises OSError."""
+    return os.open(_link(pid, vma), os.O_RDONLY | os.O_CLOEXEC)
+
+
+def short_name(file: MappedFile) -> bytes:
+    """A name for a memfd that takes its place."""
+    return os.path.basename(file.path)[:200]
 
 
 def _link(pid: int, vma: Vma) -> str:
@@ -62,17 +77,18 @@ def runs(pid: int, vmas: Iterable[Vma]) -> Iterator[tuple[int, int]]:
     for vma in vmas:
         seen = done.setdefault((vma.minor, vma.inode), [])
         span = (vma.offset, vma.offset + vma.end - vma.start)
-        fd = os.open(_link(pid, vma), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_object(pid, vma)
         try:
-            data = list(_data(fd, *span))
+            there = list(data(fd, *span))
         finally:
             os.close(fd)
-        for first, last in _without(data, seen):
+        for first, last in _without(there, seen):
             yield vma.start + first - vma.offset, last - first
         seen.append(span)
 
 
-def _data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def data(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the pages of an object that are no holes."""
     while start < end:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
@@ -118,11 +134,12 @@ def narrow(image: Image, protect: Callable[[int, int, int], Any]) -> None:
             protect(region.start, region.end - region.start, region.prot)
 
 
-def make(image: Image, placed: Iterable[Placed]) -> dict[int, int]:
+def make(image: Image, placed: Iterable[Placed], given: Mapping[tuple[int, int], int]) -> dict[int, int]:
     """Make the objects: index of a file of the image -> descriptor of this process; the caller's to close.
 
     Args:
         placed: the descriptors as rebuilt, which may be on the same objects.
+        given: (device, inode) on the source -> descriptor of what the process shares with others that move with it.
 
     Raises:
         OSError: no memory, or a memfd is sealed against it.
@@ -132,7 +149,7 @@ def make(image: Image, placed: Iterable[Placed]) -> dict[int, int]:
         (entry["dev"], entry["ino"]): local[entry["fds"][0][0]]
         for entry in image.descriptors
         if entry["kind"] in ("memfd", "deleted")
-    }
+    } | dict(given)
     made: dict[int, int] = {}
     try:
         for index, file in enumerate(image.files):
@@ -141,7 +158,7 @@ def make(image: Image, placed: Iterable[Placed]) -> dict[int, int]:
             if (fd := known.get((file.device, file.inode))) is not None:
                 made[index] = _reopen(fd)
             else:
-                made[index] = os.memfd_create(os.fsdecode(os.path.basename(file.path))[:200], os.MFD_CLOEXEC)
+                made[index] = os.memfd_create(os.fsdecode(short_name(file)), os.MFD_CLOEXEC)
                 os.ftruncate(made[index], file.size)
     except BaseException:
         for fd in made.values():

@@ -19,7 +19,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -347,12 +347,13 @@ def find_placeholder(init: int, pid: int, others: list[int]) -> tuple[int | None
         os.close(namespace)
 
 
-def is_needed(init: int, pid: int, children: Sequence[int]) -> bool:
+def is_needed(init: int, pid: int, children: Sequence[int], leaving: Container[int] = ()) -> bool:
     """Whether a job that is about to leave must be stood for here: its parent may wait for it, or somebody who stays is
     its child or in its group or session.
 
     Args:
         pid, children: job pids.
+        leaving: those of others who leave as well.
     """
     world = World(init)
     try:
@@ -360,12 +361,21 @@ def is_needed(init: int, pid: int, children: Sequence[int]) -> bool:
         if own is None:
             return False
         parent = world.get(own.ppid)
-        if own.ppid != INIT and parent is not None and not parent.placeholder:
+        if own.ppid != INIT and parent is not None and not parent.placeholder and own.ppid not in leaving:
             return True
         others = [ids for child in children if (ids := world.get(child))]
         if pid in (own.pgid, own.sid):
             others += [ids for ids in world.every() if ids.pid != pid and pid in (ids.pgid, ids.sid)]
-        return any(not ids.placeholder for ids in others)
+        return any(not ids.placeholder and ids.pid not in leaving for ids in others)
+    finally:
+        world.close()
+
+
+def present(init: int, pids: Sequence[int]) -> list[int]:
+    """Those of these job pids that anything living has."""
+    world = World(init)
+    try:
+        return [pid for pid in pids if world.get(pid)]
     finally:
         world.close()
 

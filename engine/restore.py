@@ -9,7 +9,7 @@ import os
 import resource
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from engine import binder, cpu, nameless, note, state, strict, timers, vdso
@@ -59,8 +59,10 @@ class Builder:
         ahead: tuple[Stage, Keep] | None = None,
         lends: bool = False,
         strict: int = 0,
+        given: Mapping[tuple[int, int], int] | None = None,
     ) -> None:
         self._strict_by = strict  # host pid of the nodeinit of a job that is to be strict
+        self._given = given or {}  # shared memory of the source that others have as well
         self._books = Lending(lends)  # files that are not here
         self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
@@ -96,7 +98,7 @@ class Builder:
             self._look_up()
         local = self._opened = open_all(image, target.pid, self._credentials(), self._books)
         rebuilt = self._rebuild_descriptors()
-        for index, fd in nameless.make(image, rebuilt).items():
+        for index, fd in nameless.make(image, rebuilt, self._given).items():
             os.dup2(fd, local[index], inheritable=False)
             os.close(fd)
         target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
@@ -439,7 +441,9 @@ class Builder:
         file
         with a lock is left out, since our descriptor would keep the lock; so is what a FUSE server (our daemon) serves.
         """
-        plain = [e for e in self.image.descriptors if e["kind"] == "file" and "pos" in e and not e.get("locks")]
+        plain = [
+            e for e in self.image.descriptors if e.get("of", e["kind"]) == "file" and "pos" in e and not e.get("locks")
+        ]
         numbers = {entry["fds"][0][0] for entry in plain}
         made = [placed for placed in self._made if placed.target_fd in numbers][:_FILES_FOLLOWED]
         return {

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,19 +14,21 @@ from typing import Final
 
 import msgpack
 
-from engine import dump, faults, lending, note, packing, tracking
+from engine import dump, faults, kin, lending, note, packing, tracking
 from engine import image as img
 from engine.descriptors import look
+from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace, userfaultfd
 from engine.mapped import mapped_files
+from engine.obstacles import children_of
 from engine.onexec import Armed, end
 from engine.operation import NOT_LAZY, ORDER, Reply
 from engine.owing import Owing
 from engine.precopy import Rounds
-from engine.runner import ProcessGone
+from engine.runner import Calls, ProcessGone
 from engine.stream import Stream, connect
 from engine.tracking import Unwatchable
 
@@ -40,6 +43,7 @@ class Source:
         self._frozen: Frozen | None = None
         self._armed: Armed | None = None
         self._settled = False
+        self._pledged = False  # stands still even if we die
         self._inspection: dump.Inspection | None = None
         self._image: img.Image | None = None
         self._passed: Passed | None = None
@@ -50,6 +54,7 @@ class Source:
         self._owing: Owing | None = None  # memory that goes after the process
         self._left = False  # and the process has gone
         self._foreseen = b""  # smaps of the process, a moment ago
+        self._shared: kin.Shared | None = None  # of a tree that moves
         self.afterwards: Callable[[], object] | None = None
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
 
@@ -57,6 +62,48 @@ class Source:
         if self._frozen is None:
             raise OSError(22, f"{ORDER}: no process is frozen")
         return self._frozen
+
+    def family(self, request: Reply, fds: list[int]) -> Reply:
+        """Say which children the frozen process has (`engine.obstacles.children_of`); it can have no more."""
+        frozen = self._held()
+        if not self._settled:
+            frozen.settle()
+            self._settled = True
+        return {"children": children_of(frozen)}
+
+    def find_kin(self, request: Reply, fds: list[int]) -> Reply:
+        """Say what processes share that others like us hold: of a tree (`pids`), each after its parent. See `give_kin`.
+
+        `bare`, `at_home`, `contents`: as for `inspect`.
+        """
+        self._drop_shared()
+        pids, bare = [int(pid) for pid in request["pids"]], bool((request.get("unlike") or {}).get("bare"))
+        self._shared = kin.gather(pids, _contents(request), bare, bool(request.get("at_home")))
+        return self._shared.told()
+
+    def give_kin(self, request: Reply, fds: list[int]) -> Reply:
+        """Stream what `find_kin` has found to the destination's `take_kin`; wait until it has all of it."""
+        if self._shared is None:
+            raise OSError(22, f"{ORDER}: find_kin first")
+        stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
+        try:
+            stream.send(request["token"])
+            try:
+                total = self._shared.send(stream)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                with contextlib.suppress(img.ImageError, ConnectionResetError):
+                    _read_verdict(stream)  # it may have said why
+                raise error from None
+            _read_verdict(stream)
+        finally:
+            stream.close()
+        self._drop_shared()
+        return {"bytes": total}
+
+    def _drop_shared(self) -> None:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
         """Say what of a process that runs will have to be relayed: a forecast.
@@ -215,6 +262,7 @@ class Source:
         `contents`: bytes of open files without a name that may travel.
         `digests`: the destination knows files by their content.
         `lazy`: what can of its memory goes after it, from `become_ghost` or `vanish` on; `owed` tells.
+        `kin`: its part of what the tree shares that it moves with (engine/descriptors/kin.py).
         """
         frozen = self._held()
         if request.get("lazy") and not userfaultfd.answers():
@@ -229,6 +277,7 @@ class Source:
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
             bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
             bool(request.get("lazy")), self._foreseen,
+            Kin.told(request["kin"]) if "kin" in request else None,
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
             self.afterwards = self._build_ahead
@@ -327,6 +376,30 @@ class Source:
             raise
         return stream
 
+    def pledge(self, request: Reply, fds: list[int]) -> Reply:
+        """From now on the frozen process will not run on if we die: it stops (SIGSTOP), until somebody decides.
+
+        `release` and `become_ghost` take that back.
+        """
+        frozen = self._held()
+        if not frozen.group_stopped:
+            os.kill(frozen.pid, signal.SIGSTOP)
+            self._pledged = True
+        faults.hold("pledge")
+        return {}
+
+    def _unpledge(self) -> None:
+        """SIGCONT discards a SIGSTOP that has not been delivered; then it is discarded itself."""
+        pledged, self._pledged = self._pledged, False
+        if not pledged or self._frozen is None:
+            return
+        with contextlib.suppress(OSError):  # it has ended
+            os.kill(self._frozen.pid, signal.SIGCONT)
+            calls = Calls(self._frozen.open_injection())
+            only = calls.data(struct.pack("<Q", 1 << (signal.SIGCONT - 1)))
+            calls.add("rt_sigtimedwait", only, 0, calls.data(bytes(16)), 8, must=False)
+            calls.run()
+
     def release(self, request: Reply, fds: list[int]) -> Reply:
         """Let it run on here, where it does not anyhow."""
         frozen = self._frozen
@@ -334,6 +407,7 @@ class Source:
             return {}
         if not self._settled:
             frozen.settle()
+        self._unpledge()
         self._take_back()
         self._forget()
         frozen.release(int(request.get("errno", 0)))
@@ -348,10 +422,12 @@ class Source:
         if self._inspection is None or (self._ready is None and len(fds) != 2):
             raise OSError(22, f"{ORDER}: become_ghost wants an inspected process and two descriptors")
         with self._last_word(request) as gone:
+            self._unpledge()
             if self._ready is None:
                 self._image = self._image or dump.build(self._inspection)
                 self._make_ghost_ready(self._image, request, fds)
             assert self._ready is not None
+            self._ready.make_ready()  # other calls may have been made since
             self._ready.run(gone)
         self._forget()
         note.erase()
@@ -361,13 +437,15 @@ class Source:
         """Kill the frozen source: it lives elsewhere now. Where relatives stay, it becomes a placeholder instead.
 
         `go`: tell the copy that it may run. `init`: nodeinit's pid as we see it; without it nothing stands for it.
+        `leaving`: job pids of others who leave as well.
         """
         frozen = self._held()
-        init = int(request.get("init", 0))
+        init, leaving = int(request.get("init", 0)), request.get("leaving", ())
         with self._last_word(request) as gone:
-            if init and self._inspection is not None and self._image is not None and self._inspection.is_needed(init):
+            seen = self._inspection
+            if init and seen is not None and self._image is not None and seen.is_needed(init, leaving):
                 become_placeholder(frozen, self._image, init)
-                self._inspection.end_stand_ins(init)
+                seen.end_stand_ins(init)
             else:
                 self._frozen = None
                 self._kill(frozen, gone)
@@ -422,7 +500,7 @@ class Source:
                 self._passed.take_back()
 
     def _forget(self) -> None:
-        self._frozen, self._inspection, self._settled = None, None, False
+        self._frozen, self._inspection, self._settled, self._pledged = None, None, False, False
         self._image = self._passed = self._ready = self.afterwards = None
         self._seen, self._foreseen = ({}, {}), b""
         self._end_rounds()
@@ -460,6 +538,8 @@ class Source:
         """The daemon is gone, or gives up. Returns whether there was anything to undo."""
         frozen, settled = self._frozen, self._settled
         watched = self._rounds is not None
+        self._drop_shared()
+        self._unpledge()
         self._take_back()
         owed = self._end_owing()
         self._forget()

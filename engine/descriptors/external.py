@@ -73,6 +73,11 @@ def _dump_socket(source: Source, probe: Probe) -> Entry:
     return _dump(source, probe)
 
 
+def dump(source: Source, probe: Probe) -> Entry:
+    """The entry of a description of any kind that is to be relayed. Raises Refusal."""
+    return (_dump_socket if is_mode(probe, stat.S_IFSOCK) else _dump)(source, probe)
+
+
 def describe_external(source: Source, probe: Probe, entry: Entry) -> dict[str, Any]:
     """The External of an entry, see the head of this module."""
     kind = _name(probe)
@@ -107,7 +112,8 @@ def _ioctl(fd: int, request: int, size: int) -> bytes | None:
         return None  # hung up
 
 
-def _build(target: Target, entry: Entry) -> int:
+def build(target: Target, entry: Entry) -> int:
+    """What is handed to the process for the entry's key. Raises OSError."""
     fd = target.externals.get(entry["key"])
     if fd is None:
         raise OSError(errno.EBADF, f"no relay for descriptor {entry['fds'][0][0]} was given")
@@ -115,9 +121,9 @@ def _build(target: Target, entry: Entry) -> int:
 
 
 KINDS = (
-    Kind("external", _is_tty, _dump, _build),
-    Kind("external", _is_outside_pipe, _dump, _build),
-    Kind("external", _is_standard_socket, _dump_socket, _build),
-    Kind("external", _is_shared_deleted, _dump, _build),
-    Kind("external", _is_standard_file, _dump, _build),
+    Kind("external", _is_tty, _dump, build),
+    Kind("external", _is_outside_pipe, _dump, build),
+    Kind("external", _is_standard_socket, _dump_socket, build),
+    Kind("external", _is_shared_deleted, _dump, build),
+    Kind("external", _is_standard_file, _dump, build),
 )

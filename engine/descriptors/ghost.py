@@ -58,7 +58,7 @@ class Ghost:
             return None
         if entry["kind"] == "external":
             return self._take_external(entry, self._numbers)
-        if entry["kind"] not in _KEPT or entry.get("boot", boot_id()) != boot_id():
+        if entry.get("of", entry["kind"]) not in _KEPT or entry.get("boot", boot_id()) != boot_id():
             return None
         for number, _ in entry["fds"]:
             if self._is_same(number, entry):
@@ -106,6 +106,17 @@ class Ghost:
         known = entry.get("locks", [])
         if held:
             entry["locks"] = [*known, *(lock for lock in held if lock not in known)]
+
+
+def take_from(pid: int, number: int) -> int:
+    """What a ghost has for a process that comes home, maybe another than its own. Raises OSError."""
+    ghost = process_vm.pidfd_open(pid)
+    try:
+        fd = process_vm.pidfd_getfd(ghost, number)
+    finally:
+        os.close(ghost)
+    _lock_extproc(fd)
+    return fd
 
 
 def _lock_extproc(fd: int) -> None:

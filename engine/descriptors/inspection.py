@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.descriptors import epoll, external, locks, owner
+from engine.descriptors import epoll, external, kin, locks, owner
+from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT, Entry, Kind, Probe, Refusal, Source, is_mode
 from engine.descriptors.table import KINDS
 from engine.linux import statx
@@ -43,6 +44,7 @@ def inspect(
     close: bool = False,
     files_stay: bool = False,
     at_home: bool = False,
+    shared: Kin | None = None,
 ) -> Descriptors:
     """Read the descriptors of a process that is stopped (so that they hold still). It is not changed.
 
@@ -54,24 +56,37 @@ def inspect(
             their content would be lost.
         files_stay: standard descriptors that are files are relayed: the destination does not have users' files.
         at_home: it leaves the master: what it writes to a file together with relatives is relayed, too.
+        shared: what it has in common with others that move with it.
 
     Raises:
         OSError: the process is gone, or may not be looked at.
     """
-    found = Descriptors()
-    with Source(pid, content_limit, files_stay, at_home) as source:
-        source.probes = _merge(pid, _probe_all(b"/proc/%d/task/%d" % (pid, tid or pid)))
+    found, shared = Descriptors(), shared or Kin()
+    with Source(pid, content_limit, files_stay, at_home, shared.pids) as source:
+        source.probes = probes_of(pid, tid)
         for probe in source.probes:
             try:
-                _dump(source, probe, found)
+                if (key := shared.fds.get(probe.fd)) is not None:
+                    found.table.append(kin.entry_of(source, probe, key))
+                else:
+                    _dump(source, probe, found, probe.fd in shared.relayed)
             except Refusal as refusal:
-                if close and (is_mode(probe, stat.S_IFSOCK) or _kind(source, probe).name == "other"):
+                if close and (is_mode(probe, stat.S_IFSOCK) or kind_of(source, probe).name == "other"):
                     found.closed += [fd for fd, _ in probe.fds]
                 else:
                     found.refusals.append(f"fd {probe.fd} {refusal}")
     if found.closed:
         epoll.forget(found.table, found.closed)
     return found
+
+
+def probes_of(pid: int, tid: int = 0) -> list[Probe]:
+    """The open file descriptions of a process that stands still. Raises OSError.
+
+    Args:
+        tid: a living thread of it.
+    """
+    return _merge(pid, _probe_all(b"/proc/%d/task/%d" % (pid, tid or pid)))
 
 
 def look(pid: int, files_stay: bool = False, at_home: bool = False) -> list[dict[str, Any]]:
@@ -88,7 +103,7 @@ def look(pid: int, files_stay: bool = False, at_home: bool = False) -> list[dict
                 probes.append(_probe(b"/proc/%d" % pid, fd))
         source.probes = _merge(pid, probes)
         for probe in source.probes:
-            kind = _kind(source, probe)
+            kind = kind_of(source, probe)
             if kind.name == "external":
                 with suppress(OSError, Refusal):
                     found.append(external.describe_external(source, probe, kind.dump(source, probe)))
@@ -142,12 +157,13 @@ def _merge(pid: int, probes: list[Probe]) -> list[Probe]:
     return merged
 
 
-def _kind(source: Source, probe: Probe) -> Kind:
+def kind_of(source: Source, probe: Probe) -> Kind:
+    """What looks after a description."""
     return next(kind for kind in KINDS if kind.matches(source, probe))
 
 
-def _dump(source: Source, probe: Probe, found: Descriptors) -> None:
-    entry = _kind(source, probe).dump(source, probe)
+def _dump(source: Source, probe: Probe, found: Descriptors, relayed: bool) -> None:
+    entry = external.dump(source, probe) if relayed else kind_of(source, probe).dump(source, probe)
     if b"\nlock:" in probe.info and (held := locks.dump(probe)):
         entry["locks"] = held
     entry |= owner.dump(source, probe)

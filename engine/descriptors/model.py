@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
@@ -50,6 +50,7 @@ class Probe:
         link: text of the /proc/PID/fd link.
         flags: status flags and access mode.
         info: text of /proc/PID/fdinfo of the first.
+        pid: host pid of its process; 0: the source's.
     """
 
     fds: list[tuple[int, bool]]
@@ -58,6 +59,7 @@ class Probe:
     pos: int
     info: bytes
     status: Status
+    pid: int = 0
 
     @property
     def fd(self) -> int:
@@ -94,16 +96,17 @@ class Probe:
 
 @dataclass(slots=True)
 class Source:
-    """A stopped process whose descriptors are being inspected. Use as a context manager."""
+    """A stopped process whose descriptors are being inspected, or several. Use as a context manager."""
 
     pid: int
     limit: int = CONTENT_LIMIT
     files_stay: bool = False
     at_home: bool = False  # it is about to leave the machine where its relatives are
+    kin: frozenset[int] = frozenset()  # host pids of those that go with it
     probes: list[Probe] = field(default_factory=list)
     content_seen: set[tuple[int, int]] = field(default_factory=set)
-    _pidfd: int = -1
-    _grabbed: dict[int, int] = field(default_factory=dict)
+    _pidfds: dict[int, int] = field(default_factory=dict)
+    _grabbed: dict[tuple[int, int], int] = field(default_factory=dict)
     _elsewhere: dict[bytes, list[bytes]] | None = None
     _mounted: dict[int, str] | None = None
 
@@ -111,23 +114,22 @@ class Source:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._grabbed.values():
+        for fd in [*self._grabbed.values(), *self._pidfds.values()]:
             os.close(fd)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        self._grabbed, self._pidfd = {}, -1
+        self._grabbed, self._pidfds = {}, {}
 
     def path(self, probe: Probe) -> bytes:
         """The magic link to the description's object."""
-        return b"/proc/%d/fd/%d" % (self.pid, probe.fd)
+        return b"/proc/%d/fd/%d" % (probe.pid or self.pid, probe.fd)
 
     def grab(self, probe: Probe) -> int:
         """A duplicate of the description in this process. Not for files: closing it would bother their FUSE server."""
-        if probe.fd not in self._grabbed:
-            if self._pidfd < 0:
-                self._pidfd = process_vm.pidfd_open(self.pid)
-            self._grabbed[probe.fd] = process_vm.pidfd_getfd(self._pidfd, probe.fd)
-        return self._grabbed[probe.fd]
+        pid = probe.pid or self.pid
+        if (pid, probe.fd) not in self._grabbed:
+            if pid not in self._pidfds:
+                self._pidfds[pid] = process_vm.pidfd_open(pid)
+            self._grabbed[pid, probe.fd] = process_vm.pidfd_getfd(self._pidfds[pid], probe.fd)
+        return self._grabbed[pid, probe.fd]
 
     def file_system(self, probe: Probe) -> str:
         """The type of the file system that the object is on, as mount(8) says it; empty where that is not mounted."""
@@ -137,9 +139,9 @@ class Source:
         return self._mounted.get(probe.status.dev, "")
 
     def held_elsewhere(self, probe: Probe) -> bool:
-        """Whether another process has the object open. Reads all of /proc/*/fd, once for all."""
+        """Whether a process that stays has the object open. Reads all of /proc/*/fd, once for all."""
         if self._elsewhere is None:
-            self._elsewhere = _links_elsewhere(self.pid, set(self._grabbed.values()))
+            self._elsewhere = _links_elsewhere(self.kin | {self.pid}, set(self._grabbed.values()))
         # Objects without a name of their own, like memfds, may have the same text.
         return any(_is_at(path, probe.status) for path in self._elsewhere.get(probe.link, ()))
 
@@ -161,10 +163,10 @@ def _is_at(path: bytes, status: Status) -> bool:
         return False  # closed meanwhile
 
 
-def is_open_elsewhere(pid: int, path: str, device: int, inode: int) -> bool:
-    """Whether a process other than `pid` and this one has an object open; reads all of /proc/*/fd."""
+def is_open_elsewhere(pids: Set[int], path: str, device: int, inode: int) -> bool:
+    """Whether a process other than `pids` and this one has an object open; reads all of /proc/*/fd."""
     own = os.getpid()
-    for link in _links_elsewhere(pid, set()).get(os.fsencode(path), ()):
+    for link in _links_elsewhere(pids, set()).get(os.fsencode(path), ()):
         try:
             info = os.stat(link)
         except OSError:
@@ -174,11 +176,11 @@ def is_open_elsewhere(pid: int, path: str, device: int, inode: int) -> bool:
     return False
 
 
-def _links_elsewhere(pid: int, duplicates: set[int]) -> dict[bytes, list[bytes]]:
-    """Link text -> /proc paths of all descriptors but the process's and our own duplicates of them."""
+def _links_elsewhere(pids: Set[int], duplicates: set[int]) -> dict[bytes, list[bytes]]:
+    """Link text -> /proc paths of all descriptors but those of `pids` and our own duplicates of them."""
     found: dict[bytes, list[bytes]] = {}
     for name in os.listdir(b"/proc"):
-        if not name.isdigit() or int(name) == pid:
+        if not name.isdigit() or int(name) in pids:
             continue
         own = int(name) == os.getpid()
         directory = b"/proc/%b/fd/" % name

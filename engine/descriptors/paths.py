@@ -69,10 +69,18 @@ def _dump_named(source: Source, probe: Probe) -> Entry:
 def _dump_deleted(source: Source, probe: Probe) -> Entry:
     if not is_mode(probe, stat.S_IFREG):
         raise Refusal(f"is a deleted directory ({os.fsdecode(probe.link)})")
-    if source.held_elsewhere(probe):
-        raise Refusal(f"is a deleted file that other processes have open, too ({os.fsdecode(probe.link)})")
+    return dump_content(source, probe)
+
+
+def dump_content(source: Source, probe: Probe) -> Entry:
+    """The entry of a file that is made anew, from its content. Raises Refusal."""
     status = probe.status
+    if source.held_elsewhere(probe):
+        what = "a deleted file" if status.nlink == 0 else "memory"
+        raise Refusal(f"is {what} that other processes have open, too ({os.fsdecode(probe.link)})")
     more = content.dump(source, probe)
+    if status.nlink:
+        more["boot"] = boot_id()
     return probe.entry(
         "deleted", path=probe.link.removesuffix(_DELETED), pos=probe.pos, mode=stat.S_IMODE(status.mode),
         uid=status.uid, gid=status.gid, **more,
@@ -172,10 +180,32 @@ def _finish(found: int, status: statx.Status, file_type: int, path: bytes, flags
 def _build_deleted(target: Target, entry: Entry) -> int:
     key = ("content", entry["dev"], entry["ino"])
     if "runs" in entry:
-        target.made[key] = target.spare(_make_nameless(target, entry))
+        same = find_same(target.root, entry["path"], entry.get("boot", b""), (entry["dev"], entry["ino"]))
+        target.made[key] = target.spare(_make_nameless(target, entry) if same is None else same)
     fd = reopen(target.made[key], open_flags(entry))
     os.lseek(fd, entry["pos"], os.SEEK_SET)
     return fd
+
+
+def find_same(root: int, path: bytes, boot: bytes, what: tuple[int, int]) -> int | None:
+    """The very object that was there when this kernel was that of the source, by its path; None where it is not.
+
+    Args:
+        root: descriptor of the root directory that paths mean.
+        boot: `boot_id` of the source; anything else where the object has no name.
+        what: its device and inode.
+    """
+    if boot != boot_id():
+        return None
+    try:
+        fd = open_in_root(root, path, os.O_RDWR)
+    except OSError:
+        return None
+    status = statx.of_descriptor(fd)
+    if (status.dev, status.ino) == what:
+        return fd
+    os.close(fd)
+    return None
 
 
 def _make_nameless(target: Target, entry: Entry) -> int:

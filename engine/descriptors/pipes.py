@@ -1,6 +1,7 @@
 """Pipes and fifos wholly inside the process: both ends are among its descriptors and no other process has one.
 
-They travel with what they hold. All others are external.
+They travel with what they hold. All others are external. A tree that moves as a whole counts as one process, and has
+pipes as well of which one end is closed for good: who had it has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def is_inside(source: Source, probe: Probe) -> bool:
         reads |= end.access != os.O_WRONLY
         writes |= end.access != os.O_RDONLY
     # /proc is read through only for the rare process that talks to itself.
-    return reads and writes and not source.held_elsewhere(probe)
+    both = (reads and writes) or (source.kin and probe.link.startswith(b"pipe:"))
+    return bool(both) and not source.held_elsewhere(probe)
 
 
 def _matches(source: Source, probe: Probe) -> bool:
@@ -38,14 +40,17 @@ def _dump(source: Source, probe: Probe) -> Entry:
     more: Entry = {"path": probe.link, "boot": boot_id()} if named else {}
     ends = source.same_object(probe)
     if probe is ends[0]:
-        reader = next(end for end in ends if end.access != os.O_WRONLY)
-        more["size"], more["content"] = _content(source, reader)
+        reader = next((end for end in ends if end.access != os.O_WRONLY), None)
+        more["size"], more["content"] = _content(source, reader) if reader is not None else (_size(source, probe), b"")
     return probe.entry("fifo" if named else "pipe", **more)
 
 
+def _size(source: Source, end: Probe) -> int:
+    return fcntl.fcntl(source.grab(end), _F_GETPIPE_SZ)
+
+
 def _content(source: Source, reader: Probe) -> tuple[int, bytes]:
-    fd = source.grab(reader)
-    size = fcntl.fcntl(fd, _F_GETPIPE_SZ)
+    fd, size = source.grab(reader), _size(source, reader)
     waiting = _waiting(fd)
     if not waiting:
         return size, b""

@@ -65,7 +65,7 @@ def rebuild(
 def _make(target: Target, ghost: Ghost, entry: Entry) -> int:
     number = entry["fds"][0][0]
     try:
-        fd = ghost.adopt(entry)
+        fd = ghost.adopt(entry) if entry.get("key") not in target.externals or entry["kind"] != "external" else None
         if fd is None:
             fd = BY_NAME[entry["kind"]].build(target, entry)
     except OSError as error:

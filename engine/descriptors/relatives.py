@@ -26,7 +26,8 @@ def writes_together(source: Source, probe: Probe) -> bool:
     # Of any number: a shell that writes `echo > file` has put its own output aside meanwhile.
     if not is_mode(probe, stat.S_IFREG) or probe.access != os.O_WRONLY or probe.flags & os.O_APPEND:
         return False
-    return any(_has(source.pid, probe, relative) for relative in islice(_relatives(source.pid), _MOST))
+    others = (one for one in _relatives(source.pid) if one not in source.kin)
+    return any(_has(probe.pid or source.pid, probe, relative) for relative in islice(others, _MOST))
 
 
 def kept_by_descendants(pid: int, externals: Iterable[Mapping[str, Any]]) -> list[str]:

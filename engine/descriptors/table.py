@@ -8,6 +8,7 @@ from engine.descriptors import (
     eventfd,
     external,
     inotify,
+    kin,
     memfd,
     other,
     paths,
@@ -33,6 +34,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     *epoll.KINDS,
     *inotify.KINDS,
     *pidfd.KINDS,
+    *kin.KINDS,
     *other.KINDS,
 )
 BY_NAME: Final[dict[str, Kind]] = {kind.name: kind for kind in KINDS}
