@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -317,12 +317,16 @@ class Ghosts:
             if self.parents.get(pid) == away.proc.pid:
                 del self.parents[pid]
 
-    async def keep_children(self, away: Away, children: list[int]) -> None:
-        """The process is on a node, and these children of it are here: what stands for them there follows them."""
-        if children:
-            for child in children:
-                self.has_child(away, child)
-            await tell(away.ghost.keep(children))
+    async def keep_children(self, away: Away, children: list[int], along: Container[int] = ()) -> None:
+        """The process is on a node, and these children of it are here: what stands for them there follows them.
+
+        Args:
+            along: processes that move with it: nothing has to stand for these.
+        """
+        for child in children:
+            self.has_child(away, child)
+        if elsewhere := [child for child in children if child not in along]:
+            await tell(away.ghost.keep(elsewhere))
 
     async def _child_changed(self, away: Away, child: control.Child) -> None:
         async with away.quiet:
@@ -447,7 +451,7 @@ class Ghosts:
         if away is None or away.proc.place != node.number:
             return
         match report.code:
-            case os.CLD_STOPPED:
+            case os.CLD_STOPPED if not away.proc.pledged:
                 await self.stopped(away, report.status)
             case os.CLD_CONTINUED:
                 await self.continued(away)

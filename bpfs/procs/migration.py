@@ -36,6 +36,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs import faults
 from bpfs.procs.ahead import copy_ahead
+from bpfs.procs.company import Company
 from bpfs.procs.exchange import refuse, together, transfer
 from bpfs.procs.lazy import Keep, Lazy
 from bpfs.procs.phases import Figures, Landing, Phase, Surprise, is_watched_closely
@@ -89,6 +90,8 @@ class Migration(ABC):
         self.calm = AsyncExitStack()  # has `quiet`
         self._scope: trio.CancelScope | None = None  # of all that can be called off
         self._foresees = False  # the engines may do without us from the freeze on
+        self.company: Company | None = None  # of those with which it moves, or stays
+        self.borrowed: dict[int, int] = {}  # key of an external -> that of what another's ghost has for it
         self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
         self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
@@ -98,6 +101,11 @@ class Migration(ABC):
     def be_lazy(self, keep: Keep) -> None:
         """What can of its memory comes when the process runs at its new place; `keep` sees to it then."""
         self.keep, self.precopy, self.looking["lazy"] = keep, None, True
+
+    @property
+    def along(self) -> Sequence[int]:
+        """The pids of those that move with it."""
+        return self.company.pids if self.company is not None else ()
 
     def fail(self, error: BpfsError) -> None:
         """The move is off because of this error."""
@@ -139,13 +147,14 @@ class Migration(ABC):
             if self.owed and self.keep is not None:
                 self.keep(Lazy(self.proc, self.owed, self.source, src, dst, engines.pop_all()))
 
-    async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None) -> None:
+    async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None, since: float = 0.0) -> None:
         """Moves a process that `src` has stopped already; `release` undoes that where the move fails.
 
         Args:
             ready: the destination's engine where `make_ready` has been done with it; else it is done now.
+            since: when it was stopped, by time.perf_counter(); 0: just now.
         """
-        self.figures.began = self.figures.frozen = time.perf_counter()
+        self.figures.began = self.figures.frozen = since or time.perf_counter()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.quiet())
             dst = ready if ready is not None else await stack.enter_async_context(self.destination.engine())
@@ -167,7 +176,8 @@ class Migration(ABC):
                 straight = await self._make(src, dst, look, stop)
             scope, self._scope = self._scope, None
             if scope.cancel_called:
-                raise BpfsError(errno.ECANCELED, f"the move of process {self.proc.pid} was cancelled")
+                cancelled = BpfsError(errno.ECANCELED, f"the move of process {self.proc.pid} was cancelled")
+                raise (self.company.error if self.company else None) or cancelled
         except BaseException as error:
             known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
             self.fail(known)
@@ -281,7 +291,7 @@ class Migration(ABC):
             await copy_ahead(self, src, dst)
             summary = await stop()
         landing = await self.land(dst, summary)
-        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not closely:
+        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not closely and not self.company:
             return landing
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
@@ -304,10 +314,14 @@ class Migration(ABC):
         return self.compress and unpacks(self.destination.facts)
 
     async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
-        return await dst.call(
-            "receive", landing.fds, externals=landing.externals, ghost_fds=landing.ghost_fds,
-            timeout_s=RECEIVE_TIMEOUT, ahead=self.ahead, lends=True, **more,
-        )  # fmt: skip
+        more |= {"ghost_fds": landing.ghost_fds, "timeout_s": RECEIVE_TIMEOUT, "ahead": self.ahead, "lends": True}
+        if self.company is None:
+            return await dst.call("receive", landing.fds, externals=landing.externals, **more)
+        async with self.company.shared_with(self.proc.pid, self.borrowed) as shared:
+            first = len(landing.fds)
+            externals = landing.externals | {key: first + index for index, key in enumerate(shared.keys)}
+            memory = [[*what, externals[key]] for *what, key in shared.memory]
+            return await dst.call("receive", [*landing.fds, *shared.fds], externals=externals, memory=memory, **more)
 
     # -- what the source's engine is asked ------------------------------------------------------------------------
 
@@ -358,6 +372,11 @@ class Migration(ABC):
             else:
                 if time.perf_counter() - self.figures.whole > FRESH:
                     await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
+                if self.company is not None:
+                    self.proc.pledged = True
+                    await src.call("pledge")
+                    await self.company.agree()
+                    await faults.hold("agreed")
                 reply = await self._hand_over(src, dst)
         except BpfsError as error:
             if not isinstance(error, Surprise):
@@ -389,6 +408,12 @@ class Migration(ABC):
         Raises:
             BpfsError: the source lives.
         """
+        if self.company is not None:
+            with self.company.going():
+                await self.depart(src, go=False)
+                await self.departed()
+            await self.company.wait_gone()
+            return None
         if faults.is_held(Phase.RESUME.value):
             await self.depart(src, go=False)
             await self.departed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
@@ -20,7 +21,9 @@ from bpfs.wire.link import Link
 from engine.facts import facts
 
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
-BULK = ("send", "receive", "give", "keep_image", "stage", "gather")  # operations that take that may take long
+HAND_OUT = "hand_out"  # the operation whose descriptors are the caller's, on the master as well
+# Operations that may take long.
+BULK = ("send", "receive", "give", "keep_image", "stage", "gather", "give_kin", "take_kin")
 LOOPBACK = "127.0.0.1"
 BULK_TIMEOUT = 3600.0  # seconds
 
@@ -38,6 +41,12 @@ class Engine(Protocol):
 
 class Place(Protocol):
     """A place where processes run."""
+
+    async def drop(self, fds: Sequence[int]) -> None:
+        """Closes descriptors of the place, those that are open still."""
+
+    async def wake(self, proc: Process) -> None:
+        """Sends SIGCONT to a process that is here. Raises BpfsError."""
 
     number: int
     facts: bytes
@@ -71,6 +80,16 @@ class MasterPlace:
         async with self._workers.open() as session:
             yield _LocalEngine(session)
 
+    async def wake(self, proc: Process) -> None:
+        """By kill(2)."""
+        with suppress(ProcessLookupError):
+            os.kill(proc.pid, signal.SIGCONT)
+
+    async def drop(self, fds: Sequence[int]) -> None:
+        """They are the master's own."""
+        for fd in fds:
+            os.close(fd)
+
     def target(self, pid: int) -> dict[str, int]:
         """On the master a process is made in its ghost's place."""
         return {"ghost": pid}
@@ -90,6 +109,9 @@ class _LocalEngine:
 
     async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
         reply, received = await self._session.call(op, fds, **args)
+        if op == HAND_OUT:
+            reply[HANDLES] = received
+            return reply
         for fd in received:
             os.close(fd)
         return reply
@@ -123,6 +145,15 @@ class NodePlace:
             # The slave closes the sessions of a lost link by itself.
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5), suppress(LinkClosed):
                 await self.link.notify(messages.EngineClose(number))
+
+    async def wake(self, proc: Process) -> None:
+        """By its slave."""
+        await self.link.request(messages.Signal(proc.pid, signal.SIGCONT, 0, 0, 0, 0))
+
+    async def drop(self, fds: Sequence[int]) -> None:
+        """They are handles of the slave's; those that a call was given are gone already."""
+        with suppress(LinkClosed):
+            await self.link.notify(messages.FdClose(tuple(fds)))
 
     def target(self, pid: int) -> dict[str, int]:
         """On a node a process is made below the init of the job space."""

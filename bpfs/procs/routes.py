@@ -12,7 +12,7 @@ import os
 import socket
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from bpfs.config import Config
 from bpfs.errors import BpfsError, EngineRefused
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
+from bpfs.procs.company import Company
 from bpfs.procs.exchange import together
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts, tell
@@ -124,11 +125,17 @@ class ToNode(Migration):
         session = session_of(self.proc.pid, fds)
         return session, foreground_group(self.proc.pid) if session else 0
 
+    @abstractmethod
+    def lending(self, channels: list[Channel], own: Externals, lent: list[External]) -> list[Channel]:
+        """Channels of its own externals, with those that others have of them."""
+
     def home_fds(self, channel: Channel) -> list[int]:
         """The descriptors of a channel that the process, or its ghost, has on the master."""
         return channel.fds
 
     async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
+        if self.company is not None:  # it stands still
+            self.children = sorted(tuple(child) for child in (await stop())["process"]["children"])
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
             await self._foresee(look)
             await self._prepare(dst)
@@ -165,7 +172,16 @@ class ToNode(Migration):
             await self._prepare_anew(dst)
         assert self._attached is not None and self._landing is not None
         self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
+        if self.company is not None:
+            await self._take_ends(self.company, self._landing, self._attached)
         return self._landing
+
+    async def _take_ends(self, company: Company, landing: Landing, attached: Attached) -> None:
+        """Its own ends, and those that it borrows; each descriptor of a node's can be given away once."""
+        own = {int(external["key"]): attached.fds[attached.places[int(external["key"])]]
+               for external in self._externals or [] if int(external["key"]) in attached.places}  # fmt: skip
+        ends = own | await company.ends_for(self.proc.pid)
+        landing.fds, landing.externals = list(ends.values()), {key: index for index, key in enumerate(ends)}
 
     async def stay(self) -> None:
         await self._detach()
@@ -206,12 +222,17 @@ class ToNode(Migration):
 
     async def _attach(self, externals: Externals) -> None:
         await self._enter(Phase.ATTACH)
-        identity, channels = self.proc.identity, self.channels(externals)
+        own = externals if self.company is None else await self.company.tell(self.proc.pid, externals)
+        identity, channels = self.proc.identity, self.channels(own)
         self._session, self._front = self.terminal_of(channels)
         self._externals = externals
+        if self.company is not None and (lent := self.company.lent(self.proc.pid)):
+            channels = self.lending(channels, own, lent)
         self._attached = await attach(
             self.destination, self._around.streams, channels, identity.uid, identity.gid, self._session, self._front
         )
+        if self.company is not None:
+            self.company.attached(self.proc.pid, self._attached)
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.
@@ -229,6 +250,8 @@ class ToNode(Migration):
             await detach(self.destination, attached.number)
 
     async def _prepare_anew(self, dst: Engine) -> None:
+        if self.company is not None:  # its children there would go with it
+            raise BpfsError(errno.EAGAIN, f"process {self.proc.pid} has changed since it stands still")
         self.ahead = False  # what went ahead goes with the process that it went to
         await dst.call("discard")
         await self._prepare(dst)
@@ -245,11 +268,12 @@ class ToNode(Migration):
         identity = proc.identity
         address = place.address(self.source)
         terminal = self._attached.terminal if self._attached is not None and self._session else ""
-        reply = await dst.call(
-            "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
-            place=place.target(proc.pid) | {"strict": self.strict}, address=address, front=self._front != 0,
-            terminal=terminal, children=self.children, lazy=self.keep is not None,
-        )  # fmt: skip
+        async with self.company.birth(proc.pid, identity.ppid) if self.company is not None else nullcontext():
+            reply = await dst.call(
+                "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
+                place=place.target(proc.pid) | {"strict": self.strict}, address=address, front=self._front != 0,
+                terminal=terminal, children=self.children, lazy=self.keep is not None,
+            )  # fmt: skip
         self._landing = Landing(address, reply["port"], reply["token"])
 
 
@@ -262,6 +286,7 @@ class Leave(ToNode):
         self.ghost_environment = around.environment
         self._stdio = Stdio()
         self._program = -1  # of the ghost to be
+        self._halted = False  # it is stopped, and its process is not
         self._control: tuple[socket.socket, socket.socket] | None = None  # of the ghost to be: our end and its own
 
     def expected_children(self) -> list[Relative]:
@@ -270,6 +295,15 @@ class Leave(ToNode):
     def channels(self, externals: Externals) -> list[Channel]:
         self._stdio = Stdio.of(externals)
         return list(self._stdio.channels.values())
+
+    def lending(self, channels: list[Channel], own: Externals, lent: list[External]) -> list[Channel]:
+        assert self.company is not None
+        result = []
+        for channel in channels:
+            mine = {self.company.description(self.proc.pid, external) for external in channel.externals}
+            more = [one for one in lent if self.company.description_of(int(one["key"])) in mine]
+            result.append(replace(channel, externals=(*channel.externals, *more)))
+        return result
 
     def rename(self, renamed: Mapping[int, External]) -> None:
         for number, channel in self._stdio.channels.items():
@@ -313,8 +347,24 @@ class Leave(ToNode):
         try:
             await src.call("become_ghost", go=go)
         except BpfsError as error:
-            if not await self.has_departed(isinstance(error, EngineRefused)):
+            if await self.has_departed(isinstance(error, EngineRefused)):
+                return
+            if self.company is None:
                 raise
+            await self._depart_anew(src if isinstance(error, EngineRefused) else None)
+
+    async def _depart_anew(self, src: Engine | None) -> None:
+        """All have agreed: it stands still, and becomes its ghost though its copy has died, or by another engine."""
+        if src is not None:
+            await src.call("become_ghost")
+            return
+        for end in self._control or ():
+            end.close()
+        async with self.source.engine() as engine:
+            await engine.call("freeze", pid=self.proc.pid)
+            await engine.call("inspect", **self.looking)
+            await engine.call("become_ghost", self.ghost_fds(), env=self.ghost_environment)
+        self._halted = self.before is not ProcState.STOPPED
 
     goes_straight = True
 
@@ -341,7 +391,9 @@ class Leave(ToNode):
         away.asked_stop = self.before is ProcState.STOPPED
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
-        await self._around.ghosts.keep_children(away, [pid for pid, *_ in self.children])
+        await self._around.ghosts.keep_children(away, [pid for pid, *_ in self.children], self.along)
+        if self._halted:
+            await tell(away.ghost.cont())
         await self._around.ghosts.catch_up(proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
@@ -373,6 +425,10 @@ class Hop(ToNode):
     def channels(self, externals: Externals) -> list[Channel]:
         return self._away.stdio.regroup(externals)
 
+    def lending(self, channels: list[Channel], own: Externals, lent: list[External]) -> list[Channel]:
+        del channels
+        return self._away.stdio.regroup([*own, *lent])
+
     def home_fds(self, channel: Channel) -> list[int]:
         return self._away.stdio.channels[channel.number].fds
 
@@ -401,7 +457,7 @@ class Hop(ToNode):
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
         await self._around.ghosts.parted(self._away, self.source.number)
-        await self._around.ghosts.keep_children(self._away, [pid for pid, *_ in self.children])
+        await self._around.ghosts.keep_children(self._away, [pid for pid, *_ in self.children], self.along)
         self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
 
     async def lost(self) -> None:
@@ -460,7 +516,11 @@ class Return(Migration):
         away = self._away
         self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
         await self._around.ghosts.settle_family(away, summary["process"]["children"])
-        self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(summary["externals"]))
+        externals = summary["externals"]
+        if self.company is not None:
+            externals = await self.company.tell(self.proc.pid, externals)
+            await self._borrow(self.company)
+        self._ghost_fds = away.stdio.home_numbers(away.stdio.regroup(externals))
         self._held = True
         held = await away.ghost.hold(home=True)
         if held.pumps:
@@ -472,6 +532,17 @@ class Return(Migration):
             place=self.destination.target(self.proc.pid), address=address, lazy=self.keep is not None,
         )  # fmt: skip
         return Landing(address, reply["port"], reply["token"], ghost_fds=self._ghost_fds)
+
+    async def _borrow(self, company: Company) -> None:
+        """What was opened by another of its company is in that one's ghost."""
+        numbers = {}
+        for one in company.borrowed(self.proc.pid):
+            owner = self._around.ghosts.stand_in(one.owner)
+            if owner is None:
+                raise BpfsError(errno.ESRCH, f"the ghost of process {one.owner} has ended")
+            numbers[one.key] = one.owner, owner.stdio.home_number(one.external)
+            self.borrowed[int(one.external["key"])] = one.key
+        await company.take_home(self.proc.pid, numbers)
 
     async def depart(self, src: Engine, go: bool) -> None:
         # From the engine's word on, the end of the ghost's control socket will mean that it is the process again.
@@ -519,7 +590,7 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
     proc.leaving = True
     try:
         if not proc.source_lost:
-            await _kill_copy(proc, place, src, go)
+            await _kill_copy(migration, place, src, go)
     except BpfsError as error:
         if error.code != errno.EHOSTDOWN:
             raise
@@ -529,13 +600,24 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
         proc.leaving = False
 
 
-async def _kill_copy(proc: Process, place: NodePlace, src: Engine, go: bool) -> None:
+async def _kill_copy(migration: Migration, place: NodePlace, src: Engine, go: bool) -> None:
+    proc, company = migration.proc, migration.company
+    leaving: dict[str, Any] = {"init": place.node.init, "leaving": migration.along}
     try:
-        await src.call("vanish", go=go, init=place.node.init)
+        await src.call("vanish", go=go, **leaving)
     except BpfsError as error:
         # EIO: the worker has died, maybe between the kill and its word. What has become of the copy decides.
-        if error.code != errno.EIO or await _runs(proc, place):
+        if error.code == errno.EHOSTDOWN or (company is None and error.code != errno.EIO):
             raise
+        if company is not None and isinstance(error, EngineRefused):
+            await src.call("vanish", **leaving)  # its copy has died, but all have agreed
+        elif await _runs(proc, place):
+            if company is None:
+                raise
+            async with place.engine() as engine:  # all have agreed: it stands still, and ends by another's hand
+                await engine.call("freeze", pid=await place.hostpid(proc))
+                await engine.call("inspect", **migration.looking)
+                await engine.call("vanish", **leaving)
         _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
 
 

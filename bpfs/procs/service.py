@@ -28,6 +28,7 @@ from bpfs.procs.restart import Restarts
 from bpfs.procs.rights import admits, bound, may_control, writes_itself
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.table import ProcTable, read_identity
+from bpfs.procs.tree import Trees
 from bpfs.procs.verbs import MoveVerb
 from bpfs.tree.base import Caller, WriteRequest
 
@@ -44,6 +45,7 @@ class Procs:
         self._around = around
         self._master = MasterPlace(workers)
         self._onexec = OnExec(self, around)
+        self._trees = Trees(self, around)
         self._moves: dict[int, deque[Move]] = defaultdict(move_log)
         self._under_way: set[Migration] = set()
         self.checkpoints = Checkpoints(self, around, self._master)
@@ -59,6 +61,8 @@ class Procs:
         """Carries out a write to nodes/`node`/migrate. Raises BpfsError as `move`."""
         if verb.onexec:
             await self._onexec.arm(verb.pid, node, request, verb.strict)
+        elif verb.tree:
+            await self._trees.move(verb.pid, node, request, verb.close)
         else:
             await self.move(verb, node, request)
 
@@ -155,7 +159,7 @@ class Procs:
             self._under_way.discard(migration)
             if homing is not None:
                 homing.home(proc)
-            proc.landing = False
+            proc.landing = proc.pledged = False
             proc.settled.set()
 
     async def _settle(self, proc: Process, source: int) -> None:

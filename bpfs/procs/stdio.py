@@ -89,6 +89,10 @@ class Stdio:
             found.setdefault(number, []).append(external)
         return [replace(self.channels[number], externals=tuple(found[number])) for number in sorted(found)]
 
+    def home_number(self, external: External) -> int:
+        """Which of the ghost's descriptors is the original of an end on the node that another process has as well."""
+        return _original(self.channels[self.ends[external["dev"], external["ino"]]], external)
+
     def home_numbers(self, channels: Iterable[Channel]) -> dict[int, int]:
         """Which of the ghost's descriptors each external of the process is: its key -> the number in the ghost."""
         return {

@@ -1,4 +1,4 @@
-"""The one line that is written to nodes/N/migrate: `PID [onexec] [close] [lazy] [strict]`."""
+"""The one line that is written to nodes/N/migrate: `PID [onexec] [close] [lazy] [strict] [tree]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from bpfs.errors import BpfsError
 
-_HOW = {"onexec", "close", "lazy", "strict"}
+_HOW = {"onexec", "close", "lazy", "strict", "tree"}
+_ALONE = {"onexec": {"close", "lazy", "tree"}, "tree": {"lazy", "strict"}}  # what does not go together
 
 PID_LIMIT = 1 << 22  # PID_MAX_LIMIT of a 64-bit kernel, include/linux/threads.h
 
@@ -21,6 +22,7 @@ class MoveVerb:
     close: bool = False  # sockets that cannot move are closed on the way
     lazy: bool = False  # what can of its memory comes when it runs there
     strict: bool = False  # its signals reach everybody, and its children have ghosts before it knows them
+    tree: bool = False  # with all its descendants, or not at all
 
 
 def parse_pid(word: str) -> int:
@@ -42,15 +44,16 @@ def parse_move(text: str) -> MoveVerb:
 
     Raises:
         BpfsError: EINVAL with a sentence, for anything but `PID`, `PID onexec` and `PID` with `close`, `lazy` or both,
-            each with `strict` or without.
+            each with `strict` or without; and `PID tree`, with `close` or without.
     """
     words = text.split()
     if not words:
-        raise BpfsError(errno.EINVAL, "write a process id: PID, 'PID onexec', 'PID close', 'PID lazy' or 'PID strict'")
+        raise BpfsError(errno.EINVAL, "write a process id: PID, or that and onexec, close, lazy, strict or tree")
     if len(text.strip().splitlines()) > 1:
         raise BpfsError(errno.EINVAL, "write one line at a time")
     pid = parse_pid(words[0])
     how = set(words[1:])
-    if len(how) < len(words) - 1 or not how <= _HOW or ("onexec" in how and how & {"close", "lazy"}):
+    apart = any(word in how and how & others for word, others in _ALONE.items())
+    if len(how) < len(words) - 1 or not how <= _HOW or apart:
         raise BpfsError(errno.EINVAL, f"'{' '.join(words[1:])[:40]}' is unknown; known: {', '.join(sorted(_HOW))}")
     return MoveVerb(pid, **dict.fromkeys(how, True))
