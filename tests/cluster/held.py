@@ -37,15 +37,17 @@ class Interrupted:
     """A move that stands still at a phase."""
 
     def __init__(
-        self, it: VirtualCluster, gates: Path, process: subprocess.Popen[str], route: tuple[int, int], phase: str
-    ) -> None:
+        self, it: VirtualCluster, gates: Path, process: subprocess.Popen[str], route: tuple[int, int], phase: str,
+        how: str = "",
+    ) -> None:  # fmt: skip
         self.source, self.destination = route
+        what = f"{process.pid} {how}".rstrip()
         if self.source != -1:
-            assert echo(it, process.pid, f"nodes/{self.source}/migrate").returncode == 0
+            assert echo(it, what, f"nodes/{self.source}/migrate").returncode == 0
         gate = gates / phase
         gate.touch()
         self.writer = subprocess.Popen(
-            ["bash", "-c", f"echo {process.pid} > {it.mount}/nodes/{self.destination}/migrate"],
+            ["bash", "-c", f"echo {what} > {it.mount}/nodes/{self.destination}/migrate"],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.said = ""
