@@ -68,12 +68,17 @@ def living_children(frozen: Frozen) -> list[int]:
     return procfs.children(frozen.pid)
 
 
-def children_of(frozen: Frozen) -> list[tuple[int, int, int, int]]:
-    """Its children, zombies included: pid, group, session and real uid, by the numbers of their own namespace."""
+def children_of(frozen: Frozen, living: bool = False) -> list[tuple[int, int, int, int]]:
+    """Its children, zombies included unless they are to be `living`: pid, group, session and real uid.
+
+    By the numbers of their own namespace.
+    """
     found = []
     for child in living_children(frozen):
         with contextlib.suppress(OSError):
             status = procfs.parse_status(procfs.read(procfs.own_file(child, "status")))
+            if living and status["State"][0] in "ZX":
+                continue
             ids = [int(status[key].split()[-1]) for key in ("NSpid", "NSpgid", "NSsid")]
             found.append((ids[0], ids[1], ids[2], int(status["Uid"].split()[0])))
     return found

@@ -64,12 +64,12 @@ class Source:
         return self._frozen
 
     def family(self, request: Reply, fds: list[int]) -> Reply:
-        """Say which children the frozen process has (`engine.obstacles.children_of`); it can have no more."""
+        """Say which living children the frozen process has (`engine.obstacles.children_of`); it can have no more."""
         frozen = self._held()
         if not self._settled:
             frozen.settle()
             self._settled = True
-        return {"children": children_of(frozen)}
+        return {"children": children_of(frozen, living=True)}
 
     def find_kin(self, request: Reply, fds: list[int]) -> Reply:
         """Say what processes share that others like us hold: of a tree (`pids`), each after its parent. See `give_kin`.

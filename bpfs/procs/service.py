@@ -162,6 +162,10 @@ class Procs:
             proc.landing = proc.pledged = False
             proc.settled.set()
 
+    def refused(self, pid: int, node: int, error: BpfsError) -> None:
+        """A move that did not even begin has a line in nodes/`node`/migrate as well."""
+        self._moves[node].append(Move(pid, errno_name(error.code), error.sentence, 0.0, 0.0, 0))
+
     async def _settle(self, proc: Process, source: int) -> None:
         # The migration no longer owns it: what happened to it meanwhile counts now.
         if proc.source_lost and proc.place == source:

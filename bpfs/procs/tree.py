@@ -77,12 +77,14 @@ class Trees:
             tree = _Tree(self._procs, self._around, source, destination, request, close, stack)
             try:
                 await tree.freeze(root)
-                company = await tree.share()
+                await tree.share()
             except BaseException as error:
+                known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
+                self._procs.refused(root.pid, node, known)  # before a script that moves itself reads it
                 with trio.CancelScope(shield=True):
-                    await tree.thaw(error.code if isinstance(error, BpfsError) else errno.EINTR)
+                    await tree.thaw(known.code)
                 raise
-            await tree.go(company)
+            await tree.go()
 
 
 class _Tree:
@@ -97,6 +99,8 @@ class _Tree:
         self._request, self._close = request, close
         self._members: list[Member] = []
         self._marked: list[Process] = []
+        self._companions: Company
+        self._moves: list[tuple[Member, Migration]] = []
         self._since = 0.0  # when they were stopped
 
     # -- all stand still -----------------------------------------------------------------------------------------
@@ -179,10 +183,18 @@ class _Tree:
         return found
 
     async def _known(self, pid: int) -> Process | None:
+        """The process that a child is; None where it has just ended. What a node tells of its jobs may come late."""
+        table, ghosts = self._procs.table, self._procs.ghosts
         with trio.move_on_after(BORN_WITHIN):
-            while self._procs.ghosts.stand_in(pid) is None and self._procs.table.known(pid) is None:
+            while True:
+                proc, away = table.known(pid), ghosts.stand_in(pid)
+                if proc is not None and away is not None and proc.place == self._source.number:
+                    return proc
                 await trio.sleep(BORN_WITHIN / 100)
-        return self._procs.table.known(pid)
+        proc = table.known(pid)
+        if proc is not None and proc.place == self._source.number:
+            raise BpfsError(errno.EOPNOTSUPP, f"its child {pid} has no ghost on the master")
+        return proc
 
     async def thaw(self, code: int) -> None:
         """Lets all of them run on; a write that asked for this fails with `code`."""
@@ -194,8 +206,8 @@ class _Tree:
 
     # -- what they share -------------------------------------------------------------------------------------------
 
-    async def share(self) -> Company:
-        """Has what they share made at the destination. Raises BpfsError."""
+    async def share(self) -> None:
+        """Has what they share made at the destination, and all made ready for their moves. Raises BpfsError."""
         first, pids = self._members[0], [member.hostpid for member in self._members]
         shared = await first.engine.call(
             "find_kin", pids=pids, contents=self._around.contents, at_home=not first.proc.away,
@@ -214,7 +226,8 @@ class _Tree:
             lambda: engine.call("take_kin", root=root),
             Figures(0.0),
         )
-        return self._company(engine)
+        self._companions = self._company(engine)
+        self._moves = [(member, self._route(member, self._companions)) for member in self._members]
 
     def _company(self, engine: Engine) -> Company:
         kin = {int(member.proc.pid): member.kin for member in self._members}
@@ -250,9 +263,9 @@ class _Tree:
 
     # -- the move --------------------------------------------------------------------------------------------------
 
-    async def go(self, company: Company) -> None:
+    async def go(self) -> None:
         """Moves them. Raises BpfsError."""
-        moves = [(member, self._route(member, company)) for member in self._members]
+        company, moves = self._companions, self._moves
         errors: list[BpfsError] = []
 
         async def carry(member: Member, move: Migration) -> None:
