@@ -147,6 +147,8 @@ class Procs:
                 await homing.before_home(proc)
             await run()
             proc.arrived(node, figures.freeze_ms, figures.bytes)
+            # Its parent, which is there, alone hears of its end.
+            proc.native = node != MASTER and proc.identity.ppid in migration.along
             record("ok", "")
         except BpfsError as error:
             migration.fail(error)
