@@ -41,6 +41,8 @@ def home(lab: Lab) -> Path:
 TRAVELLER = """
 import hashlib, os, sys
 digest, count, places = b"", 0, []
+ballast = os.urandom(8 << 20)
+weight = hashlib.sha256(ballast).digest()
 notes = open(sys.argv[1], "a", buffering=1)
 while len(places) < 4:
     here = os.uname()[1:3]
@@ -54,13 +56,13 @@ while len(places) < 4:
 again = b""
 for _ in range(count):
     again = hashlib.sha256(again).digest()
-sys.exit(7 if again == digest else 1)
+sys.exit(7 if again == digest and hashlib.sha256(ballast).digest() == weight else 1)
 """
 """Computes while it is away, and at home does it all once more: the same, or its exit status tells."""
 
 
 def travel(lab: Lab) -> None:
-    """A process of the master starts on one machine, goes to the other by echo, and comes home."""
+    """A process of the master starts on one machine, goes to the other before its memory does, and comes home."""
     script = f'echo "$$ onexec" > {lab.mount}/nodes/0/migrate; exec /usr/bin/python3 -c "$0" "$1"'
     notes = home(lab) / "notes"
     process = subprocess.Popen(
@@ -71,8 +73,10 @@ def travel(lab: Lab) -> None:
         assert process.stdout is not None
         kernel = lab.read("nodes/0/kernel")
         assert process.stdout.readline() == f"n0 {kernel}"
-        lab.write("nodes/1/migrate", str(process.pid))
+        lab.write("nodes/1/migrate", f"{process.pid} lazy")
         assert process.stdout.readline() == f"n1 {kernel}"
+        sent = int(re.findall(r" bytes=(\d+)", lab.read("nodes/1/migrate"))[-1])
+        assert sent < 8 << 20, "its ballast should have come later"
         lab.write("nodes/-1/migrate", str(process.pid))
         assert process.stdout.readline() == f"{os.uname().nodename} {os.uname().release}\n"
         assert process.wait(VM_DEADLINE) == 7
