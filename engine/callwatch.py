@@ -18,7 +18,9 @@ PROGRAM: Final = Path(__file__).parent / "bin" / "callwatch"
 # csrc/callwatch.h
 _ORDER: Final = struct.Struct("=IIii")
 QUESTION: Final = struct.Struct("=IIiiiiQ")
-NOTES_SIZE: Final = 1024 * 16
+SLOTS: Final = 8192
+"""Listeners at most."""
+NOTES_SIZE: Final = 1024 * 16 + SLOTS * 512
 _SPACE, _LISTEN, _ANSWER = 1, 2, 3
 
 
@@ -84,9 +86,14 @@ class CallWatch:
         """Its own."""
         return self._process.pid
 
-    def listen(self, number: int, listener: int) -> None:
-        """Have it answer what comes from a listener, and know that by a number; the caller keeps the descriptor."""
-        self._send(_LISTEN, number, fds=[listener])
+    def listen(self, number: int, slot: int, listener: int) -> None:
+        """Have it answer what comes from a listener; the caller keeps the descriptor.
+
+        Args:
+            number: tells it from all others that ever were.
+            slot: tells it from all others that are, and is below `SLOTS`.
+        """
+        self._send(_LISTEN, number, slot, fds=[listener])
 
     def answer(self, token: int, error: int | None) -> None:
         """The call fails with this errno, succeeds (0), or is the kernel's business (None)."""

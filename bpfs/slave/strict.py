@@ -10,7 +10,7 @@ import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EPERM
+from errno import ENOSPC, EPERM
 
 import trio
 
@@ -19,7 +19,7 @@ from bpfs.errors import BpfsError
 from bpfs.wire.link import Link
 from bpfs.wire.messages import GhostOf, JobCall, JobCallIs, JobEvents
 from engine import jobwatch, strict
-from engine.callwatch import NOTES_SIZE, CallWatch, Kind, Question
+from engine.callwatch import NOTES_SIZE, SLOTS, CallWatch, Kind, Question
 from engine.jobspace import JobSpace
 from engine.linux import procfs
 from engine.placeholders import INIT, World
@@ -57,6 +57,7 @@ class StrictJobs:
         self._space, self._link = space, link
         self._numbers = itertools.count(1)
         self._listeners: dict[int, int] = {}
+        self._slots: dict[int, int] = {}  # of the same numbers
         self._notes = -1
         self._watch: CallWatch | None = None
         self._nursery: trio.Nursery | None = None
@@ -109,10 +110,15 @@ class StrictJobs:
                         worker.send(b"y")
 
     def _add(self, listener: int) -> None:
+        taken = set(self._slots.values())
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        if slot >= SLOTS:
+            os.close(listener)
+            raise OSError(ENOSPC, f"{SLOTS} strict jobs have come to this node, and are there")
         number = next(self._numbers)
-        self._listeners[number] = listener
+        self._listeners[number], self._slots[number] = listener, slot
         if self._watch is not None:
-            self._watch.listen(number, listener)
+            self._watch.listen(number, slot, listener)
         else:
             self._start()
 
@@ -122,7 +128,7 @@ class StrictJobs:
             os.ftruncate(self._notes, NOTES_SIZE)
         watch = CallWatch(self._space.init, self._notes)
         for number, listener in self._listeners.items():
-            watch.listen(number, listener)
+            watch.listen(number, self._slots[number], listener)
         self._watch = watch
         assert self._nursery is not None
         self._nursery.start_soon(self._follow, watch)
@@ -130,6 +136,7 @@ class StrictJobs:
     def _drop(self, number: int) -> None:
         listener = self._listeners.pop(number, None)  # none: one that has died had told it as well
         if listener is not None:
+            del self._slots[number]
             os.close(listener)
 
     def _end(self, watch: CallWatch) -> None:

@@ -11,7 +11,7 @@
  * does nothing but take calls, woken on the caller's own processor, and the main thread, the tracer, does the rest.
  *
  * The daemon holds every listener as well. Should this process die, its successor lets the kernel make the calls that
- * were being answered (struct note), and goes on with those that wait.
+ * were being answered (struct notes), and goes on with those that wait.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later */
 #define _GNU_SOURCE
@@ -52,6 +52,7 @@ struct listener {
 	int fd;
 	uint32_t number;
 	pthread_t taker;
+	struct seccomp_notif *slot;
 };
 
 struct taken { /* from a taker to the main thread */
@@ -82,7 +83,7 @@ static int events_fd, inbox[2];
 static struct listener *listeners;
 static struct call *calls;
 static struct birth *births;
-static struct note *notes;
+static struct notes *notes;
 static uint32_t tokens;
 
 /* Children whose parents' own stop has not been seen yet. */
@@ -101,11 +102,11 @@ static int64_t now_ms(void)
 
 static int take_note(const struct listener *from, uint64_t id)
 {
-	for (int i = 0; notes && i < NOTES; i++) {
+	for (int i = 0; i < NOTES; i++) {
 		uint64_t none = 0;
 
-		if (__atomic_compare_exchange_n(&notes[i].id, &none, id, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-			notes[i].listener = from->number;
+		if (__atomic_compare_exchange_n(&notes->calls[i].id, &none, id, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+			notes->calls[i].listener = from->number;
 			return i;
 		}
 	}
@@ -115,7 +116,7 @@ static int take_note(const struct listener *from, uint64_t id)
 static void drop_note(int index)
 {
 	if (index >= 0)
-		__atomic_store_n(&notes[index].id, 0, __ATOMIC_SEQ_CST);
+		__atomic_store_n(&notes->calls[index].id, 0, __ATOMIC_SEQ_CST);
 }
 
 /* False: the call is not waited for any more. */
@@ -455,18 +456,15 @@ static void *take(void *of)
 {
 	static const struct taken none;
 	struct taken taken = { .from = of };
-	union { /* a newer kernel's may be longer */
-		struct seccomp_notif it;
-		char room[512];
-	} n;
+	struct seccomp_notif *slot = taken.from->slot;
 
 	for (;;) {
 		struct pollfd state = { .fd = taken.from->fd };
 
-		memset(&n, 0, sizeof(n));
-		if (ioctl(taken.from->fd, SECCOMP_IOCTL_NOTIF_RECV, &n) == 0) {
-			taken.noted = take_note(taken.from, n.it.id);
-			taken.call = n.it;
+		memset(slot, 0, SLOT_BYTES);
+		if (ioctl(taken.from->fd, SECCOMP_IOCTL_NOTIF_RECV, slot) == 0) {
+			taken.noted = take_note(taken.from, slot->id);
+			taken.call = *slot;
 		} else if (poll(&state, 1, 0) == 1 && state.revents & (POLLHUP | POLLERR | POLLNVAL)) {
 			taken.call = none.call;
 		} else {
@@ -511,18 +509,21 @@ static void start_taker(struct listener *listener)
 		exit(1);
 }
 
-static void listen_to(int fd, uint32_t number)
+static void listen_to(int fd, uint32_t number, int slot)
 {
 	struct listener *listener = calloc(1, sizeof(*listener));
 
 	if (!listener)
 		exit(1);
 	*listener = (struct listener){ .next = listeners, .fd = fd, .number = number };
+	listener->slot = (struct seccomp_notif *)notes->slots[slot];
 	listeners = listener;
-	for (int i = 0; notes && i < NOTES; i++)
-		if (notes[i].id && notes[i].listener == number) { /* of a predecessor that died over it */
-			answer(fd, notes[i].id, 0, true);
-			notes[i].id = 0;
+	/* Of a predecessor that died over them. */
+	answer(fd, listener->slot->id, 0, true);
+	for (int i = 0; i < NOTES; i++)
+		if (notes->calls[i].id && notes->calls[i].listener == number) {
+			answer(fd, notes->calls[i].id, 0, true);
+			drop_note(i);
 		}
 	ioctl(fd, NOTIF_SET_FLAGS, SYNC_WAKE_UP); /* an older kernel's call waits some microseconds longer for us */
 	watch(fd, EPOLLET, listener);
@@ -551,9 +552,9 @@ static void take_space(const int *fds)
 {
 	proc_fd = fds[0];
 	namespace_fd = fds[1];
-	notes = mmap(NULL, NOTES * sizeof(*notes), PROT_READ | PROT_WRITE, MAP_SHARED, fds[2], 0);
+	notes = mmap(NULL, sizeof(*notes), PROT_READ | PROT_WRITE, MAP_SHARED, fds[2], 0);
 	if (notes == MAP_FAILED)
-		notes = NULL;
+		exit(1);
 	close(fds[2]);
 }
 
@@ -579,7 +580,7 @@ static void hear_daemon(void)
 	if (order.kind == ORDER_SPACE)
 		take_space(fds);
 	else if (order.kind == ORDER_LISTEN)
-		listen_to(fds[0], order.token);
+		listen_to(fds[0], order.token, order.error);
 	else
 		take_answer(&order);
 }

@@ -9,7 +9,7 @@
  * file for notes of calls that are being answered, which outlives this process. */
 enum order_kind {
 	ORDER_SPACE = 1,
-	ORDER_LISTEN = 2, /* + a listener (seccomp_unotify(2)); token: its number */
+	ORDER_LISTEN = 2, /* + a listener (seccomp_unotify(2)); token: its number; error: its slot, see struct notes */
 	ORDER_ANSWER = 3, /* to the question with this token */
 };
 
@@ -38,6 +38,14 @@ struct question {
 struct note {
 	uint64_t id;       /* of a call that was taken and not answered yet; 0: none */
 	uint64_t listener; /* its number */
+};
+
+/* The kernel itself writes a call that is taken into its listener's slot: none is lost. */
+#define SLOTS 8192
+#define SLOT_BYTES 512 /* struct seccomp_notif, which a newer kernel may have made longer */
+struct notes {
+	struct note calls[NOTES];
+	char slots[SLOTS][SLOT_BYTES];
 };
 
 #endif

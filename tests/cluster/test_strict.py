@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.moving import echo, move
-from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
+from tests.cluster.virtual import TOP, VirtualCluster, children, cluster, comm, kill, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -302,3 +303,22 @@ def test_bad_words(it: VirtualCluster) -> None:
     for words in ("strikt", "strict strict", "onexec close strict"):
         done = echo(it, f"1 {words}", "nodes/0/migrate")
         assert (done.returncode, "Invalid argument" in done.stderr) == (1, True)
+
+
+def test_what_many_nodes_start_at_once_is_strict_where_they_are(it: VirtualCluster) -> None:
+    environment = {**os.environ, "BPFS": str(it.mount)}
+    program = [str(TOP / "bpfs/bin/bpsh"), "-p", "0-2", "grep", "^Seccomp:", "/proc/self/status"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert sorted(done.stdout.splitlines()) == [f"  {node}: Seccomp:\t{2 * (node == 2)}" for node in range(3)]
+    assert done.stderr == ""
+
+
+def test_a_relatives_pidfd_is_as_good_as_its_number(it: VirtualCluster) -> None:
+    with actor(it, 0) as job:
+        for node in (MASTER, 1):
+            child = job.do("os.fork() or [os.closerange(0, 3), signal.pause()]")
+            move(it, child, node)
+            handle = job.do(f"os.pidfd_open({child})")
+            assert job.do(f"signal.pidfd_send_signal({handle}, 0)") is None
+            assert job.do(f"signal.pidfd_send_signal({handle}, {signal.SIGKILL})") is None
+            assert job.do(f"os.close({handle}) or os.waitpid({child}, 0)[1]") == signal.SIGKILL
