@@ -61,7 +61,8 @@ class Recorded:
 def process_start(pid: int) -> tuple[str, int]:
     """State letter and start time of a process; ``("X", 0)`` where there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        # Not /proc/PID/stat: that of a ghost may be covered by what its process does elsewhere.
+        fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "X", 0
     return fields[0], int(fields[19])

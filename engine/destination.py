@@ -212,13 +212,23 @@ class Destination:
             raise OSError(22, f"{ORDER}: nothing is built")
         self._stream.wait_at_most(_LAST_WORD_S)
         try:
-            img.read_frame(self._stream.receive, (img.GO,), 0)
+            self._read_go(self._stream)
         except Aborted:
             raise
         except OSError:
             return {"running": False}
         faults.hold("follow")
         return {"running": True} | self.resume(request, fds)
+
+    def _read_go(self, stream: Stream) -> None:
+        try:
+            img.read_frame(stream.receive, (img.GO,), 0)
+        except Aborted:
+            if not _has_ended(self._control):
+                raise
+            # The daemon is gone, and maybe the master. The source may be, too: its worker knows, and ends soon.
+            stream.let_daemon_wait(_LAST_WORD_S)
+            img.read_frame(stream.receive, (img.GO,), 0)
 
     def _build(
         self, stream: Stream, externals: dict[int, int], ghost_fds: dict[int, int], ahead: bool, lends: bool,
@@ -343,6 +353,13 @@ def _listen(address: str) -> socket.socket:
     listener = socket.create_server((address, 0), family=family, backlog=8)
     widen(listener, RECEIVE)
     return listener
+
+
+def _has_ended(control: socket.socket) -> bool:
+    try:
+        return not control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return True
 
 
 def _tell(stream: Stream, code: int, text: str) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -89,6 +89,19 @@ def describe(init: int, pid: int) -> bytes:
     head = RECORD.pack(size, Kind.IS, ord(stat.state), pid, stat.ppid, stat.pgid, stat.sid, tty, 0, *ids,
                        len(cmdline), stat.comm)  # fmt: skip
     return (head + cmdline).ljust(size, b"\0")
+
+
+def without_ends(packet: bytes, pids: Container[int]) -> bytes:
+    """The packet without what it tells of ends of these. Raises as `parse`."""
+    kept, at = b"", 0
+    while at < len(packet):
+        size, kind, _, pid = RECORD.unpack_from(packet, at)[:4]
+        if size < RECORD.size:
+            raise ValueError(f"a record of {size} bytes")
+        if kind == Kind.IS or pid not in pids:
+            kept += packet[at : at + size]
+        at += size
+    return kept
 
 
 def open_shared(path: Path) -> subprocess.Popen[bytes]:

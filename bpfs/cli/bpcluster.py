@@ -27,9 +27,10 @@ PROG = "bpcluster"
 
 _EPILOG = """\
 `up` returns when every node is up, or else names what failed and leaves nothing behind. `status` prints a line a
-node. `down` ends everything that belongs to the cluster, also when its daemons have been killed. `check-move` tells
-of any cluster, virtual or not, what keeps a process from moving. Clusters with
-different mount points may run side by side. Exit code: 0, 1 when something failed or there is no cluster, 2 for a
+node. `restart-master` kills the master's daemon, if it still runs, and starts it anew: nodes and processes live on.
+`down` ends everything that belongs to the cluster, also when its daemons have been killed. `check-move` tells of any
+cluster, virtual or not, what keeps a process from moving. Clusters with different mount points may run side by side.
+Exit code: 0, 1 when something failed or there is no cluster, 2 for a
 command line that makes no sense.
 """
 
@@ -135,6 +136,14 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(body=_up)
     status = verbs.add_parser("status", parents=[mount], help="show the nodes", description="Prints a line a node.")
     status.set_defaults(body=_status)
+    anew = verbs.add_parser(
+        "restart-master",
+        parents=[mount],
+        help="start the master anew",
+        description="Kills the master's daemon, if it still runs, and starts it anew. It takes up the nodes, and what "
+        "runs there; returns when it is ready.",
+    )
+    anew.set_defaults(body=_restart_master)
     down = verbs.add_parser("down", parents=[mount], help="end a cluster", description="Ends all that belongs to it.")
     down.set_defaults(body=_down)
     check = verbs.add_parser(
@@ -167,6 +176,13 @@ def _up(args: argparse.Namespace, mount: str) -> int:
         args.precopy, tuple(args.config),
     )  # fmt: skip
     Up(options).run()
+    return 0
+
+
+def _restart_master(_args: argparse.Namespace, mount: str) -> int:
+    from bpfs.cli.virtual import restart_master
+
+    restart_master(mount)
     return 0
 
 

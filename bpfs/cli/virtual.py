@@ -8,19 +8,20 @@ be needed for the taking down.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from errno import EBUSY, EIO
+from dataclasses import asdict, dataclass
+from errno import EBUSY, EIO, ENOENT
 from pathlib import Path
 
 from bpfs import daemon, kernel, log
 from bpfs.cli import virtualnet
-from bpfs.cli.virtualdown import is_mounted, node_states, take_down
+from bpfs.cli.virtualdown import end_master, is_mounted, node_states, take_down
 from bpfs.config import DEFAULT_CACHE_SIZE, DEFAULT_PRECOPY, Config, apply_line
 from bpfs.daemon import Ready, Started
 from bpfs.errors import BpfsError
@@ -31,6 +32,9 @@ from bpfs.slave.options import SlaveOptions
 from bpfs.slave.supervisor import Supervisor
 from bpfs.wire.handshake import make_key
 from engine import jobwatch
+
+OPTIONS = "options"
+"""In the run directory: what `up` was asked for, as JSON."""
 
 UP_TIMEOUT = 60.0
 """Seconds for the whole cluster to come up; 64 nodes take a few."""
@@ -95,12 +99,13 @@ class Up:
         try:
             key = make_key()
             self._rundir.write("key", key.decode() + "\n")
+            self._rundir.write(OPTIONS, json.dumps(asdict(self._options)))
             self._make_mount_point()
             # What lives now lives on in every child: keep the collector from touching (and so copying) it.
             gc.collect()
             gc.freeze()
             net = virtualnet.VirtualNetwork(self._options.mount) if self._options.netns else None
-            port = self._start_master(net.address if net else "127.0.0.1")
+            port = start_master(self._options, net.address if net else "127.0.0.1")
             self._start_watch()
             for number in range(self._options.nodes):
                 self._check_interrupt()
@@ -130,26 +135,6 @@ class Up:
         if not point.exists():
             self._rundir.write("made", f"{point}\n")
             point.mkdir(parents=True)
-
-    def _start_master(self, address: str) -> tuple[str, int]:
-        options, rundir = self._options, self._rundir
-        config = Config(address=address, port=0, lease=options.lease, key=rundir.key, mount=options.mount)
-        config.exports, config.cachesize = list(options.exports), options.cachesize
-        config.precopy = options.precopy
-        for line in options.config:
-            apply_line(config, line, "--config")
-
-        def body(ready: Ready) -> int:
-            log.start("bpmaster", None, options.verbose)
-            return serve(MasterOptions(config, tree=options.tree), ready)
-
-        started = daemon.start(body, rundir.master_log)
-        rundir.record("master", started.pid)
-        complaint = started.wait_ready(UP_TIMEOUT)
-        if complaint is not None:
-            raise BpfsError(EIO, f"the master did not start: {complaint}")
-        host, port = (rundir.read("port") or "").split()
-        return host, int(port)
 
     def _start_watch(self) -> None:
         # One for all nodes, and outside of their namespaces, where the kernel would not speak to it.
@@ -214,6 +199,51 @@ class Up:
             if late or process is None or not process.alive:
                 why = f"not up within {UP_TIMEOUT:g} s: {state} {reason}".rstrip() if late else "its slave has ended"
                 raise BpfsError(EIO, f"node {number} did not start: {why}; {_last_line(self._rundir.node_log(number))}")
+
+
+def start_master(options: UpOptions, address: str) -> tuple[str, int]:
+    """Starts the master of a cluster; returns address and port when it is ready.
+
+    Raises:
+        BpfsError: EIO, with its own sentence.
+    """
+    rundir = RunDir(options.mount)
+    config = Config(address=address, port=0, lease=options.lease, key=rundir.key, mount=options.mount)
+    config.exports, config.cachesize = list(options.exports), options.cachesize
+    config.precopy = options.precopy
+    for line in options.config:
+        apply_line(config, line, "--config")
+
+    def body(ready: Ready) -> int:
+        log.start("bpmaster", None, options.verbose)
+        return serve(MasterOptions(config, tree=options.tree), ready)
+
+    started = daemon.start(body, rundir.master_log)
+    rundir.record("master", started.pid)
+    complaint = started.wait_ready(UP_TIMEOUT)
+    if complaint is not None:
+        raise BpfsError(EIO, f"the master did not start: {complaint}")
+    host, port = (rundir.read("port") or "").split()
+    return host, int(port)
+
+
+def restart_master(mount: str) -> None:
+    """Kills the master of a cluster, if it lives, and starts another one, which takes up nodes and processes.
+
+    Raises:
+        BpfsError: ENOENT, there is no such cluster; EIO, the master does not start; EBUSY, the old one does not end.
+    """
+    rundir = RunDir(mount)
+    words = (rundir.read("port") or "").split()
+    try:
+        kept = json.loads(rundir.read(OPTIONS) or "")
+        options = UpOptions(**kept | {name: tuple(kept[name]) for name in ("exports", "config")})
+        address = words[0]
+    except (ValueError, IndexError):
+        raise BpfsError(ENOENT, f"there is no virtual cluster at {mount}") from None
+    end_master(rundir)
+    gc.freeze()
+    start_master(options, address)
 
 
 def _last_line(path: Path) -> str:

@@ -40,12 +40,20 @@ def node_states(rundir: RunDir) -> dict[int, tuple[str, str]]:
     try:
         text = rundir.ask("status")
     except OSError as error:
-        raise BpfsError(EIO, f"the master of {rundir.mount} does not answer: {error.strerror or error}") from None
+        way_out = "" if rundir.master_pid() else f"; start it with: bpcluster restart-master --mount {rundir.mount}"
+        why = f"does not answer: {error.strerror or error}{way_out}"
+        raise BpfsError(EIO, f"the master of {rundir.mount} {why}") from None
     found = {}
     for line in text.splitlines():
         words = line.split(" ", 6)
         found[int(words[0])] = (words[1], words[6] if len(words) > 6 else "")
     return found
+
+
+def end_master(rundir: RunDir) -> None:
+    """Kill the master, whose nodes and ghosts then wait for the next one. Raises BpfsError EBUSY: it does not end."""
+    master = rundir.recorded().get("master")
+    _end_all(lambda: [master] if master is not None else [], signal.SIGKILL)
 
 
 # -- taking down -----------------------------------------------------------------------------------

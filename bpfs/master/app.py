@@ -29,6 +29,7 @@ from bpfs.master.boot import BootDesk
 from bpfs.master.cluster import Cluster
 from bpfs.master.listener import Listener, open_port
 from bpfs.master.processes import processes
+from bpfs.master.succession import Succession
 from bpfs.master.view import view
 from bpfs.nodes.clockwatch import ClockWatch
 from bpfs.nodes.names import NodeNames
@@ -72,7 +73,7 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     if running not in (0, os.getpid()):
         raise BpfsError(EBUSY, f"a master runs at {options.config.mount} already (pid {running})")
     key = read_key(options.config.key)
-    port = open_port(listen_address(options.config), options.config.port)
+    port = open_port(listen_address(options.config), options.config.port or _last_port(RunDir(options.config.mount)))
     # Before trio and before any thread: workers are forks of the zygote, and it is a fork of this.
     zygote = Zygote.start()
     covers = Covers.start(RunDir(options.config.mount).psview)
@@ -90,6 +91,12 @@ def serve(options: MasterOptions, ready: Ready) -> int:
         zygote.close()
         port.close()
     return 1 if complaint else 0
+
+
+def _last_port(rundir: RunDir) -> int:
+    """The port where slaves expect the master after one that was killed; 0: any will do."""
+    words = (rundir.read("port") or "").split()
+    return int(words[1]) if Succession.next(rundir).follows and len(words) == 2 else 0
 
 
 def listen_address(config: Config) -> str:
@@ -121,13 +128,16 @@ async def _serve(
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        cluster = Cluster(options.config, key, workers, nursery)
+        rundir.make()
+        succession = Succession.next(rundir)
+        cluster = Cluster(options.config, key, workers, nursery, succession=succession)
         host, number = port.getsockname()
         cluster.nodes.set_address(cluster.nodes.get(MASTER), host)
         cluster.reconfigure(options.config)
         Settings(cluster.nodes, cluster.admission, options.config.state or state_file(rundir)).load()
-        rundir.make()
-        stack.callback(rundir.leave)
+        stack.callback(_leave, cluster, rundir, ready)
+        succession.enter(rundir)
+        cluster.blocks.remember(rundir.path / "blocks", afresh=not succession.follows)
         rundir.record("master", os.getpid())
         rundir.write("port", f"{host} {number}\n")
         procs = await stack.enter_async_context(processes(cluster, covers))
@@ -158,7 +168,15 @@ async def _serve(
             if procs.view is not None:
                 procs.view.configure(cluster.config.psview)
         _log.info("told to end")
+        cluster.ending = True
         await _farewell(cluster)
+
+
+def _leave(cluster: Cluster, rundir: RunDir, ready: Ready) -> None:
+    # What a master that has failed has left is for the next one.
+    if cluster.ending or not (ready.told or cluster.succession.follows):
+        cluster.succession.end(rundir)
+        rundir.leave()
 
 
 async def _farewell(cluster: Cluster) -> None:

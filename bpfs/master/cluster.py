@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import trio
 
 from bpfs.config import Config
 from bpfs.engines import Workers
+from bpfs.master.succession import Succession
 from bpfs.nodes.admin import Administrator
 from bpfs.nodes.admission import Admission
 from bpfs.nodes.blocks import Blocks
@@ -47,7 +47,10 @@ class Cluster:
     root_entries: list[Entry[NodeTable]] = field(default_factory=list)
     """More files for the root; to be there before the tree is mounted."""
     tree: LocalTree | None = None
-    identity: bytes = field(default_factory=lambda: os.urandom(16))
+    ending: bool = False  # told to end, and all jobs with it
+    succession: Succession = field(default_factory=Succession)
+    idle: list[Callable[[], bool]] = field(default_factory=list)
+    """What is to be true when nothing is left to be done of what slaves have reported."""
     nodes: NodeTable = field(init=False)
     admission: Admission = field(init=False)
     stage: Stage = field(init=False)
@@ -56,12 +59,16 @@ class Cluster:
     def __post_init__(self) -> None:
         self.events.listen(self.logs.add_event)
         self.nodes = NodeTable(self.events, self.config.nodes)
-        self.admission = Admission(self.nodes, lambda: self.config)
+        self.admission = Admission(self.nodes, lambda: self.config, self.succession.takes_up)
         self.stage = Stage(self.nodes, self.logs, lambda: self.config)
         power = Power(self.nodes, self.admission, lambda: self.config, self.stage.run_step, self.nursery)
         self.administrator = Administrator(self.nodes, self.admission, self.stage, power)
         master = self.nodes.add(MASTER)
         self.nodes.enter(master, NodeState.UP)
+
+    def is_idle(self) -> bool:
+        """Whether nothing is left to be done of what slaves have reported of their jobs."""
+        return all(is_idle() for is_idle in self.idle)
 
     def handle(self, kind: type[Message], handler: Callable[..., Any]) -> None:
         """Have `handler(node, message)` called for messages of this type from slaves (see bpfs.wire.link for its

@@ -42,12 +42,13 @@ class FsService:
         tree: what is shown to them.
         nodes: tells when a node has gone, whose files are closed then.
         nursery: where that is done.
+        generation: of this master: no file has the number that one of an earlier master's had.
     """
 
-    def __init__(self, tree: Tree, nodes: NodeTable, nursery: trio.Nursery) -> None:
+    def __init__(self, tree: Tree, nodes: NodeTable, nursery: trio.Nursery, generation: int = 0) -> None:
         self._tree = tree
         self._nursery = nursery
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count((generation << 32) + 1)
         self._files: dict[int, _File] = {}
         self._operations: dict[str, Callable[[FsRequest, Caller], Awaitable[FsReply]]] = {
             "getattr": self._getattr,

@@ -124,7 +124,9 @@ class Listener:
             return await self._refuse(link, join, refusal, host)
         link.name = f"node {node.number}"
         cluster.nodes.set_address(node, host)
-        session = Session(node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up)
+        session = Session(
+            node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up, cluster.is_idle
+        )
         return await session.run(self._welcome_text(node), cluster.handlers)
 
     def _welcome_text(self, node: Node) -> Welcome:
@@ -137,12 +139,13 @@ class Listener:
             block_first=block[0],
             block_last=block[-1],
             mount=config.mount,
-            cluster=self._cluster.identity,
+            cluster=self._cluster.succession.identity,
             boot=boot_id(),
             monotonic=clocks.monotonic,
             boottime=clocks.boottime,
             onlost=config.onlost,
             onlost_after=config.onlost_after,
+            generation=self._cluster.succession.generation,
         )
 
     def _enter_refusal(self, number: int, text: str) -> None:

@@ -12,22 +12,28 @@ from bpfs.procs.births import Births
 from bpfs.procs.covers import Covers
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.ghosts import Ghosts
+from bpfs.procs.ledger import Ledger
 from bpfs.procs.programs import Programs
 from bpfs.procs.psview import PsView
 from bpfs.procs.routes import Surroundings
 from bpfs.procs.service import Procs
 from bpfs.procs.strict import StrictCalls
 from bpfs.procs.table import ProcTable
+from bpfs.procs.takeover import Takeover
 from bpfs.rundir import RunDir
 from bpfs.wire import messages
 
 
 @asynccontextmanager
 async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
-    """The cluster's processes for as long as the context lasts; every ghost ends with it."""
-    table = ProcTable(cluster.events.post)
-    ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery)
-    programs = Programs(RunDir(cluster.config.mount).programs)
+    """The cluster's processes for as long as the context lasts.
+
+    Every ghost ends with it when the master was told to end; else they are for the next master.
+    """
+    table, rundir = ProcTable(cluster.events.post), RunDir(cluster.config.mount)
+    ledger = Ledger(rundir.path / "away", afresh=not cluster.succession.follows)
+    ghosts = Ghosts(table, cluster.nodes, cluster.streams, cluster.nursery, ledger)
+    programs = Programs(rundir.programs)
     around = Surroundings(ghosts, cluster.streams, programs, cluster.blocks, cluster.config)
     procs = Procs(cluster.nodes, around, cluster.workers)
     cluster.handle(messages.JobReport, ghosts.report)
@@ -36,6 +42,11 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     cluster.handle(messages.JobEvents, births.report)
     cluster.handle(messages.GhostOf, births.ghost_of)
     cluster.handle(messages.JobCall, StrictCalls(ghosts).call)
+    takeover = Takeover(
+        ghosts, cluster.nodes, cluster.blocks, cluster.streams, cluster.nursery, lambda: cluster.config.silence
+    )
+    cluster.handle(messages.Resumed, takeover.resumed)
+    cluster.idle += [ghosts.is_idle, births.is_idle]
     cluster.handle(messages.RelayLost, lambda node, message: None)  # the ghost tells of it, too
     procs.view = view = PsView(covers, ghosts, cluster.nodes, cluster.config.psview)
     cluster.events.listen(lambda _: view.poke())
@@ -44,10 +55,12 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     files = ProcFiles(procs)
     cluster.root_entries.append(files.collection())
     cluster.node_entries += files.node_entries()
-    with programs:
+    with programs, ledger:
+        await takeover.take_up()
         try:
             yield procs
         finally:
             with trio.CancelScope(shield=True):
-                await ghosts.end_all()
+                if cluster.ending:
+                    await ghosts.end_all()
                 await view.close()

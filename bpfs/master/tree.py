@@ -24,6 +24,7 @@ async def mounted(cluster: Cluster) -> AsyncIterator[FuseMount]:
     files = NodeFiles(cluster.nodes, cluster.administrator, cluster.node_entries, cluster.root_entries)
     cluster.tree = LocalTree(files.root_table, cluster.nodes, cluster.nursery)
     files.attach(cluster.tree)
-    cluster.handle(FsRequest, FsService(cluster.tree, cluster.nodes, cluster.nursery).serve)
+    service = FsService(cluster.tree, cluster.nodes, cluster.nursery, cluster.succession.generation)
+    cluster.handle(FsRequest, service.serve)
     async with mount(cluster.tree, cluster.config.mount) as mounted_tree:
         yield mounted_tree

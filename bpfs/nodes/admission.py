@@ -47,6 +47,8 @@ class Admission:
 
     table: NodeTable
     config: Callable[[], Config]  # the configuration as it is now
+    takes_up: Callable[[Join], bool] = lambda _: False
+    """Whether this master knows the jobs that a slave says it has kept."""
     _known: dict[int, _Known] = field(default_factory=dict)
     _unbarred: dict[int, trio.Event] = field(default_factory=dict)
 
@@ -67,6 +69,11 @@ class Admission:
         same = known.is_same(join)
         if node.barred:
             raise NotAdmitted(BARRED, number, parked=True)
+        if join.resumes:
+            # A node that this master has met has lost those jobs since, unless it is waited for.
+            if not self.takes_up(join) or (known.machine and not node.doubtful):
+                raise NotAdmitted("this master did not expect the processes that it has", number)
+            same = True
         if node.session is not None and not same:
             raise NotAdmitted(f"node {number} is connected already, from {node.address}", number)
         # A slave kills its jobs before it connects again: when the very same one comes, they are gone.

@@ -1,7 +1,7 @@
 """Which pids each node hands out itself, and how a process of the master gets one of them.
 
 Pids are one space for the whole machine, and several clusters may live on it: a file that all their masters lock says
-who has which part. Locks of a master that dies are free at once.
+who has which part. Locks of a master that dies are free at once, but what its nodes had is kept for the next one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -38,22 +38,56 @@ class Blocks:
         self._fd = os.open(LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._blocks: dict[int, int] = {}
         self._lock = trio.Lock()
+        self._file: Path | None = None
+
+    def remember(self, path: Path, afresh: bool) -> None:
+        """Keeps in a file (`blocks` of the run directory) which block each node has: a line ``NODE BLOCK``.
+
+        Args:
+            afresh: what an earlier master has left there is void; else its nodes have their blocks again.
+        """
+        self._file = path
+        if afresh:
+            path.unlink(missing_ok=True)
+            return
+        try:
+            lines = path.read_text().splitlines()
+        except FileNotFoundError:
+            return
+        for number, index in (map(int, line.split()) for line in lines):
+            self._blocks[number] = index
+            if not self._try_lock(index):  # jobs have its pids, whoever was quicker
+                _log.warning("node %d shares its block of pids with another cluster's", number)
 
     def of(self, number: int) -> range:
         """The pids that a node hands out itself: the same whenever it is asked for again."""
         index = self._blocks.get(number)
         if index is None:
             index = self._blocks[number] = self._claim(number)
+            if self._file is not None:
+                with open(self._file, "a") as file:
+                    file.write(f"{number} {index}\n")
         first = BLOCK_BASE + index * BLOCK_SIZE
         return range(first, first + BLOCK_SIZE)
 
     def _claim(self, number: int) -> int:
-        for at in range(BLOCKS):
-            index = (number + at) % BLOCKS
-            if index not in self._blocks.values() and self._try_lock(index):
+        mine, kept = set(self._blocks.values()), self._kept()
+        wanted = [(number + at) % BLOCKS for at in range(BLOCKS)]
+        # Those that a master has left who will have no successor are better than none.
+        for index in [*(i for i in wanted if i not in kept), *(i for i in wanted if i in kept)]:
+            if index not in mine and self._try_lock(index):
                 return index
         _log.warning("all blocks of pids are taken: node %d shares its own with another cluster's", number)
         return number % BLOCKS
+
+    def _kept(self) -> set[int]:
+        """Blocks of other clusters, whose masters may have died, and whose jobs live on for a while."""
+        kept: set[int] = set()
+        for path in BASE.glob("*/blocks"):
+            if path != self._file:
+                with suppress(OSError, ValueError):
+                    kept.update(int(line.split()[1]) for line in path.read_text().splitlines())
+        return kept
 
     def _try_lock(self, byte: int) -> bool:
         try:

@@ -233,6 +233,11 @@ class NodeTable:
         node._fenced.set()
         self._tell(node, "fenced", f"node {node.number} fenced")
 
+    def set_certain(self, node: Node) -> None:
+        """The node is back with the jobs it had."""
+        node.doubtful = False
+        node._fenced.set()
+
     def _tell(self, node: Node, what: str, text: str | None) -> None:
         self.version += 1
         for listener in list(self._listeners):

@@ -27,6 +27,8 @@ from bpfs.wire.messages import (
     Fence,
     Heartbeat,
     HeartbeatSeen,
+    JobEvents,
+    JobReport,
     Join,
     Leaving,
     Message,
@@ -58,10 +60,12 @@ class Session:
         config: Config,
         doubts: trio.Nursery,
         stage: Callable[[Node], Awaitable[None]],
+        is_idle: Callable[[], bool] = lambda: True,
     ) -> None:
         """Args:
         doubts: outlives the session: there the lease of a lost slave is waited for.
         stage: what has to be done between a ready slave and `up`; raises BpfsError where it cannot be.
+        is_idle: whether nothing is left to be done of all that slaves have reported of their jobs.
         """
         self.node = node
         self.link = link
@@ -69,10 +73,14 @@ class Session:
         self.door = 0
         self.real = join.real
         self.facts = join.facts
+        self._resumes = bool(join.resumes)
+        self._reports = 0  # that have come: JobReport, JobEvents
+        self._taken = 0  # of which nothing is left to be done
         self._table = table
         self._config = config
         self._doubts = doubts
         self._stage = stage
+        self._is_idle = is_idle
         self._left = ""  # why the slave left, once it said so (no job lives there any more)
         self._silent = False
         self._ended = trio.Event()
@@ -89,9 +97,14 @@ class Session:
         }
         if node.session is not None:
             node.session.supersede()
-        bound = {kind: partial(handler, node) for kind, handler in handlers.items()}
+        bound: dict[type[Message], Callable[..., Any]] = {
+            kind: partial(handler, node) for kind, handler in handlers.items()
+        }
+        bound |= {kind: self._count(bound[kind]) for kind in (JobReport, JobEvents) if kind in bound}
         node.session, node.real = self, self.real
-        if node.doubtful:
+        if node.doubtful and self._resumes:
+            table.set_certain(node)
+        elif node.doubtful:
             table.set_fenced(node)
         try:
             table.set_state(node, NodeState.BOOT, Cause.JOINED, "the slave makes its job space")
@@ -114,8 +127,17 @@ class Session:
     # -- what the slave says -----------------------------------------------------------------------
 
     def _heartbeat(self, message: Heartbeat) -> None:
+        if self._is_idle():
+            self._taken = self._reports
         with suppress(LinkClosed):
-            self.link.notify_nowait(HeartbeatSeen(message.count))
+            self.link.notify_nowait(HeartbeatSeen(message.count, self._taken))
+
+    def _count(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def counted(message: Message) -> Any:
+            self._reports += 1
+            return handler(message)
+
+        return counted
 
     async def _ready(self, message: Ready) -> None:
         self.node.init, self.door = message.init, message.door
@@ -128,7 +150,8 @@ class Session:
             return
         failure = ""
         try:
-            await self._stage(node)
+            if not self._resumes:
+                await self._stage(node)
         except LinkClosed:
             return  # the end of the session tells
         except BpfsError as error:

@@ -36,7 +36,7 @@ from bpfs.procs.places import Engine, MasterPlace, NodePlace
 from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState
 from bpfs.procs.rights import may_control
 from bpfs.procs.routes import Leave, Surroundings
-from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, new_stream, plain
+from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, plain
 from bpfs.procs.verbs import parse_pid
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_number
@@ -134,13 +134,15 @@ class Copy(Leave):
                 made, connection = await self._make_there(original, channels)
                 self._stdio.files = dict(zip(made.files, made.handles, strict=True))
                 self._stdio.ends = {(dev, ino): channel for dev, ino, channel in made.ends}
-                await tell(away.ghost.stream(connection, ghost_table(self._stdio.channels.values())))
+                table = ghost_table(self._stdio.channels.values())
+                await tell(away.ghost.stream(connection, table, self._stdio.stream))
         except BaseException:
             self._around.ghosts.retire(away)
             proc.place = MASTER
             self._around.ghosts.table.end(proc, ExitStatus(code=EXIT_CANNOT_MOVE))
             raise
         proc.hostpid = made.hostpid
+        self._around.ghosts.note(away)
         self.figures.bytes = len(original.image)
         self.figures.running = time.perf_counter()
 
@@ -161,7 +163,9 @@ class Copy(Leave):
 
     async def _make_there(self, original: Original, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
         proc, place, who = self.proc, self.destination, self.proc.identity
-        number = self._stdio.stream = new_stream()
+        number = self._stdio.stream = self._around.streams.new_number()
+        if (away := self._around.ghosts.stand_in(proc.pid)) is not None:
+            self._around.ghosts.note(away)
         session, front = self.terminal_of(channels)
         with self._around.streams.expect() as expected:
             message = MakeJob(

@@ -83,6 +83,10 @@ class Births:
             self._stood_for.pop(message.pid, None)
             raise BpfsError(errno.ETIMEDOUT, f"process {message.pid} of node {node.number} has no ghost yet")
 
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return not self._waiting and self._taking is None
+
     def _put(self, node: Node, record: Record) -> None:
         key = (int(node.number), record.pid)
         if record.state == "T" and self._ghosts.is_continuing(record.pid):
@@ -229,8 +233,11 @@ class Births:
             before, uid=record.uid, gid=record.gid, ppid=record.ppid if proc.native else before.ppid,
             pgid=record.pgid or before.pgid, sid=record.sid or before.sid, cmdline=record.cmdline or before.cmdline,
         )  # fmt: skip
-        if record.comm != away.stdio.comm:
-            away.stdio.comm = record.comm
+        renamed = record.comm != away.stdio.comm
+        away.stdio.comm = record.comm
+        if renamed or after != before:
+            self._ghosts.note(away)
+        if renamed:
             await tell(away.ghost.name(record.comm))
         if after.cmdline != before.cmdline:
             await tell(away.ghost.arguments(after.cmdline))

@@ -80,9 +80,13 @@ class StreamLost:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """The ghost of an earlier master has taken this one for its own; stream: the number of the one it has, or 0."""
+    """The ghost of an earlier master has taken this one for its own.
+
+    stream: the number of the one it has, or 0; held: it has been told to hold it, and not to go on.
+    """
 
     stream: int
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +237,7 @@ class Ghost:
             case Ctl.INTERRUPTED:
                 await self._send_event.send(Interrupted())
             case Ctl.ADOPTED:
-                await self._send_event.send(Adopted(a))
+                await self._send_event.send(Adopted(a, bool(packet.b)))
             case Ctl.CHILD:
                 await self._send_event.send(Child(a, packet.b, packet.c))
             case Ctl.HELD | Ctl.PUMPED | Ctl.BORN | Ctl.STRUCK:

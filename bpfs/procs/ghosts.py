@@ -18,9 +18,11 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.procs import ghost as control
 from bpfs.procs.debuggers import Debuggers
+from bpfs.procs.entries import Bound, entry_of
 from bpfs.procs.ghost import Ghost, NoGhost
 from bpfs.procs.groups import Groups
 from bpfs.procs.kernelfiles import ANSWER_S, read_local
+from bpfs.procs.ledger import Ledger, Part
 from bpfs.procs.parents import Parents
 from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
@@ -40,6 +42,7 @@ SI_TKILL = -6
 SI_KERNEL = 0x80
 ORPHANED = 1.0  # seconds from the end of a process to what the kernel does then to its ghost's children
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
+UNCOUNTED = (1 << 31) - 1  # any number of SIGCONTs: an earlier master was told of them
 
 _log = log.get("procs")
 
@@ -50,18 +53,21 @@ class Away:
 
     Attributes:
         quiet: held while a migration moves the process: signals wait that long.
+        known: an earlier master's is waited for as well, until its node is back, or known to be lost.
         children: what its ghost has as children here, until the process has waited for them.
         continuing: SIGCONTs on their way to the node: stops that are reported before its answer were before them.
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
         stopped_after: how many SIGCONTs to its stand-in had been passed on then.
         orphaned: when its parent, which was on the same node, ended there, by trio's clock.
+        bound: where it may run by now, while that is not known.
     """
 
     proc: Process
     ghost: Ghost
     stdio: Stdio
     quiet: trio.Lock = field(default_factory=trio.Lock)
+    known: trio.Event | None = None
     asked_stop: bool = False
     stopped_by: int = signal.SIGSTOP
     stopped_after: int = 0
@@ -69,6 +75,15 @@ class Away:
     continuing: set[object] = field(default_factory=set)
     children: set[int] = field(default_factory=set)
     orphaned: float = -math.inf
+    bound: Bound | None = None
+
+    @asynccontextmanager
+    async def calm(self) -> AsyncIterator[None]:
+        """In this context the process is where it is, and can be told things there."""
+        if self.known is not None:
+            await self.known.wait()
+        async with self.quiet:
+            yield
 
     @property
     def real(self) -> bool:
@@ -79,8 +94,11 @@ class Away:
 class Ghosts:
     """All ghosts of a master."""
 
-    def __init__(self, table: ProcTable, nodes: NodeTable, streams: StreamBook, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, table: ProcTable, nodes: NodeTable, streams: StreamBook, nursery: trio.Nursery, ledger: Ledger
+    ) -> None:
         self.table = table
+        self.ledger = ledger
         self.nodes = nodes
         self._streams = streams
         self.nursery = nursery
@@ -88,13 +106,16 @@ class Ghosts:
         self._parents = Parents(self)
         self._debuggers = Debuggers()
         self._groups = Groups(self)
-        self._heard: dict[int, int] = {}  # SIGCONTs from its stand-in, of who is a child elsewhere
+        self.heard: dict[int, int] = {}
+        """SIGCONTs from its stand-in, of who is a child elsewhere."""
         self._forwarding: dict[int, trio.Event] = {}  # receiver -> when the last signal for it has been passed on
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
         self._adopted = trio.Event()
         self._early: dict[int, tuple[int, list[Callable[[], Awaitable[object]]]]] = {}  # see `expect`
-        self._reports, self._incoming = trio.open_memory_channel[tuple[Node, messages.JobReport]](math.inf)
+        self._reports, self._incoming = trio.open_memory_channel[Callable[[], Awaitable[object]]](math.inf)
+        self._reporting = False
+        self._doomed: set[Process] = set()  # have ended, as was reported, while a migration owns them
         self.rescue: Callable[[Away], Awaitable[bool]] | None = None
         """Asked for every process whose node was lost: whether it lives on elsewhere."""
         nodes.listen(self._node_changed)
@@ -118,16 +139,40 @@ class Ghosts:
             while proc.away and proc.status is None and proc.pid not in self._away:
                 await trio.sleep(BORN_WITHIN / 100)
 
+    def __len__(self) -> int:
+        return len(self._away)
+
+    def away_on(self, node: int) -> list[Away]:
+        """All that is away on a node."""
+        return [away for away in self._away.values() if away.proc.place == node]
+
+    def note(self, away: Away) -> None:
+        """Enters it into the ledger as it is now: the next master goes by that."""
+        proc = away.proc
+        if self._away.get(proc.pid) is away:
+            entry = entry_of(proc, away.stdio, away.real, away.stopped_by, away.stopped_after, away.bound)
+            self.ledger.put(Part.AWAY, proc.pid, entry)
+
+    def _drop(self, pid: int) -> None:
+        self._away.pop(pid, None)
+        self.ledger.drop(Part.AWAY, pid)
+
     def adopt(self, proc: Process, ghost: Ghost, stdio: Stdio) -> Away:
         """Takes charge of a ghost that has just come to be (or anew, after a failed return)."""
         away = Away(proc, ghost, stdio)
+        self.take_charge(away)
+        return away
+
+    def take_charge(self, away: Away) -> None:
+        """Follows a ghost from now on."""
+        proc, ghost = away.proc, away.ghost
         self._away[proc.pid] = away
+        self.note(away)
         self._adopted.set()
         if not proc.native:
             self._parents.watch(proc)
         self.nursery.start_soon(carefully, proc.pid, ghost.run(), name=f"ghost {proc.pid}")
         self.nursery.start_soon(self._follow, away, name=f"events of ghost {proc.pid}")
-        return away
 
     def stand_in(self, pid: int) -> Away | None:
         """What stands for the process with this pid, or None."""
@@ -144,6 +189,7 @@ class Ghosts:
     def adopt_absent(self, proc: Process) -> Away:
         """Takes charge of a process whose ghost could not be made."""
         away = self._away[proc.pid] = Away(proc, NoGhost(proc.pid), Stdio())
+        self.note(away)
         return away
 
     def retire(self, away: Away) -> None:
@@ -152,12 +198,18 @@ class Ghosts:
         self._forget_children(away)
         away.ghost.close()
         if self._away.get(away.proc.pid) is away:
-            del self._away[away.proc.pid]
+            self._drop(away.proc.pid)
 
-    def expect(self, proc: Process, node: int) -> None:
-        """A process may run on `node` before we are told that it is gone from where it was: what is reported of it from
+    def expect(self, proc: Process, bound: Bound, stdio: Stdio) -> None:
+        """A process may run elsewhere before we are told that it is gone from where it was: what is reported of it from
         there waits for `catch_up`."""
-        self._early[proc.pid] = (node, [])
+        self._early[proc.pid] = (bound.place, [])
+        away = self._away.get(proc.pid)
+        if away is not None:
+            away.bound = bound
+            self.note(away)
+        else:
+            self.ledger.put(Part.AWAY, proc.pid, entry_of(proc, stdio, True, signal.SIGSTOP, 0, bound))
 
     async def catch_up(self, proc: Process) -> None:
         """The process is at its new place: takes what was reported from there already."""
@@ -185,13 +237,20 @@ class Ghosts:
 
     def expect_no_more(self, proc: Process) -> None:
         """The move is off."""
-        self._early.pop(proc.pid, None)
+        if self._early.pop(proc.pid, None) is None:
+            return
+        away = self._away.get(proc.pid)
+        if away is not None:
+            away.bound = None
+            self.note(away)
+        else:
+            self.ledger.drop(Part.AWAY, proc.pid)
 
     @asynccontextmanager
     async def awake(self, away: Away) -> AsyncIterator[None]:
         """No signal meets the process half-way in this context, and its ghost can answer: one that is stopped goes on
         meanwhile, and stops again unless somebody has continued it."""
-        async with away.quiet:
+        async with away.calm():
             stopped, continued = away.ghost.state() == "T", away.ghost.continued
             if stopped:
                 await tell(away.ghost.cont())
@@ -219,6 +278,8 @@ class Ghosts:
     async def _follow(self, away: Away) -> None:
         async for event in away.ghost.events:
             await carefully(away.proc.pid, self._take(away, event))
+            if isinstance(event, control.Signal | control.Child):
+                await tell(away.ghost.seen())
 
     async def _take(self, away: Away, event: control.Event) -> None:
         match event:
@@ -240,6 +301,8 @@ class Ghosts:
                 await self._reconnect(away)
             case control.StreamLost(errno=code):
                 _log.info("process %d: its stream ended (%s)", away.proc.pid, os.strerror(code) if code else "closed")
+            case control.Adopted():
+                await self._reconnect(away, event)
             case control.Stopped() | control.Continued():
                 pass  # what was asked for has happened
 
@@ -270,12 +333,14 @@ class Ghosts:
         """A process, or its ghost, is a child of this ghost."""
         self.parents[pid] = away.proc.pid
         away.children.add(pid)
+        self.ledger.put(Part.CHILD, pid, int(away.proc.pid))
 
     async def waited_for(self, away: Away, pid: int) -> None:
         """The process has waited for a child: so does its ghost."""
         self.parents.pop(pid, None)
         self._groups.forget(pid)
         away.children.discard(pid)
+        self.ledger.drop(Part.CHILD, pid)
         await tell(away.ghost.reap(pid))
 
     async def settle_family(self, away: Away, relatives: Sequence[Sequence[int]]) -> None:
@@ -305,6 +370,7 @@ class Ghosts:
             child = self._away.get(pid)
             if child is not None and child.proc.place == place:
                 child.proc.native = False
+                self.note(child)
                 self._parents.watch(child.proc)
         self._parents.watch(away.proc)
         parent = self._away.get(self.parents.get(away.proc.pid, 0))
@@ -316,6 +382,7 @@ class Ghosts:
             self._groups.forget(pid)
             if self.parents.get(pid) == away.proc.pid:
                 del self.parents[pid]
+                self.ledger.drop(Part.CHILD, pid)
 
     async def keep_children(self, away: Away, children: list[int], along: Container[int] = ()) -> None:
         """The process is on a node, and these children of it are here: what stands for them there follows them.
@@ -329,16 +396,16 @@ class Ghosts:
             await tell(away.ghost.keep(elsewhere))
 
     async def _child_changed(self, away: Away, child: control.Child) -> None:
-        async with away.quiet:
+        async with away.calm():
             if away.proc.place == MASTER:
                 return  # it has come home, and waits for it natively
             itself = self._away.get(child.pid)
             if itself is not None and itself.proc.place == away.proc.place:
                 return  # they are together, and need nobody between them
             link = self.nodes.get(away.proc.place).live_session().link
-            heard = itself.stopped_after if itself is not None else self._heard.get(child.pid, 0)
+            heard = itself.stopped_after if itself is not None else self.heard.get(child.pid, 0)
             if child.code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
-                self._heard.pop(child.pid, None)
+                self.heard.pop(child.pid, None)
             await link.request(messages.StandIn(child.pid, child.code, child.status, heard), NODE_TIMEOUT)
 
     async def _gone(self, away: Away) -> None:
@@ -346,7 +413,7 @@ class Ghosts:
             return
         self._forget_children(away)
         proc = away.proc
-        self._away.pop(proc.pid, None)
+        self._drop(proc.pid)
         if proc.status is not None:
             return
         # Nothing but SIGKILL ends a ghost that was not told to end.
@@ -361,21 +428,26 @@ class Ghosts:
         if proc.state is not ProcState.MIGRATING and proc.status is None:
             self.table.end(proc, killed)
 
-    async def _reconnect(self, away: Away) -> None:
-        # A return home failed when the ghost's memory had been given up already: it is a new ghost now.
-        async with away.quiet:
+    async def _reconnect(self, away: Away, has: control.Adopted | None = None) -> None:
+        """Gives a ghost its stream, where it has another one, or none: where a return home failed when its memory had
+        been given up already, it is a new ghost now."""
+        async with away.calm():
             if away.proc.place == MASTER or away.retired:
+                return
+            if has is not None and has.stream == away.stdio.stream:
+                if has.held:
+                    await away.ghost.resume()
                 return
             session = self.nodes.get(away.proc.place).live_session()
             connection = await reconnect(session.link, self._streams, away.stdio.stream)
             await away.ghost.name(away.stdio.comm)
-            await away.ghost.stream(connection, ghost_table(away.stdio.channels.values()))
+            await away.ghost.stream(connection, ghost_table(away.stdio.channels.values()), away.stdio.stream)
 
     async def _send(
         self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0,
         replied: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        async with away.quiet:
+        async with away.calm():
             await self._send_now(away.proc, messages.Signal(away.proc.pid, signo, code, pid, uid, value), replied)
 
     async def _send_now(
@@ -398,7 +470,7 @@ class Ghosts:
                 await tell(self._send(other, signal.SIGCONT))
 
     async def _pass_stop(self, away: Away) -> None:
-        async with away.quiet:
+        async with away.calm():
             # It may have been continued since, and that may have been passed on already.
             if away.ghost.state() == "T":
                 await self._send_now(away.proc, messages.Signal(away.proc.pid, signal.SIGSTOP, SI_USER, 0, 0, 0))
@@ -429,17 +501,33 @@ class Ghosts:
         """Handler of JobReport; a plain function, for reports must be taken in their order."""
         if report.code == os.CLD_STOPPED and report.kind != SIGNAL_REPORT and self.is_continuing(report.pid):
             return
-        self._reports.send_nowait((node, report))
+        self._reports.send_nowait(partial(self._reported, node, report))
+
+    def after_reports(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Has something done when all that was reported up to now has been dealt with."""
+        self._reports.send_nowait(work)
+
+    def is_idle(self) -> bool:
+        """Whether all that was reported has been dealt with, and no migration has still to."""
+        if self._reporting or self._incoming.statistics().current_buffer_used or self._early or self._forwarding:
+            return False
+        self._doomed = {proc for proc in self._doomed if proc.doom is not None and proc.status is None}
+        return not self._doomed
 
     async def _take_reports(self) -> None:
-        async for node, report in self._incoming:
-            if report.kind == SIGNAL_REPORT and self._has_sent(report):
-                if report.status == signal.SIGCONT:
-                    self._heard[report.pid] = report.stime_us
-            elif report.kind == SIGNAL_REPORT:
-                self.in_order(report.pid, partial(self._forward, report))
-            elif not self.defer(report.pid, node, partial(self._changed, node, report)):
-                await carefully(report.pid, self._changed(node, report))
+        async for work in self._incoming:
+            self._reporting = True
+            await work()
+            self._reporting = False
+
+    async def _reported(self, node: Node, report: messages.JobReport) -> None:
+        if report.kind == SIGNAL_REPORT and self._has_sent(report):
+            if report.status == signal.SIGCONT:
+                self.heard[report.pid] = report.stime_us
+        elif report.kind == SIGNAL_REPORT:
+            self.in_order(report.pid, partial(self._forward, report))
+        elif not self.defer(report.pid, node, partial(self._changed, node, report)):
+            await carefully(report.pid, self._changed(node, report))
 
     def _has_sent(self, report: messages.JobReport) -> bool:
         """Whether a strict job has sent a signal that came to a placeholder: it was passed on before (strict.py)."""
@@ -464,7 +552,8 @@ class Ghosts:
         if proc.state is ProcState.RUNNING:
             proc.state = ProcState.STOPPED
             self.table.changed(proc, "stopped")
-        away.asked_stop, away.stopped_by, away.stopped_after = True, signo, self._heard.get(proc.pid, 0)
+        away.asked_stop, away.stopped_by, away.stopped_after = True, signo, self.heard.get(proc.pid, 0)
+        self.note(away)
         await tell(away.ghost.stop(signo))
 
     async def continued(self, away: Away) -> None:
@@ -474,6 +563,7 @@ class Ghosts:
             proc.state = ProcState.RUNNING
             self.table.changed(proc, "running")
         away.asked_stop = False
+        self.note(away)
         await tell(away.ghost.cont())
 
     async def ended(self, away: Away, status: ExitStatus) -> None:
@@ -482,6 +572,7 @@ class Ghosts:
         if proc.state is ProcState.MIGRATING:
             if not proc.leaving:
                 proc.doom = status
+                self._doomed.add(proc)
             return
         await self.end(proc, status)
 
@@ -495,7 +586,7 @@ class Ghosts:
         self.table.end(proc, status)
         away = self._away.get(proc.pid)
         if away is not None and away.proc is proc and not away.real:
-            del self._away[proc.pid]
+            self._drop(proc.pid)
         elif away is not None and away.proc is proc:
             await self._carry_offsets(away)
             self._orphan(away)
@@ -545,7 +636,7 @@ class Ghosts:
             if report.uid not in (0, target.identity.uid):
                 return
             if report.status == signal.SIGCONT:
-                self._heard[report.pid] = report.stime_us
+                self.heard[report.pid] = report.stime_us
             who = report.code, report.sender, report.uid, report.value
             if target.away and report.status == signal.SIGCONT:
                 await self._send_continue(self.of(target), *who)

@@ -47,7 +47,7 @@ class Groups:
 
     async def tell(self, parent: Away, pid: int, session: bool) -> None:
         """Has what stands for the child follow it."""
-        async with parent.quiet:
+        async with parent.calm():
             try:
                 link = self._ghosts.nodes.get(parent.proc.place).live_session().link
                 await link.request(messages.StandInLeads(pid, session), _TIMEOUT)

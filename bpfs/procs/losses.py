@@ -39,6 +39,8 @@ class Losses:
             known = ", ".join(choice.value for choice in OnLoss)
             raise BpfsError(errno.EINVAL, f"'{request.text[:40]}' is unknown; known: {known}") from None
         self._procs.table.add(proc)
+        if (away := self._procs.ghosts.stand_in(proc.pid)) is not None:
+            self._procs.ghosts.note(away)
 
     async def rescue(self, away: Away) -> bool:
         """Brings a process back on another node, when that was wished and there is an image; says whether it did."""

@@ -67,6 +67,8 @@ class Parents:
         while proc.state is ProcState.MIGRATING:
             await trio.sleep(SETTLE)
         proc.identity = replace(proc.identity, ppid=INIT)
+        if (away := self._ghosts.stand_in(proc.pid)) is not None:
+            self._ghosts.note(away)
         await self._hung_up(proc)
         if proc.native or not proc.away or proc.status is not None:
             return

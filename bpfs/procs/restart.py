@@ -254,7 +254,7 @@ class _Revival:
         await self._join(away, attached)
 
     async def _join(self, away: Away, attached: Attached) -> None:
-        await tell(away.ghost.stream(attached.connection, ghost_table(away.stdio.channels.values())))
+        await tell(away.ghost.stream(attached.connection, ghost_table(away.stdio.channels.values()), attached.number))
 
     async def _transfer(
         self, source: Engine, dst: Engine, host: str, landing: dict[str, Any], more: dict[str, Any], fds: list[int]

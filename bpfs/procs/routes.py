@@ -25,8 +25,9 @@ from bpfs.errors import BpfsError, EngineRefused
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
 from bpfs.procs.company import Company
+from bpfs.procs.entries import Bound
 from bpfs.procs.exchange import together
-from bpfs.procs.ghost import Ghost
+from bpfs.procs.ghost import ROOM_FOR_HEIR, Ghost
 from bpfs.procs.ghosts import Ghosts, tell
 from bpfs.procs.migration import STRAIGHT, Externals, Look, Migration, Stop
 from bpfs.procs.phases import Landing, Phase
@@ -76,7 +77,7 @@ class Surroundings:
         self.streams = streams
         self.programs = programs
         lease = max(1, round(config.lease))
-        self.environment = [f"BPFS_GHOST={config.mount}".encode(), f"BPFS_LEASE={lease}".encode()]
+        self.environment = [f"BPFS_GHOST={config.mount}".encode(), f"BPFS_LEASE={lease}".encode(), ROOM_FOR_HEIR]
 
     def is_strict(self, node: int) -> bool:
         """Whether all jobs of a node are strict (engine/strict.py)."""
@@ -109,6 +110,11 @@ class ToNode(Migration):
         self._born_as: tuple[object, ...] = ()
         self.children = self.expected_children()  # have stand-ins over there
         self.gathers = not share_files(source.facts, destination.facts)
+
+    def bound(self) -> Bound:
+        """Where it is about to be; all is ready there."""
+        assert self._attached is not None
+        return Bound(self.destination.number, self._attached.number, self._attached.ends)
 
     @abstractmethod
     def expected_children(self) -> list[Relative]:
@@ -343,7 +349,7 @@ class Leave(ToNode):
         return landing
 
     async def depart(self, src: Engine, go: bool) -> None:
-        self._around.ghosts.expect(self.proc, self.destination.number)
+        self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
         try:
             await src.call("become_ghost", go=go)
         except BpfsError as error:
@@ -369,15 +375,13 @@ class Leave(ToNode):
     goes_straight = True
 
     def departure(self) -> dict[str, Any]:
-        self._around.ghosts.expect(self.proc, self.destination.number)
+        self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
         return {"depart": "become_ghost", "go": True}
 
     async def has_departed(self, heard: bool) -> bool:
         # The worker may have died right after the exec, or be in it, unheard: what the process is then decides.
         if not heard:
-            with trio.move_on_after(UNTRACED_WITHIN):
-                while _is_traced(self.proc.pid):
-                    await trio.sleep(0.002)
+            await wait_untraced(self.proc.pid)
         return self._around.is_ghost(self.proc.pid)
 
     async def departed(self) -> None:
@@ -390,7 +394,7 @@ class Leave(ToNode):
         away = self._around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
         away.asked_stop = self.before is ProcState.STOPPED
         await tell(away.ghost.name(self._stdio.comm))
-        await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values())))
+        await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values()), attached.number))
         await self._around.ghosts.keep_children(away, [pid for pid, *_ in self.children], self.along)
         if self._halted:
             await tell(away.ghost.cont())
@@ -441,7 +445,7 @@ class Hop(ToNode):
         await self._away.ghost.hold()
 
     async def depart(self, src: Engine, go: bool) -> None:
-        self._around.ghosts.expect(self.proc, self.destination.number)
+        self._around.ghosts.expect(self.proc, self.bound(), self._away.stdio)
         await vanish(self, src, go)
 
     async def departed(self) -> None:
@@ -455,7 +459,7 @@ class Hop(ToNode):
         stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
-        await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values())))
+        await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values()), attached.number))
         await self._around.ghosts.parted(self._away, self.source.number)
         await self._around.ghosts.keep_children(self._away, [pid for pid, *_ in self.children], self.along)
         self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
@@ -641,6 +645,13 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
             return error.code != errno.ESRCH
         await engine.call("release")
     return True
+
+
+async def wait_untraced(pid: int) -> None:
+    """Waits until a dying engine has let go of a process, as long as that may take."""
+    with trio.move_on_after(UNTRACED_WITHIN):
+        while _is_traced(pid):
+            await trio.sleep(0.002)
 
 
 def _is_traced(pid: int) -> bool:

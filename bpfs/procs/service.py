@@ -178,6 +178,10 @@ class Procs:
             self.table.forget(proc)  # it never left
         else:
             self.table.changed(proc, f"node {proc.place}")
+        away = self.ghosts.stand_in(proc.pid)
+        if away is not None:
+            away.bound = None
+            self.ghosts.note(away)
 
     def place(self, number: int) -> Place:
         """The place behind a node's number.

@@ -8,7 +8,6 @@ gets new ends there; one that comes home takes the originals back out of the gho
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,6 @@ from bpfs.wire.streams import StreamBook
 from engine.linux import process_vm
 
 CONNECT_TIMEOUT = 10.0  # seconds for the node's stream to come in
-_streams = itertools.count(1)
 
 External = Mapping[str, Any]  # engine/descriptors/external.py
 
@@ -127,11 +125,6 @@ class Attached:
     terminal: str
 
 
-def new_stream() -> int:
-    """A number for a stream."""
-    return next(_streams)
-
-
 def plain(channels: Iterable[Channel]) -> list[list[Any]]:
     """Channels as a message has them."""
     return [[channel.number, int(channel.kind), channel.access, list(channel.externals)] for channel in channels]
@@ -151,7 +144,7 @@ async def attach(
     Raises:
         BpfsError: the node's errno; ETIMEDOUT.
     """
-    number = new_stream()
+    number = streams.new_number()
     with streams.expect() as expected:
         request = messages.RelayAttach(number, expected.token, plain(channels), uid, gid, session, front)
         try:

@@ -8,8 +8,7 @@ from pathlib import Path
 import trio
 
 from bpfs import log
-from bpfs.errors import LinkClosed
-from bpfs.wire.link import Link
+from bpfs.slave.line import Line
 from bpfs.wire.messages import JobEvents
 from engine.jobwatch import JobWatch
 
@@ -19,13 +18,13 @@ _log = log.get("births")
 class BirthWatch:
     """The job space of this life, watched."""
 
-    def __init__(self, watch: JobWatch, link: Link) -> None:
+    def __init__(self, watch: JobWatch, link: Line) -> None:
         self._watch = watch
         self._link = link
         self._closed = False
 
     @classmethod
-    def start(cls, init: int, shared: Path | None, link: Link) -> BirthWatch | None:
+    def start(cls, init: int, shared: Path | None, link: Line) -> BirthWatch | None:
         """Begin; None, with a line in the log, where there is no jobwatch: jobs live and fork all the same."""
         try:
             return cls(JobWatch(init, shared), link)
@@ -42,8 +41,7 @@ class BirthWatch:
                 return
             packet = self._watch.read()
             if packet:
-                with suppress(LinkClosed):
-                    self._link.notify_nowait(JobEvents(packet))
+                self._link.notify_nowait(JobEvents(packet))
             elif packet is not None and not self._closed:
                 _log.error("what jobs fork here stays unknown to the master from now on: jobwatch has died")
                 return

@@ -29,16 +29,19 @@ FIRST_DELAY, LAST_DELAY, GROWTH = 0.1, 5.0, 1.6
 
 A restarted master then has 1,000 slaves back within seconds, and is asked by 200 a second while it is away."""
 
+RESUME_DELAY = 1.0
+"""The longest of these delays while jobs wait for the next master: it is to have them within seconds."""
+
 PARKED = 60.0
 """Seconds to stay on a parked connection at most; the master ends it earlier."""
 
 
-def pauses() -> Iterator[float]:
+def pauses(longest: float = LAST_DELAY) -> Iterator[float]:
     """Seconds to wait before each attempt after the first."""
     delay = FIRST_DELAY
     while True:
         yield delay * random.uniform(0.5, 1.5)
-        delay = min(delay * GROWTH, LAST_DELAY)
+        delay = min(delay * GROWTH, longest)
 
 
 def _own_macs() -> tuple[str, ...]:
@@ -105,12 +108,16 @@ class Seeker:
 
         Raises:
             GivenUp: this is a real node, which is not to look any longer.
+            RefusedByMaster: the master does not take up the jobs of its predecessor (`Join.resumes`).
         """
-        waits = pauses()
+        resumes = bool(self._join.resumes)
+        waits = pauses(RESUME_DELAY if resumes else LAST_DELAY)
         while True:
             try:
                 return await self._attempt()
             except RefusedByMaster as refusal:
+                if resumes:
+                    raise
                 self._contact = now()
                 self._complain(f"refused: {refusal}")
                 if refusal.parked:
@@ -147,7 +154,7 @@ class Seeker:
                 welcome = await handshake.enter(link, options.key, self._join)
                 return Found(link, welcome, sent, ahead(welcome, began))
         except RefusedByMaster as refusal:
-            if refusal.parked:
+            if refusal.parked and not self._join.resumes:
                 self._complain(f"refused: {refusal}")
                 with trio.move_on_after(PARKED):
                     await link.wait_closed_by_peer()

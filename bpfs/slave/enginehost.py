@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from errno import EBADF, EEXIST, ENOENT
 
@@ -63,6 +64,9 @@ class HeldFds:
             inodes.append(inode)
             offsets.append(offset)
         return FdIsWhere(tuple(offsets), tuple(inodes))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(tuple(self._fds))
 
     def __len__(self) -> int:
         return len(self._fds)

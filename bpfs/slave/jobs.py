@@ -12,9 +12,9 @@ from pathlib import Path
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError, LinkClosed
+from bpfs.errors import BpfsError
 from bpfs.slave.births import BirthWatch
-from bpfs.wire.link import Link
+from bpfs.slave.line import Line
 from bpfs.wire.messages import (
     JOBS_AT_ONCE,
     MM_FILES,
@@ -33,7 +33,7 @@ from bpfs.wire.messages import (
     StandInLeads,
 )
 from engine.jobspace import Clocks, JobSpace, Kind
-from engine.linux import pidfd
+from engine.linux import pidfd, procfs
 
 _log = log.get("jobs")
 
@@ -46,7 +46,7 @@ TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 
 class Jobs:
     """One job space and its messages."""
 
-    def __init__(self, space: JobSpace, block: range, link: Link) -> None:
+    def __init__(self, space: JobSpace, block: range, link: Line) -> None:
         self._space = space
         self._block = block
         self._link = link
@@ -54,7 +54,7 @@ class Jobs:
         self.births: BirthWatch | None = None
 
     @classmethod
-    def start(cls, block: range, link: Link, root: str | None = None, clocks: Clocks | None = None) -> Jobs:
+    def start(cls, block: range, link: Line, root: str | None = None, clocks: Clocks | None = None) -> Jobs:
         """Make the job space, with `root` as its root where it is not to have ours, and with the master's clocks where
         they are not ours either; takes about 3 ms.
 
@@ -88,22 +88,21 @@ class Jobs:
                 break
             reports = self._space.read_reports()
             for report in reports:
-                with suppress(LinkClosed):
-                    self._link.notify_nowait(
-                        JobReport(
-                            kind=int(report.kind),
-                            pid=report.pid,
-                            reporter=report.reporter,
-                            code=report.code,
-                            status=report.status,
-                            uid=report.uid,
-                            utime_us=report.utime_us,
-                            stime_us=report.stime_us,
-                            maxrss_kb=report.maxrss_kb,
-                            value=report.value,
-                            sender=report.sender,
-                        )
+                self._link.notify_nowait(
+                    JobReport(
+                        kind=int(report.kind),
+                        pid=report.pid,
+                        reporter=report.reporter,
+                        code=report.code,
+                        status=report.status,
+                        uid=report.uid,
+                        utime_us=report.utime_us,
+                        stime_us=report.stime_us,
+                        maxrss_kb=report.maxrss_kb,
+                        value=report.value,
+                        sender=report.sender,
                     )
+                )
             if not reports and self._is_dead():
                 return "the init of the job space has died"
             if any(report.kind is Kind.CHILD for report in reports):
@@ -132,6 +131,18 @@ class Jobs:
             with suppress(OSError):
                 trio.lowlevel.notify_closing(self._space.reports)
             self._space.close()
+
+    def present(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What lives here now, and what of that is stopped."""
+        alive = tuple(self._space.processes())
+        return alive, tuple(pid for pid in alive if self._is_stopped(pid))
+
+    def _is_stopped(self, pid: int) -> bool:
+        hostpid = self._space.hostpid(pid)
+        try:
+            return hostpid is not None and procfs.is_stopped(hostpid)
+        except OSError:
+            return False  # it has just ended
 
     # -- handlers ----------------------------------------------------------------------------------
 

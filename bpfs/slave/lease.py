@@ -8,8 +8,9 @@ from contextlib import suppress
 import trio
 
 from bpfs.errors import LinkClosed
+from bpfs.slave.line import Line
 from bpfs.slave.supervisor import Reporter
-from bpfs.wire.link import Link, now
+from bpfs.wire.link import now
 from bpfs.wire.messages import Heartbeat, HeartbeatSeen, Welcome
 
 
@@ -17,7 +18,7 @@ class Lease:
     """Counts from when an answered heartbeat was *sent*: so the master, which counts from later, never gives up
     earlier."""
 
-    def __init__(self, link: Link, welcome: Welcome, sent: float, reporter: Reporter) -> None:
+    def __init__(self, link: Line, welcome: Welcome, sent: float, reporter: Reporter) -> None:
         """Args:
         sent: when, by `now()`, we sent what the welcome answers.
         """
@@ -26,6 +27,12 @@ class Lease:
         self._reporter = reporter
         self._sent: dict[int, float] = {}
         self._count = 0
+        self._extend(sent)
+
+    def renew(self, welcome: Welcome, sent: float) -> None:
+        """Another master has said welcome to our jobs."""
+        self._welcome = welcome
+        self._sent.clear()
         self._extend(sent)
 
     def _extend(self, sent: float) -> None:
@@ -38,6 +45,7 @@ class Lease:
         if sent is not None:
             self._sent = {count: when for count, when in self._sent.items() if count > message.count}
             self._extend(sent)
+        self._link.taken(message.taken)
 
     async def run(self) -> None:
         """Send heartbeats; returns when the lease is over."""

@@ -1,8 +1,9 @@
 """One life of a slave: connect, hold jobs, end. The composition root of bpslave; its supervisor makes the next
 life.
 
-Whatever ends it (the link closed or silent for the lease, a fence, a signal), the way out is the same: leave the
-nursery, kill the jobs, exit with a code that says what next. What is left after that, the supervisor kills.
+Whatever ends it (the lease, a fence, a signal), the way out is the same: leave the nursery, kill the jobs, exit with a
+code that says what next. What is left after that, the supervisor kills. The end of the link alone ends no life: within
+the lease a new master may come that takes up its predecessor's jobs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from errno import EINVAL
 from typing import Any
 
@@ -28,6 +30,7 @@ from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.images import Images
 from bpfs.slave.jobs import Jobs
 from bpfs.slave.lease import Lease
+from bpfs.slave.line import Line
 from bpfs.slave.makejob import JobMaker
 from bpfs.slave.names import NamesFile
 from bpfs.slave.options import SlaveOptions
@@ -37,6 +40,7 @@ from bpfs.slave.stdio import StdioHost
 from bpfs.slave.strict import StrictJobs
 from bpfs.slave.supervisor import End, Reporter
 from bpfs.slave.view import NodeView, no_cache
+from bpfs.wire.handshake import RefusedByMaster
 from bpfs.wire.link import Link
 from bpfs.wire.messages import (
     CacheCall,
@@ -58,6 +62,7 @@ from bpfs.wire.messages import (
     HostPidOf,
     JobsStatus,
     JobStatus,
+    Join,
     KillAll,
     Leaving,
     MakeJob,
@@ -67,6 +72,8 @@ from bpfs.wire.messages import (
     Ready,
     RelayAttach,
     RelayDetach,
+    Resumed,
+    Sample,
     SetClock,
     Signal,
     SlewClock,
@@ -89,13 +96,20 @@ class Slave:
     """What one life has; other parts hang their handlers and tasks into it."""
 
     def __init__(
-        self, options: SlaveOptions, link: Link, welcome: Welcome, workers: Workers, clocks: Clocks | None = None
+        self,
+        options: SlaveOptions,
+        link: Link,
+        welcome: Welcome,
+        workers: Workers,
+        join: Join,
+        clocks: Clocks | None = None,
     ) -> None:
         self.options = options
-        self.link = link
+        self.link = Line(link)
         self.welcome = welcome
         self.clocks = clocks
         self.number = welcome.node
+        self._join = join
         self.workers = workers
         self.held = HeldFds()
         self.engines = EngineHost(workers, self.held)
@@ -125,6 +139,8 @@ class Slave:
         self._nursery: trio.Nursery | None = None
         self._mounted: str | None = None
         self._stopping = False
+        self._ready: Ready | None = None  # as it was said, and the last sample: the next master wants to hear both
+        self._sample: Sample | None = None
 
     async def run(self, lease: Lease) -> End:
         """Be the node until something ends it; no job lives when it returns."""
@@ -138,7 +154,7 @@ class Slave:
                 self._nursery = nursery
                 self._serve_stdio(relay, nursery)
                 nursery.start_soon(self._until_told, name="signals")
-                nursery.start_soon(self._until_link_ends, name="link")
+                nursery.start_soon(self._follow_masters, lease, name="link")
                 nursery.start_soon(self._until_lease_ends, lease, name="lease")
                 await self._start_view(nursery)
                 self._make_job_space()
@@ -151,7 +167,8 @@ class Slave:
                     if self.strict is not None:
                         nursery.start_soon(self.strict.run, name="strict jobs")
                     door = await self.images.open(nursery)
-                    self.link.notify_nowait(Ready(self.jobs.init, machine.is_real_node(), door))
+                    self._ready = Ready(self.jobs.init, machine.is_real_node(), door)
+                    self.link.notify_nowait(self._ready)
         except* BpfsError as group:  # the link was closed, or iorelay died
             if not self._stopping:  # else it is a consequence
                 _log.warning("starting afresh: %s", first_error(group))
@@ -249,9 +266,42 @@ class Slave:
 
     # -- what ends a life --------------------------------------------------------------------------
 
-    async def _until_link_ends(self) -> None:
-        reason = await self.link.run(self.handlers)
-        self._stop(self.end, reason)  # which a fence may have set meanwhile
+    async def _follow_masters(self, lease: Lease) -> None:
+        while True:
+            reason = await self.link.run(self.handlers)
+            if self._stopping or self.jobs is None:
+                self._stop(self.end, reason)  # which a fence may have set
+                return
+            _log.warning("%s; jobs wait for the next master", reason)
+            self.engines.close_all()  # what was under way between two masters is undone
+            try:
+                await self._find_next(lease, self.jobs)
+            except RefusedByMaster as refusal:
+                self._stop(End.AFRESH, f"{reason}; refused with its jobs: {refusal}")
+                return
+            except GivenUp as given_up:
+                self._stop(THEN[given_up.how], reason)
+                return
+
+    async def _find_next(self, lease: Lease, jobs: Jobs) -> None:
+        """Wait for a master that takes up the jobs; the lease ends all waiting."""
+        old = self.welcome
+        join = replace(self._join, wanted=self.number, resumes=old.cluster, generation=old.generation)
+        link, welcome, sent, _ = await Seeker(self.options, join).find()
+        if self._stopping:
+            link.close("the slave ends")
+            return
+        self.welcome = welcome
+        alive, stopped = jobs.present()
+        broken = self.stdio.broken if self.stdio is not None else ()
+        self.link.take_over(link, set(alive))
+        lease.renew(welcome, sent)
+        if self._ready is not None:
+            self.link.notify_nowait(self._ready)
+        self.link.notify_nowait(Resumed(alive, stopped, tuple(broken), tuple(self.held)))
+        if self._sample is not None:
+            self.link.notify_nowait(self._sample)
+        _log.info("another master has taken up the jobs of node %d", self.number)
 
     async def _until_lease_ends(self, lease: Lease) -> None:
         await lease.run()
@@ -298,7 +348,9 @@ class Slave:
             while True:
                 sample = sampler.take_changed()
                 if sample is not None:
-                    await self.link.notify(sample)
+                    self._sample = sample
+                    with suppress(LinkClosed):
+                        await self.link.notify(sample)
                 await trio.sleep(LOOK_EVERY)
         finally:
             sampler.close()
@@ -321,11 +373,12 @@ def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int
 
 
 async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
-    seeker = Seeker(options, make_join(number, identity, options.empty))
+    join = make_join(number, identity, options.empty)
+    seeker = Seeker(options, join)
     try:
         link, welcome, sent, clocks = await seeker.find()
     except GivenUp as given_up:
         return THEN[given_up.how]
     _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
-    slave = Slave(options, link, welcome, Workers(zygote), clocks)
-    return await slave.run(Lease(link, welcome, sent, reporter))
+    slave = Slave(options, link, welcome, Workers(zygote), join, clocks)
+    return await slave.run(Lease(slave.link, welcome, sent, reporter))

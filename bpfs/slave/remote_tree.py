@@ -14,10 +14,10 @@ from errno import EHOSTDOWN, EPROTO
 from typing import Any
 
 from bpfs.errors import BpfsError, LinkClosed
+from bpfs.slave.line import Line
 from bpfs.tree.base import Attributes, Caller, Changes, Handle, Listener, Path, one_line
 from bpfs.tree.callers import job_process_of
 from bpfs.tree.mount import FuseMount, mount
-from bpfs.wire.link import Link
 from bpfs.wire.messages import FsReply, FsRequest
 
 TIMEOUT = 10.0
@@ -30,7 +30,7 @@ CHUNK = 1 << 18
 class RemoteTree:
     """The master's tree, as seen over a link."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Line) -> None:
         self._link = link
 
     def listen(self, listener: Listener) -> None:
@@ -179,7 +179,7 @@ class RemoteHandle:
 
 
 @asynccontextmanager
-async def mounted(link: Link, mountpoint: str) -> AsyncIterator[FuseMount]:
+async def mounted(link: Line, mountpoint: str) -> AsyncIterator[FuseMount]:
     """The master's tree at `mountpoint`, as long as the context lasts.
 
     Args:

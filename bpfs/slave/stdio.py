@@ -12,9 +12,9 @@ import trio
 
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave.enginehost import HeldFds
+from bpfs.slave.line import Line
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Ends, Front, Relay, StreamBroke, StreamEnded, make_channel_ends
-from bpfs.wire.link import Link
 from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
 from bpfs.wire.mux import ChanKind, Channel
 from bpfs.wire.streams import open_stream
@@ -73,15 +73,17 @@ class StdioHost:
 
     Attributes:
         init: pid of the job space's init; 0 as long as there is none.
+        broken: streams whose connection has ended, and which are held here all the same.
     """
 
-    def __init__(self, relay: Relay, held: HeldFds, options: SlaveOptions, link: Link) -> None:
+    def __init__(self, relay: Relay, held: HeldFds, options: SlaveOptions, link: Line) -> None:
         self._relay = relay
         self._held = held
         self._options = options
         self._link = link
         self._terminals = Terminals()
         self.init = 0
+        self.broken: set[int] = set()
 
     async def attach(self, message: RelayAttach) -> RelayAttached:
         """Handler: make a job's ends, join them to a new stream to its ghost, hold the job's ends for the engine."""
@@ -108,6 +110,7 @@ class StdioHost:
             self._terminals.take(session, stream, ends)
             connection = await open_stream(self._options.host, self._options.port, message.token)
             await self._relay.attach(stream, connection, ends, session != 0, message.front)
+            self.broken.discard(stream)
         except BaseException as error:
             self._terminals.drop(stream)
             ends.close()
@@ -137,9 +140,11 @@ class StdioHost:
         async for event in self._relay.events:
             match event:
                 case StreamBroke():
+                    self.broken.add(event.stream)
                     with suppress(LinkClosed):
                         self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
                 case StreamEnded():
+                    self.broken.discard(event.stream)
                     self._terminals.drop(event.stream)
                 case Front():
                     await self._put_in_front(event)

@@ -16,7 +16,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.wire.link import Link
+from bpfs.slave.line import Line
 from bpfs.wire.messages import GhostOf, JobCall, JobCallIs, JobEvents
 from engine import jobwatch, strict
 from engine.callwatch import NOTES_SIZE, SLOTS, CallWatch, Kind, Question
@@ -52,7 +52,7 @@ class Rights:
 class StrictJobs:
     """Of one life. Costs a socket, until the first of them comes."""
 
-    def __init__(self, space: JobSpace, link: Link) -> None:
+    def __init__(self, space: JobSpace, link: Line) -> None:
         """Raises OSError."""
         self._space, self._link = space, link
         self._numbers = itertools.count(1)

@@ -31,11 +31,11 @@ import trio
 
 from bpfs import kernel, log
 from bpfs.errors import BpfsError
+from bpfs.slave.line import Line
 from bpfs.slave.options import SlaveOptions
 from bpfs.view import protocol
 from bpfs.view.fuse import mount_data
 from bpfs.view.start import start
-from bpfs.wire.link import Link
 from bpfs.wire.messages import CacheCall, CacheReply, ViewOpen, ViewOpened
 from bpfs.wire.streams import open_stream
 from engine import digests
@@ -59,7 +59,7 @@ class NodeView:
         root: the directory that is to be the jobs' root.
     """
 
-    def __init__(self, options: SlaveOptions, link: Link) -> None:
+    def __init__(self, options: SlaveOptions, link: Line) -> None:
         self._options = options
         self._link = link
         self._cache = options.cache

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 14
+VERSION = 15
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -79,6 +79,8 @@ class Join(Message):
     real: bool  # the node image's init says that this machine may be rebooted
     facts: bytes  # of engine/facts.py: its kernel's vDSO and its CPU
     arch: str  # as uname -m
+    resumes: bytes = b""  # Welcome.cluster of the master whose jobs still live here; empty: none do
+    generation: int = 0  # and its Welcome.generation
 
 
 @_message(4)
@@ -91,12 +93,13 @@ class Welcome(Message):
     block_first: int  # the pids that this node hands out itself:
     block_last: int  # ... first to last, both included
     mount: str  # where the tree is mounted
-    cluster: bytes  # 16 bytes, drawn anew whenever the master starts
+    cluster: bytes  # 16 bytes: the same as long as each master takes up the jobs of the one before
     boot: bytes  # the master's boot id: a slave that has the same one shares its clocks
     monotonic: int  # the master's CLOCK_MONOTONIC at this moment, ns
     boottime: int  # and CLOCK_BOOTTIME
     onlost: str  # what a real node does when it has not found a master for ...
     onlost_after: float  # ... seconds: wait, reboot or halt
+    generation: int = 0  # which of these masters this is
 
 
 @_message(5)
@@ -126,6 +129,16 @@ class Ready(Message):
     door: int  # TCP port where other nodes get images that it holds; 0: none
 
 
+@_message(9)
+class Resumed(Message):
+    """slave -> master: after Ready, of a slave that has kept its jobs: from now on it tells of the present."""
+
+    alive: tuple[int, ...]  # pids of all jobs
+    stopped: tuple[int, ...]  # those of them that are stopped
+    broken: tuple[int, ...]  # streams that nobody has the other end of
+    held: tuple[int, ...]  # handles of all descriptors that the slave holds for its master
+
+
 # -- life: 10-19 -----------------------------------------------------------------------------------
 
 
@@ -141,6 +154,7 @@ class HeartbeatSeen(Message):
     """master -> slave: heartbeat `count` arrived; your lease runs anew from when you sent it."""
 
     count: int
+    taken: int = 0  # JobReports and JobEvents of this link that the master has dealt with
 
 
 @_message(12)

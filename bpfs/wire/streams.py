@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ECONNREFUSED, ETIMEDOUT
 
@@ -55,10 +55,24 @@ class ExpectedStream:
 
 
 class StreamBook:
-    """The streams that are expected now."""
+    """The streams that are expected now, and the numbers of all.
+
+    Attributes:
+        last: the highest number that was given to a stream to a ghost.
+        on_number: called with each of these numbers.
+    """
 
     def __init__(self) -> None:
         self._expected: dict[bytes, ExpectedStream] = {}
+        self.last = 0
+        self.on_number: Callable[[int], object] | None = None
+
+    def new_number(self) -> int:
+        """A number for a stream to a ghost, which no other stream of this cluster has ever had."""
+        self.last += 1
+        if self.on_number is not None:
+            self.on_number(self.last)
+        return self.last
 
     @contextmanager
     def expect(self) -> Iterator[ExpectedStream]:

@@ -1,8 +1,10 @@
-"""A soak: random moves, signals, stops, checkpoints, ends and node losses, and a check that nothing is lost or doubled.
+"""A soak: random moves, signals, stops, checkpoints, ends, and losses of nodes and of the master, and a check that
+nothing is lost or doubled.
 
 `python -m tests.cluster.soak --seconds 600 [--seed N]` by hand; a short form runs in the suite. Several drivers act at
 once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its status has to be
-the one that fits what was done to it. A job may end as killed only when a node where it was or was moving was lost.
+the one that fits what was done to it. A job may end as killed only when a node where it was or was moving was lost, or
+when the master died while it was moving.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import threading
 import time
 from pathlib import Path
 
-from tests.cluster.virtual import DEADLINE, VirtualCluster, cluster, kill, wait_until
+from tests.cluster.virtual import DEADLINE, VirtualCluster, bpcluster, cluster, kill, wait_until
 
 NODES = 4
 DRIVERS = 3
 JOBS = 3  # a driver
 HARMLESS = (errno.EBUSY, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EIO, errno.ECONNRESET)  # while nodes come and go
+NO_TREE = (errno.ENOTCONN, errno.ENOENT, errno.ESRCH, errno.ECONNABORTED)  # and while there is no master
 
 # Counts on stdout, a line a step, and tells of SIGUSR1; ends by itself with `code` when a line comes on stdin.
 JOB = """
@@ -68,6 +71,7 @@ class Job:
         self.pid = self.process.pid
         self.places = {-1}  # where it is or, while and after a move, may be
         self.sent = 0
+        self.torn = False  # the master has died while it was moving
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -91,6 +95,10 @@ class Job:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def heard(self) -> int:
+        """How many signals it has told of."""
+        return next((int(line.split()[1]) for line in reversed(self.lines) if line.startswith("heard")), 0)
+
     def steps(self) -> None:
         """It goes on."""
         before = len(self.lines)
@@ -111,7 +119,8 @@ class Job:
             raise Wrong(f"{self}: it had several pids")
 
     def __str__(self) -> str:
-        return f"job {self.pid} at {sorted(self.places)}, status {self.process.poll()}"
+        heard = f"{self.heard()} of {self.sent} signals"
+        return f"job {self.pid} at {sorted(self.places)}, status {self.process.poll()}, {heard}"
 
 
 class Soak:
@@ -120,6 +129,7 @@ class Soak:
     def __init__(self, it: VirtualCluster, seed: int, folder: Path) -> None:
         self.it, self.seed, self.folder = it, seed, folder
         self.lost: list[tuple[float, int]] = []
+        self.crashes = 0
         self.counts: dict[str, int] = {}
         self.wrong: list[str] = []
         self._lock = threading.Lock()
@@ -164,8 +174,8 @@ class Soak:
     def _account(self, job: Job) -> None:
         expected = getattr(job, "expected", None)
         status = job.process.wait()
-        was_lost = status == -signal.SIGKILL and any(node in job.places for _, node in self.lost)
-        if status != expected and not was_lost:
+        was_lost = job.torn or any(node in job.places for _, node in self.lost)
+        if status != expected and not (status == -signal.SIGKILL and was_lost):
             raise Wrong(f"{job}: expected {expected}")
         job.close()
 
@@ -175,14 +185,17 @@ class Soak:
         """To any place."""
         node = rng.randrange(-1, NODES)
         job.places.add(node)
+        crashes = self.crashes
         try:
             with open(self.it.mount / f"nodes/{node}/migrate", "w") as file:
                 file.write(f"{job.pid}\n")
         except OSError as error:
-            if error.errno not in HARMLESS and not (error.errno == errno.ESRCH and self._may_be_dead(job)):
+            job.torn = job.torn or self.crashes != crashes
+            known = error.errno in HARMLESS or (self.crashes and error.errno in NO_TREE)
+            if not known and not (error.errno == errno.ESRCH and self._may_be_dead(job)):
                 raise Wrong(f"{job} to {node}: {error}") from error
         else:
-            job.places = {node}
+            job.places, job.torn = {node}, False
         job.steps()
 
     def _may_be_dead(self, job: Job) -> bool:
@@ -195,7 +208,11 @@ class Soak:
         job.sent += 1
         with contextlib.suppress(ProcessLookupError):
             os.kill(job.pid, signal.SIGUSR1)
-        job.wait(lambda: f"heard {job.sent}" in job.lines[-60:], f"signal {job.sent} does not arrive")
+        job.wait(lambda: job.heard() >= job.sent, f"signal {job.sent} does not arrive")
+        if self.crashes:  # it may come twice, in that very moment
+            job.sent = max(job.sent, job.heard())
+        elif job.heard() > job.sent:
+            raise Wrong(f"{job}: a signal came twice")
 
     def stop(self, job: Job, rng: random.Random) -> None:
         """It stops, may be moved, and goes on."""
@@ -214,8 +231,8 @@ class Soak:
             with open(self.it.mount / f"procs/{job.pid}/checkpoint", "w") as file:
                 file.write(f"{path}\n")
         except OSError as error:
-            known = error.errno in (*HARMLESS, errno.ENOENT, errno.ESRCH)
-            if not known or not (self.lost or error.errno == errno.EBUSY):
+            known = error.errno in (*HARMLESS, *NO_TREE)
+            if not known or not (self.lost or self.crashes or error.errno == errno.EBUSY):
                 raise Wrong(f"{job}: checkpoint: {error}") from error
         path.unlink(missing_ok=True)
         job.steps()
@@ -253,13 +270,31 @@ class Soak:
         finally:
             self._losing.release()
 
+    def crash(self, job: Job, rng: random.Random) -> None:
+        """The master's daemon dies, and the next one comes."""
+        if not self._losing.acquire(blocking=False):
+            return
+        try:
+            self.crashes += 1
+            kill(self.it.pid("master"))
+            done = bpcluster("restart-master", mount=self.it.mount)
+            if done.returncode:
+                raise Wrong(f"no master: {done.stderr}")
+            for node in range(NODES):
+                wait_until(
+                    lambda node=node: (self.it.mount / f"nodes/{node}").exists(), f"node {node} does not come back"
+                )
+                self.it.wait_state(node, "up")
+        finally:
+            self._losing.release()
+
     def look(self, job: Job, rng: random.Random) -> None:
         """Its files can be read."""
         for name in ("state", "node", "history", "rusage", "cmdline"):
             try:
                 (self.it.mount / f"procs/{job.pid}/{name}").read_bytes()
             except OSError as error:
-                if not self.lost or error.errno not in (*HARMLESS, errno.ENOENT, errno.ESRCH):
+                if not (self.lost or self.crashes) or error.errno not in (*HARMLESS, *NO_TREE):
                     raise Wrong(f"{job}: {name}: {error}") from error
 
 
@@ -272,7 +307,7 @@ def _state(pid: int) -> str:
 
 ACTIONS = {
     Soak.move: 60, Soak.hear: 12, Soak.stop: 8, Soak.look: 6, Soak.checkpoint: 5, Soak.finish: 4, Soak.kill: 4,
-    Soak.lose: 1,
+    Soak.lose: 1, Soak.crash: 1,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.moving import counting, move, processes_of
 from tests.cluster.virtual import VirtualCluster, bpcluster, cluster, comm, kill, left_behind, living, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -156,36 +157,33 @@ def test_a_killed_node_is_down_and_the_rest_is_well(tmp_path):
         assert "1 down" in bpcluster("status", mount=it.mount).stdout
 
 
-def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
-    """A killed master leaves slaves that fence themselves; `bpmaster` with the same port and key has them back, and
-    nodes are what administrators made them."""
-    with cluster(tmp_path / "m", "--lease", "5", nodes=3) as it:
+def test_slaves_survive_the_master_and_find_the_next_one(session_folder):
+    """A killed master leaves slaves that wait for the next one; what administrators made of nodes is in force again.
+    Where none comes within the lease, slaves fence themselves, and ghosts end."""
+    with cluster(session_folder / "anew", "--lease", "3", nodes=3) as it:
         os.chown(it.mount / "nodes/1", 1234, 4321)
         it.write("nodes/1/mode", "110")
         it.write("nodes/1/state", "unavailable")
         it.write("nodes/2/state", "down")
         wait_until(lambda: it.slave(2), "the slave of node 2 should have started afresh")
         before = it.read("status").splitlines()
-        first_lives = [it.slave(number) for number in range(3)]
-        port = it.rundir.read("port")
-        assert port is not None
-        master = it.pid("master")
-        kill(master)
-        wait_until(lambda: not living({master: it.rundir.recorded()["master"].started}), "the master should be dead")
-        for number, life in enumerate(first_lives):
-            wait_until(lambda n=number, old=life: it.slave(n) not in (0, old), f"node {number} should start afresh")
-        command = [sys.executable, "-m", "bpfs.cli.bpmaster", "--mount", str(it.mount), "--address", "127.0.0.1"]
-        command += ["--port", port.split()[1], "--key", str(it.rundir.key), "--lease", "5"]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        for number, state in enumerate(["up", "unavailable", "down"]):
-            wait_until(lambda n=number: (it.mount / f"nodes/{n}").exists(), f"node {number} should be back")
-            it.wait_state(number, state)
-        assert [line.split()[:5] for line in it.read("status").splitlines()] == [line.split()[:5] for line in before]
+        lives = [it.slave(number) for number in range(2)]
+        kill(it.pid("master"))
+        restart_master(it, before)
+        assert [it.slave(number) for number in range(2)] == lives
         assert it.read("nodes/1/reason") == "unavailable by the administrator\n"
         assert it.read("nodes/2/reason") == "down by the administrator\n"
+        with counting() as process:
+            move(it, process.pid, 0)
+            kill(it.pid("master"))
+            assert process.wait(60) == -signal.SIGKILL
+            wait_until(lambda: not processes_of(it, process.pid), "the node should have fenced its job")
+        for number, life in enumerate(lives):
+            wait_until(lambda n=number, old=life: it.slave(n) not in (0, old), f"node {number} should start afresh")
+        status = bpcluster("status", mount=it.mount)
+        assert (status.returncode, status.stdout) == (1, "")
+        assert f"; start it with: bpcluster restart-master --mount {it.mount}\n" in status.stderr
+        restart_master(it, before)
         for number in (1, 2):
             it.write(f"nodes/{number}/state", "up")
             assert it.state(number) == "up"
@@ -193,6 +191,16 @@ def test_slaves_survive_the_master_and_find_the_next_one(tmp_path):
         last = {line.split()[0]: line for line in (it.rundir.path / "nodes").read_text().splitlines()}
         assert last["1"].startswith("1 - 110 1234 4321 n1 ")
         assert last["2"].startswith("2 - 111 0 0 ")
+
+
+def restart_master(it: VirtualCluster, status: list[str]) -> None:
+    """Starts the next master; returns when the nodes are as they were."""
+    done = bpcluster("restart-master", mount=it.mount)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    wanted = [line.split()[:5] for line in status]
+    wait_until(
+        lambda: [line.split()[:5] for line in it.read("status").splitlines()] == wanted, "nodes should be as before"
+    )
 
 
 def test_a_stopped_slave_is_killed_when_its_lease_is_over(tmp_path):

@@ -174,7 +174,7 @@ async def test_the_next_master_is_told_what_came_meanwhile() -> None:
             ghost.close()
             os.kill(process.pid, signo)
             ghost = await rig.handle(process.pid, await Ghost.adopt(process.pid))
-            await eventually(partial(rig.told, ghost, Adopted(0)), "it is ours")
+            await eventually(partial(rig.told, ghost, Adopted(0, False)), "it is ours")
             await eventually(partial(rig.told, ghost, Signal(signo, 0, os.getpid(), os.getuid(), 0)), "it tells")
         await ghost.exit(3)
         assert await ended(process) == 3
@@ -204,7 +204,7 @@ async def test_output_goes_on_without_a_master() -> None:
         job = rig.job(ends, ["seq", "300000"])
         ghost.close()
         ghost = await rig.handle(process.pid, await Ghost.adopt(process.pid))
-        await eventually(partial(rig.told, ghost, Adopted(17)), "it has its stream")
+        await eventually(partial(rig.told, ghost, Adopted(17, False)), "it has its stream")
         end = partial(end_like, ghost)
         rig.nursery.start_soon(_end_with, job, end)
         assert (await read_all(read)).split() == [b"%d" % n for n in range(1, 300001)]

@@ -335,7 +335,8 @@ static void strike(const struct ctl *m, size_t text)
 	tell(C_STRUCK, sent, error, 0, 0, 0);
 }
 
-/* A new master: what the last one was about to do with the job it has not done. */
+/* A new master. Whether what the last one was about to do with the job has been done, it has still to find out: a stream
+ * that is held stays so until it says. */
 static void adopted(pid_t by)
 {
 	master_pid = by;
@@ -343,9 +344,7 @@ static void adopted(pid_t by)
 	announced_cont = false;
 	streams = 0;
 	heir_taken();
-	if (the_stream.open && the_stream.held)
-		resume();
-	tell(C_ADOPTED, the_stream.open ? stream_number : 0, 0, 0, 0, 0);
+	tell(C_ADOPTED, the_stream.open ? stream_number : 0, the_stream.open && the_stream.held, 0, 0, 0);
 }
 
 static void orphaned(void)
@@ -407,6 +406,8 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		break;
 	case C_EXIT:
 	case C_KILLED:
+		if (the_stream.open && the_stream.held)
+			resume(); /* else what is left of the output would never come, nor its end */
 		barrier.killed = m->type == C_KILLED;
 		barrier.core = m->type == C_KILLED && m->b;
 		barrier_start(B_END, m->a);

@@ -60,7 +60,7 @@ enum ctl_type {
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0, c: this ghost has a SIGCONT of the user's yet to tell of */
 	C_STRUCK = 43,      /* a: how many got it; b: why others did not, ESRCH where nothing else was in the way */
-	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open */
+	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open; b: it holds it */
 	/* slave -> iorelay */
 	C_ATTACH = 64, /* a: stream id, + descriptors: TCP socket, then those of each channel; text: channel table; b: the
 	                * terminal is its session's, c: the job's group, where that is in the foreground at home.

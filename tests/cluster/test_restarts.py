@@ -1,0 +1,239 @@
+"""kill -9 of the master's daemon, and another one: what lives on nodes lives on, nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.cluster.desk import PROMPT, desk
+from tests.cluster.held import Interrupted, holding
+from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of
+from tests.cluster.virtual import VirtualCluster, bpcluster, children, cluster, kill, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NODES = 2
+
+
+@pytest.fixture(scope="module")
+def gates(session_folder):
+    folder = session_folder / "restart-gates"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def it(session_folder, gates) -> Iterator[VirtualCluster]:
+    """Its moves stand still at gates, where there are any; so they do with the masters that follow."""
+    with holding(gates), cluster(session_folder / "restarts", nodes=NODES) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def open_gates(gates):
+    """After each test no gate is closed: where one fails, the next shall not stand still for that."""
+    yield
+    for gate in gates.iterdir():
+        gate.unlink(missing_ok=True)
+
+
+def start_master(it: VirtualCluster) -> None:
+    """Another master for the cluster; returns when it is ready."""
+    done = bpcluster("restart-master", mount=it.mount)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: it.read("status").split().count("up") == NODES, "all nodes are back")
+
+
+@contextmanager
+def shell(script: str) -> Iterator[subprocess.Popen[str]]:
+    """A shell that has said "on"."""
+    process = subprocess.Popen(
+        ["bash", "-c", f"echo on; {script}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "on\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def test_a_counter_goes_on(it):
+    """And everything can be done with it that could be before."""
+    with counting() as process:
+        move(it, process.pid, 0)
+        copies = processes_of(it, process.pid)
+        assert len(copies) == 2
+        kill(it.pid("master"))
+        start_master(it)
+        assert place(it, process.pid) == "0"
+        assert processes_of(it, process.pid) == copies
+        assert it.read(f"procs/{process.pid}/state") == "running\n"
+        assert len(it.read(f"procs/{process.pid}/history").splitlines()) == 2
+        move(it, process.pid, 1)
+        kill(it.pid("master"))
+        start_master(it)
+        move(it, process.pid, -1)
+        assert len(processes_of(it, process.pid)) == 1
+        move(it, process.pid, 0)
+        check_counting(finish(process), process.pid)
+        assert not processes_of(it, process.pid)
+
+
+def test_a_job_that_ends_while_there_is_no_master(it):
+    with counting() as process:
+        move(it, process.pid, 1)
+        kill(it.pid("master"))
+        assert process.stdin is not None
+        process.stdin.write("enough\n")
+        process.stdin.flush()
+        wait_until(lambda: len(processes_of(it, process.pid)) == 1, "the job has ended, its ghost waits")
+        start_master(it)
+        check_counting(finish(process), process.pid)
+
+
+def test_a_ghost_that_is_killed_while_there_is_no_master(it):
+    with counting() as process:
+        move(it, process.pid, 1)
+        kill(it.pid("master"))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        start_master(it)
+        wait_until(lambda: not processes_of(it, process.pid), "its job is killed, too")
+
+
+def test_signals_wait_for_the_next_master(it):
+    with shell("trap 'echo got; exit 5' USR1; while :; do sleep 0.1; done") as process:
+        move(it, process.pid, 0)
+        kill(it.pid("master"))
+        process.send_signal(signal.SIGUSR1)
+        start_master(it)
+        assert process.wait(60) == 5
+        assert process.stdout.read() == "got\n"
+
+
+FAMILY = """
+until_told() {{ until [ -e {flag} ]; do sleep 0.05; done; }}
+read; seq 1 100000 | (until_told; cksum) & (until_told; exit 3) & p=$!; sleep 100 | sleep 100 & q=$!
+read; wait $p; echo child $?; kill %3; wait $q; echo killed $?; wait; echo over; exit 9
+"""
+
+
+def test_a_family(it, session_folder):
+    """A shell with children and pipelines on the node: their ghosts, their output, and their statuses."""
+    flag = session_folder / "told"
+    with shell(FAMILY.format(flag=flag)) as process:
+        move(it, process.pid, 0)
+        tell(process, "go")
+        wait_until(lambda: len(children(process.pid)) >= 5, "the children have ghosts")
+        before = set(children(process.pid))
+        kill(it.pid("master"))
+        start_master(it)
+        assert set(children(process.pid)) == before
+        assert {place(it, pid) for pid in before} == {"0"}
+        flag.touch()
+        tell(process, "on")
+        assert sorted(process.stdout.read().splitlines()) == ["2052179976 588895", "child 3", "killed 143", "over"]
+        assert process.wait(60) == 9
+        wait_until(lambda: not processes_of(it, process.pid), "nothing is left")
+
+
+def test_output_is_neither_lost_nor_doubled(it):
+    """Much of it, for a slow reader."""
+    with shell("read; seq 1 200000; exit 4") as process:
+        move(it, process.pid, 1)
+        tell(process, "go")
+        read = [process.stdout.readline() for _ in range(10000)]
+        kill(it.pid("master"))
+        read += [process.stdout.readline() for _ in range(50000)]
+        start_master(it)
+        read += process.stdout.readlines()
+        assert read == [f"{n}\n" for n in range(1, 200001)]
+        assert process.wait(60) == 4
+
+
+def test_a_terminal(it):
+    """A job in the foreground is typed to while there is no master; Ctrl-Z, fg and Ctrl-C work with the next one."""
+    with desk() as at:
+        at.type('sh -c \'echo be""gun; while read line; do echo "<$line>"; done\'\r')
+        at.see("begun\r\n")
+        job = at.foreground()
+        move(it, job, 0)
+        kill(it.pid("master"))
+        at.type("one\r")
+        at.see("<one>\r\n")
+        start_master(it)
+        at.type("two\r")
+        at.see("<two>\r\n")
+        at.type("\x1a")
+        at.see("Stopped", PROMPT)
+        assert it.read(f"procs/{job}/state") == "stopped\n"
+        at.type("fg\r")
+        at.see("\nsh -c")
+        at.await_lines()
+        wait_until(lambda: at.foreground() == job, "the job should have the terminal")
+        at.type("three\r")
+        at.see("<three>\r\n")
+        at.type("\x03")
+        at.await_prompt()
+        assert at.status() == 130
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_stopped_jobs(it, when):
+    with counting() as process:
+        move(it, process.pid, 1)
+        if when == "before":
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: it.read(f"procs/{process.pid}/state") == "stopped\n", "it stops on its node")
+        kill(it.pid("master"))
+        if when == "meanwhile":
+            process.send_signal(signal.SIGSTOP)
+        start_master(it)
+        wait_until(lambda: it.read(f"procs/{process.pid}/state") == "stopped\n", "it is stopped")
+        assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG)
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: it.read(f"procs/{process.pid}/state") == "running\n", "it goes on")
+        check_counting(finish(process), process.pid)
+
+
+EARLY = ("freeze", "transfer")
+LATE = ("depart", "resume")
+STRAIGHT = ("held", "go", "follow")  # engines by themselves: the copy is whole, the source has ended, that is told
+LEAVE, HOP, HOME = (-1, 0), (0, 1), (1, -1)
+
+
+@pytest.mark.parametrize("phase", [*EARLY, *LATE, *STRAIGHT])
+def test_moves_are_under_way(it, gates, phase):
+    """They have not happened, as long as the source was whole; never are there two copies."""
+    with ExitStack() as stack:
+        processes = {route: stack.enter_context(counting()) for route in (LEAVE, HOP, HOME)}
+        for (source, _), process in processes.items():
+            move(it, process.pid, source)
+        if phase in STRAIGHT:
+            processes = {LEAVE: processes[LEAVE]}
+        moves = [Interrupted(it, gates, process, route, phase) for route, process in processes.items()]
+        kill(it.pid("master"))
+        moves[0].gate.unlink()
+        for one in moves:
+            one.writer.kill()
+            one.writer.communicate()
+        start_master(it)
+        for process in processes.values():
+            out, _ = process.communicate("enough\n", timeout=60)
+            if process.returncode == 7:
+                check_counting(out.splitlines(), process.pid)
+            else:
+                assert phase in LATE and process.returncode == -signal.SIGKILL
+            wait_until(lambda p=process: not processes_of(it, p.pid), "nothing is left")
