@@ -59,6 +59,8 @@ class Away:
         asked_stop: the ghost was told to stop, or its being stopped has been passed on.
         stopped_by: the signal that its process was stopped by last.
         stopped_after: how many SIGCONTs to its stand-in had been passed on then.
+        awake: its ghost has to answer: stops wait until that is over.
+        to_stop: one does.
         orphaned: when its parent, which was on the same node, ended there, by trio's clock.
         bound: where it may run by now, while that is not known.
     """
@@ -72,6 +74,8 @@ class Away:
     stopped_by: int = signal.SIGSTOP
     stopped_after: int = 0
     retired: bool = False
+    awake: bool = False
+    to_stop: bool = False
     continuing: set[object] = field(default_factory=set)
     children: set[int] = field(default_factory=set)
     orphaned: float = -math.inf
@@ -251,13 +255,16 @@ class Ghosts:
         """No signal meets the process half-way in this context, and its ghost can answer: one that is stopped goes on
         meanwhile, and stops again unless somebody has continued it."""
         async with away.calm():
-            stopped, continued = away.ghost.state() == "T", away.ghost.continued
+            # One that was just told to stop may not have done so yet.
+            stopped, continued = away.asked_stop or away.ghost.state() == "T", away.ghost.continued
+            away.awake, away.to_stop = True, stopped
             if stopped:
                 await tell(away.ghost.cont())
             try:
                 yield
             finally:
-                if stopped and away.ghost.continued == continued:
+                away.awake = False
+                if away.to_stop and away.ghost.continued == continued:
                     with trio.CancelScope(shield=True):
                         await self._stop_again(away)
 
@@ -554,7 +561,10 @@ class Ghosts:
             self.table.changed(proc, "stopped")
         away.asked_stop, away.stopped_by, away.stopped_after = True, signo, self.heard.get(proc.pid, 0)
         self.note(away)
-        await tell(away.ghost.stop(signo))
+        if away.awake:
+            away.to_stop = True
+        else:
+            await tell(away.ghost.stop(signo))
 
     async def continued(self, away: Away) -> None:
         """The process goes on on its node: so does its ghost."""
@@ -562,7 +572,7 @@ class Ghosts:
         if proc.state is ProcState.STOPPED:
             proc.state = ProcState.RUNNING
             self.table.changed(proc, "running")
-        away.asked_stop = False
+        away.asked_stop = away.to_stop = False
         self.note(away)
         await tell(away.ghost.cont())
 
