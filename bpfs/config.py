@@ -150,7 +150,7 @@ class Config:
         return None
 
 
-ONLOST = ("wait", "reboot", "halt")
+ONLOST = ("wait", "reboot", "halt", "continue")
 """What a real node does, its jobs being dead, when it has not found its master for a time."""
 
 NODEASSIGN = ("append", "manual", "locked")
@@ -439,7 +439,7 @@ KEYWORDS = {
     "lease": Keyword("SECONDS", 1, 1, _lease, f"how long a node lives without the master (default {DEFAULT_LEASE:g})"),
     "pingtimeout": Keyword("SECONDS", 1, 1, _pingtimeout, "silence after which a node is down; more than the lease"),
     "onlost": Keyword(
-        "wait|reboot|halt [SECONDS]", 1, 2, _onlost, "what a real node does after so long without a master (reboot 30)"
+        "wait|reboot|halt|continue [SECONDS]", 1, 2, _onlost, "what a node does without its master (reboot 30)"
     ),
     "key": Keyword("FILE", 1, 1, _key, f"the cluster key (default {DEFAULT_KEY})"),
     "bootkey": Keyword("FILE", 1, 1, _bootkey, "the key that signs what nodes boot (default bootkey, beside key)"),

@@ -52,6 +52,7 @@ class Node:
     notes: dict[str, bytes] = field(default_factory=dict)  # extended attributes, by name
     init: int = 0  # HostPid of its job space's init, as the workers there see it
     session: Session | None = None  # the conversation with its slave, as long as there is one
+    runs_on: bool = False  # lost, with jobs that may run to their end there all the same (`onlost continue`)
     doubtful: bool = False  # linkless, but jobs of the last incarnation may still run: wait for `wait_fenced`
     _fenced: trio.Event = field(default_factory=trio.Event)
 

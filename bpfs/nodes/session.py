@@ -101,7 +101,7 @@ class Session:
             kind: partial(handler, node) for kind, handler in handlers.items()
         }
         bound |= {kind: self._count(bound[kind]) for kind in (JobReport, JobEvents) if kind in bound}
-        node.session, node.real = self, self.real
+        node.session, node.real, node.runs_on = self, self.real, False
         if node.doubtful and self._resumes:
             table.set_certain(node)
         elif node.doubtful:
@@ -216,6 +216,9 @@ class Session:
         node.heard_last = self.heard
         node.session, node.init = None, 0
         reason = self._left or self.link.reason
+        node.runs_on = not self._left and self._config.onlost == "continue" and node.holds_jobs
+        if node.runs_on:
+            reason += "; what runs there runs on to its end"
         if node.state is not NodeState.DOWN:
             ending = not node.state.linked
             cause = Cause.LEFT if self._left else Cause.LOST

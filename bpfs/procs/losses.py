@@ -48,6 +48,9 @@ class Losses:
         saved = self._procs.checkpoints.saved(proc)
         if proc.onloss is not OnLoss.RESTART or saved is None or away.ghost.gone:
             return False
+        if self._procs.nodes.get(proc.place).runs_on:
+            _log.warning("process %d: no restart: it may run on, on node %d", proc.pid, proc.place)
+            return False
         proc.state, proc.progress = ProcState.MIGRATING, "restart after the loss of its node"
         lost = proc.place
         for node in self._procs.nodes:

@@ -133,9 +133,12 @@ class Seeker:
 
     def _look_at_clock(self) -> None:
         options = self._options
-        if options.onlost != "wait" and self._join.real and now() - self._contact >= options.onlost_after:
-            _log.error("no master for %g s: %s", options.onlost_after, options.onlost)
-            raise GivenUp(options.onlost)
+        if options.onlost == "wait" or (options.onlost == "continue" and self._join.resumes):
+            return
+        if self._join.real and now() - self._contact >= options.onlost_after:
+            how = "reboot" if options.onlost == "continue" else options.onlost
+            _log.error("no master for %g s: %s", options.onlost_after, how)
+            raise GivenUp(how)
 
     def _complain(self, text: str) -> None:
         # One line a reason, not one an attempt.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from errno import EBADF, EEXIST, ENOENT
@@ -80,6 +81,7 @@ class EngineHost:
         self._held = held
         self.births: BirthWatch | None = None
         self._sessions: dict[int, WorkerChannel] = {}
+        self._began: dict[int, float] = {}  # seconds of CLOCK_BOOTTIME
         self._failed: dict[int, BpfsError] = {}  # sessions without a worker: the master has not waited to hear it
 
     def open(self, message: EngineOpen) -> None:
@@ -87,6 +89,7 @@ class EngineHost:
         if message.session in self._sessions:
             raise BpfsError(EEXIST, f"engine session {message.session} is open already")
         self.expect_jobs()
+        self._began[message.session] = time.clock_gettime(time.CLOCK_BOOTTIME)
         try:
             self._sessions[message.session] = WorkerChannel(self._workers.open_socket())
         except BpfsError as error:
@@ -112,6 +115,7 @@ class EngineHost:
     def close(self, message: EngineClose) -> None:
         """Handler: end a session; its worker undoes what was not finished."""
         self._failed.pop(message.session, None)
+        self._began.pop(message.session, None)
         channel = self._sessions.pop(message.session, None)
         if channel is not None:
             channel.close()
@@ -122,6 +126,11 @@ class EngineHost:
         if self.births is not None:
             self.births.look()
 
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest of the open sessions began, in seconds of CLOCK_BOOTTIME; None: none is open."""
+        return min(self._began.values(), default=None)
+
     def close_all(self) -> None:
         """End all sessions: the link is gone."""
         for channel in self._sessions.values():
@@ -129,6 +138,7 @@ class EngineHost:
                 channel.close()
         self._sessions.clear()
         self._failed.clear()
+        self._began.clear()
 
     def __len__(self) -> int:
         return len(self._sessions)

@@ -135,9 +135,23 @@ class Jobs:
     def present(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What lives here now, and what of that is stopped."""
         alive = tuple(self._space.processes())
-        return alive, tuple(pid for pid in alive if self._is_stopped(pid))
+        return alive, tuple(pid for pid in alive if self.is_stopped(pid))
 
-    def _is_stopped(self, pid: int) -> bool:
+    def is_native(self, pid: int) -> bool:
+        """Whether a job was forked here, and has not come from elsewhere."""
+        return pid in self._block
+
+    def send(self, pid: int, signo: int) -> None:
+        """Send a signal to a job in nobody's name; one that has ended gets none."""
+        with suppress(ProcessLookupError):
+            process = self._space.open_process(pid)
+            try:
+                pidfd.send(process, signo)
+            finally:
+                os.close(process)
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a job stands still by a signal of job control."""
         hostpid = self._space.hostpid(pid)
         try:
             return hostpid is not None and procfs.is_stopped(hostpid)

@@ -23,7 +23,7 @@ from bpfs.engines import Workers
 from bpfs.errors import BpfsError, LinkClosed, first_error
 from bpfs.figures import figure
 from bpfs.sample import LOOK_EVERY, Sampler
-from bpfs.slave import machine
+from bpfs.slave import machine, orphans
 from bpfs.slave.births import BirthWatch
 from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
@@ -139,6 +139,9 @@ class Slave:
         self._nursery: trio.Nursery | None = None
         self._mounted: str | None = None
         self._stopping = False
+        self._orphaned = False
+        self._doubtful: set[int] = set()  # jobs that were on their way when the link ended
+        self._seeking = trio.CancelScope()
         self._ready: Ready | None = None  # as it was said, and the last sample: the next master wants to hear both
         self._sample: Sample | None = None
 
@@ -269,14 +272,19 @@ class Slave:
     async def _follow_masters(self, lease: Lease) -> None:
         while True:
             reason = await self.link.run(self.handlers)
+            if self._orphaned:
+                return
             if self._stopping or self.jobs is None:
                 self._stop(self.end, reason)  # which a fence may have set
                 return
             _log.warning("%s; jobs wait for the next master", reason)
-            self.engines.close_all()  # what was under way between two masters is undone
+            self._undo(self.jobs)
             try:
-                await self._find_next(lease, self.jobs)
+                with trio.CancelScope() as self._seeking:
+                    await self._find_next(lease, self.jobs)
             except RefusedByMaster as refusal:
+                if self.welcome.onlost == "continue":
+                    return  # when the lease is over they run on without a master
                 self._stop(End.AFRESH, f"{reason}; refused with its jobs: {refusal}")
                 return
             except GivenUp as given_up:
@@ -296,6 +304,7 @@ class Slave:
         broken = self.stdio.broken if self.stdio is not None else ()
         self.link.take_over(link, set(alive))
         lease.renew(welcome, sent)
+        self._doubtful.clear()
         if self._ready is not None:
             self.link.notify_nowait(self._ready)
         self.link.notify_nowait(Resumed(alive, stopped, tuple(broken), tuple(self.held)))
@@ -303,9 +312,31 @@ class Slave:
             self.link.notify_nowait(self._sample)
         _log.info("another master has taken up the jobs of node %d", self.number)
 
+    def _undo(self, jobs: Jobs) -> None:
+        """Undo what was under way between two masters."""
+        if self.welcome.onlost == "continue":
+            self._doubtful |= orphans.unsettled(jobs, self.engines.oldest)
+        self.engines.close_all()
+
     async def _until_lease_ends(self, lease: Lease) -> None:
         await lease.run()
-        self._stop(End.AFRESH, f"no answer from the master for {self.welcome.lease:g} s")
+        reason = f"no answer from the master for {self.welcome.lease:g} s"
+        if self.welcome.onlost == "continue" and self.jobs is not None and not self._stopping:
+            await self._run_out(self.jobs, reason)
+            reason = "the last of the jobs that ran on has ended"
+        self._stop(End.AFRESH, reason)
+
+    async def _run_out(self, jobs: Jobs, reason: str) -> None:
+        """Without a master, until no job is left."""
+        _log.warning("%s; jobs run on to their end", reason)
+        self._orphaned = True
+        self._seeking.cancel()
+        if not self.link.link.reason:
+            self._undo(jobs)
+            self.link.close(reason)
+        if self.stdio is not None and self._nursery is not None:
+            await self.stdio.do_without_ghosts(self._nursery)
+        await orphans.run_out(jobs, self._doubtful)
 
     async def _until_jobs_end(self, jobs: Jobs) -> None:
         reason = await jobs.run()

@@ -19,7 +19,7 @@ class SlaveOptions:
         mount: where to mount the tree here; None: nowhere.
         verbose: log more.
         onlost, onlost_after: what a real node does when it has not found a master for so many seconds: `wait`, `reboot`
-            or `halt`. The supervisor enters what the last master said.
+            (which `continue` comes to then) or `halt`. The supervisor enters what the last master said.
         watch: the socket of this machine's jobwatch; None: the node has one of its own.
         empty: jobs have a root of their own with nothing but the view of the master's files.
         cache: where the view keeps contents of files.

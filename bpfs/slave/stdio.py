@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EINVAL
@@ -13,6 +14,7 @@ import trio
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave.enginehost import HeldFds
 from bpfs.slave.line import Line
+from bpfs.slave.noghost import NoGhost
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Ends, Front, Relay, StreamBroke, StreamEnded, make_channel_ends
 from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
@@ -84,6 +86,7 @@ class StdioHost:
         self._terminals = Terminals()
         self.init = 0
         self.broken: set[int] = set()
+        self._channels: dict[int, list[Channel]] = {}  # of each stream
 
     async def attach(self, message: RelayAttach) -> RelayAttached:
         """Handler: make a job's ends, join them to a new stream to its ghost, hold the job's ends for the engine."""
@@ -111,6 +114,7 @@ class StdioHost:
             connection = await open_stream(self._options.host, self._options.port, message.token)
             await self._relay.attach(stream, connection, ends, session != 0, message.front)
             self.broken.discard(stream)
+            self._channels.setdefault(stream, channels)
         except BaseException as error:
             self._terminals.drop(stream)
             ends.close()
@@ -135,6 +139,13 @@ class StdioHost:
         with trio.CancelScope(shield=True), suppress(BpfsError):
             await self._relay.detach(stream)
 
+    async def do_without_ghosts(self, nursery: trio.Nursery) -> None:
+        """Have all that jobs still write dropped, and all that they read at its end: their ghosts are gone."""
+        for stream, channels in list(self._channels.items()):
+            ours, theirs = socket.socketpair()
+            await self._relay.attach(stream, theirs, Ends())
+            nursery.start_soon(NoGhost(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), channels).run)
+
     async def watch(self) -> None:
         """Tells the master which streams broke, and does what iorelay asks for; never returns while iorelay lives."""
         async for event in self._relay.events:
@@ -145,6 +156,7 @@ class StdioHost:
                         self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
                 case StreamEnded():
                     self.broken.discard(event.stream)
+                    self._channels.pop(event.stream, None)
                     self._terminals.drop(event.stream)
                 case Front():
                     await self._put_in_front(event)

@@ -75,6 +75,8 @@ class Reporter:
     def note(self, lease_end: float, welcome: Welcome) -> None:
         """Say until when this life may hold jobs, and what the master said."""
         onlost = ONLOST.index(welcome.onlost) if welcome.onlost in ONLOST else 0
+        if welcome.onlost == "continue":
+            lease_end = 0.0  # its jobs may outlive that
         with suppress(BlockingIOError, BrokenPipeError):
             os.write(self._fd, NOTE.pack(lease_end, welcome.node, onlost, welcome.onlost_after))
 

@@ -98,7 +98,7 @@ class Welcome(Message):
     monotonic: int  # the master's CLOCK_MONOTONIC at this moment, ns
     boottime: int  # and CLOCK_BOOTTIME
     onlost: str  # what a real node does when it has not found a master for ...
-    onlost_after: float  # ... seconds: wait, reboot or halt
+    onlost_after: float  # ... seconds: wait, reboot or halt; continue: what any node does when its lease is over
     generation: int = 0  # which of these masters this is
 
 
