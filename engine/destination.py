@@ -1,11 +1,12 @@
 """A worker's operations on the machine that a process comes to: engine/worker.py."""
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from engine import faults, filling, kin, placeholders
@@ -43,15 +44,21 @@ class Destination:
         self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
         self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
+        self.afterwards: Callable[[], object] | None = None
+        self._came: Reply | OSError | None = None  # of what was expected
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
-        """Make the stopped child, or seize the ghost, and listen. `lazy`: some of its memory will come later."""
+        """Make the stopped child, or seize the ghost, and listen, where `listen` has not been asked for.
+
+        `lazy`: some of its memory will come later.
+        """
         if self._target is not None:
             raise OSError(16, f"{ORDER}: a process is being built already")
         if request.get("lazy") and not userfaultfd.answers():
             raise OSError(95, NOT_LAZY)
         place = request["place"]
-        listener = _listen(request["address"])
+        if self._listener is None:
+            self._expect_source(_listen(request["address"]))
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
@@ -65,9 +72,9 @@ class Destination:
                 self._target = seize_ghost(int(place["ghost"]))
                 self._target.staged = self._stage.spans if self._stage is not None else []
         except BaseException:
-            listener.close()
+            self._close_listener()
             raise
-        return self._expect_source(listener)
+        return self._where()
 
     def gather(self, request: Reply, fds: list[int]) -> Reply:
         """Have the `files` that the process maps at hand, while it still runs. Returns for how many of them that is so.
@@ -80,13 +87,37 @@ class Destination:
         return {"here": gather([MappedFile(*file) for file in request["files"]], self._target.pid)}
 
     def listen(self, request: Reply, fds: list[int]) -> Reply:
-        """Before `stage` where the process comes home: its ghost is not held before its `prepare`."""
+        """Before `prepare`: the image may be on its way here already."""
         self._close_listener()
-        return self._expect_source(_listen(request["address"]))
+        self._expect_source(_listen(request["address"]))
+        return self._where()
 
-    def _expect_source(self, listener: socket.socket) -> Reply:
+    def _expect_source(self, listener: socket.socket) -> None:
         self._listener, self._token = listener, secrets.token_bytes(TOKEN_SIZE)
-        return {"port": listener.getsockname()[1], "token": self._token}
+
+    def _where(self) -> Reply:
+        assert self._listener is not None
+        return {"port": self._listener.getsockname()[1], "token": self._token}
+
+    def expect(self, request: Reply, fds: list[int]) -> Reply:
+        """`receive`, with `follow`, from now on, in the daemon's absence: its next word may be `follow`, which tells
+        what has come of it. Any other calls it off, as long as the copy is not whole; then it ends the waiting.
+        """
+        if self._target is None or self._listener is None or self._builder is not None:
+            raise OSError(22, f"{ORDER}: prepare first")
+        mine, fds[:] = list(fds), []  # they are not the worker's any more
+        self._came = None
+        self.afterwards = functools.partial(self._take, request | {"follow": True}, mine)
+        return {}
+
+    def _take(self, request: Reply, fds: list[int]) -> None:
+        try:
+            self._came = self._receive(request, fds, "follow")
+        except OSError as error:
+            self._came = error
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def take_kin(self, request: Reply, fds: list[int]) -> Reply:
         """Make what the processes of a tree share: engine/kin.py. `root`: a process whose root directory paths mean."""
@@ -148,6 +179,10 @@ class Destination:
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
+        return self._receive(request, fds)
+
+    def _receive(self, request: Reply, fds: list[int], word: str = "") -> Reply:
+        assert self._listener is not None
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
         given = {(device, inode): fds[index] for device, inode, index in request.get("memory", [])}
         ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
@@ -156,10 +191,12 @@ class Destination:
         try:
             stream = self._stream if ahead and self._stream is not None else None
             if stream is None:
-                stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+                connection = accept(self._listener, self._token, self._control, timeout, word)
+                stream = Stream(connection, self._control, timeout)
         except BaseException:
             self.undo()
             raise
+        stream.word = word
         self._stream = stream
         try:
             with self._telling(stream):
@@ -169,7 +206,7 @@ class Destination:
         finally:
             self._close_listener()
         received = {"bytes": total}
-        return received | self.follow(request, []) if request.get("follow") else received
+        return received | self._follow() if request.get("follow") else received
 
     def complete(self, request: Reply, fds: list[int]) -> Reply:
         """Build what `receive` has left: the descriptors, the threads with their ids."""
@@ -208,17 +245,27 @@ class Destination:
 
     def follow(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for the source's own word that it is gone, and let the copy run; `running` tells whether it came."""
+        came, self._came = self._came, None
+        if isinstance(came, OSError):
+            raise came
+        return came if came is not None and "running" in came else self._follow()
+
+    def _follow(self) -> Reply:
         if self._stream is None:
             raise OSError(22, f"{ORDER}: nothing is built")
         self._stream.wait_at_most(_LAST_WORD_S)
         try:
             self._read_go(self._stream)
         except Aborted:
-            raise
+            if not self._stream.word:
+                raise
+            self._stream.word = ""
+            return {}
         except OSError:
             return {"running": False}
+        self._stream.word = ""
         faults.hold("follow")
-        return {"running": True} | self.resume(request, fds)
+        return {"running": True} | self.resume({}, [])
 
     def _read_go(self, stream: Stream) -> None:
         try:
@@ -327,10 +374,12 @@ class Destination:
         self._close_listener()
         self._close_stream()
         builder, target, stage = self._builder, self._target, self._stage
-        self._builder = self._target = self._stage = None
+        self._builder = self._target = self._stage = self.afterwards = None
+        came, self._came = self._came, None
         files, self._files = self._files, {}
         shared, self._kin = self._kin, {}
-        for fd in [*files.values(), *shared.values()]:
+        uncollected = came.get(FDS, []) if isinstance(came, dict) else []
+        for fd in [*files.values(), *shared.values(), *uncollected]:
             os.close(fd)
         memory, self._filling = self._filling, None
         runs, self._runs = self._runs, False

@@ -78,29 +78,14 @@ class Inspection:
         status = self.frozen.status
         with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
             cmdline = file.read().split(b"\0")[:-1]
-        return outline(self.frozen, self.stat) | {
-            "cmdline": cmdline, "bytes": sum(length for _, length in self.runs), "pid": procfs.inner_pid(status),
+        uid, euid, *_ = (int(word) for word in status["Uid"].split())
+        return {
+            "comm": self.stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid,
+            "ppid": self.stat.ppid, "pgid": self.stat.pgid, "sid": self.stat.sid, "stopped": self.frozen.group_stopped,
+            "children": children_of(self.frozen), "rights": int(status["CapPrm"], 16), "cmdline": cmdline,
+            "bytes": sum(length for _, length in self.runs), "pid": procfs.inner_pid(status),
             "highest_tid": max(procfs.inner_pid(self.frozen.status_of(thread)) for thread in self.frozen.threads),
         }  # fmt: skip
-
-
-def outline(frozen: Frozen, stat: procfs.Stat) -> dict[str, Any]:
-    """Of a process, what others prepare for before it stands still: who it is, and whose relative."""
-    status = frozen.status
-    uid, euid, *_ = (int(word) for word in status["Uid"].split())
-    return {
-        "comm": stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid, "ppid": stat.ppid,
-        "pgid": stat.pgid, "sid": stat.sid, "stopped": frozen.group_stopped, "children": children_of(frozen),
-        "rights": int(status["CapPrm"], 16),
-    }  # fmt: skip
-
-
-def outlook(pid: int) -> dict[str, Any]:
-    """The outline of a process that runs. Raises OSError."""
-    running = unseized(pid)
-    stat = procfs.parse_stat(procfs.read(f"{running.live}/stat"))
-    running.group_stopped = stat.state == "T"
-    return outline(running, stat)
 
 
 def inspect(

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import msgpack
@@ -33,6 +33,17 @@ from engine.stream import Stream, connect
 from engine.tracking import Unwatchable
 
 _HELD_TIMEOUT_S: Final = 60.0
+_WHERE: Final = ("host", "port", "token", "pack")  # of a request: where the image goes
+
+
+@dataclass(slots=True)
+class _OnItsWay:
+    """An image that went before the daemon asked for it."""
+
+    token: bytes
+    stream: Stream
+    sent: tuple[int, float] = (0, 0.0)  # as `dump.write` returns it
+    error: OSError | None = None
 
 
 class Source:
@@ -49,6 +60,7 @@ class Source:
         self._passed: Passed | None = None
         self._ready: Exec | None = None  # of the ghost
         self._opened: Stream | None = None  # to the worker that is going to make the copy
+        self._ahead: _OnItsWay | None = None
         self._stream: Stream | None = None  # to the worker that holds the copy
         self._rounds: Rounds | None = None  # in which memory goes ahead
         self._owing: Owing | None = None  # memory that goes after the process
@@ -106,15 +118,12 @@ class Source:
             shared.close()
 
     def look(self, request: Reply, fds: list[int]) -> Reply:
-        """Say what of a process that runs will have to be relayed: a forecast.
+        """Say what of a process that runs will have to be relayed: a forecast. `own`: its bytes of memory.
 
-        `outline`: and who it is, and its own bytes, as `straight` wants to be told.
         `files`: and which files it maps, as `gather` wants to be told; `digests`: with those.
         """
         pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
-        seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home")))}
-        if request.get("outline"):
-            seen |= {"process": dump.outlook(pid), "own": procfs.own_bytes(pid)}
+        seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home"))), "own": procfs.own_bytes(pid)}
         if request.get("files"):
             seen["files"] = [file.plain() for file in mapped_files(pid, bool(request.get("digests")))]
         return seen
@@ -128,6 +137,11 @@ class Source:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
 
         `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
+        `host`, `port`, `token`, `pack`: where the image goes as soon as `inspect` has answered, unasked; `send` goes on
+        from there.
+
+        Returns:
+            `frozen_at`: since when it is being stopped, on this machine's CLOCK_MONOTONIC.
         """
         if self._frozen is not None:
             raise OSError(16, f"{ORDER}: a process is frozen already")
@@ -135,42 +149,19 @@ class Source:
         if limit is not None and (own := procfs.own_bytes(int(request["pid"]))) >= limit:
             return {"large": own}
         writing = bool(request.get("writing"))
+        if "token" in request:
+            self._opened = self._open_stream(request)  # while it runs
+            faults.hold("ahead")
+        frozen_at = time.monotonic()
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
-        return self.inspect(request, fds) if request.get("inspect") else {}
+        seen = self.inspect(request, fds) if request.get("inspect") else {}
+        return seen | {"frozen_at": frozen_at}
 
     def foresee(self, request: Reply, fds: list[int]) -> Reply:
         """Before the `freeze` of a process whose memory is to go after it: what takes the longer the larger it is."""
         self._foreseen = procfs.read(f"/proc/{int(request['pid'])}/smaps")
         return {}
-
-    def straight(self, request: Reply, fds: list[int]) -> Reply:
-        """`freeze` and `inspect`; then, of a process that still is what `look` said (`expected`), `send` and `depart`.
-
-        Returns:
-            What `send` does; what `inspect` does of a process that cannot move, or is another than expected (which
-            `surprise` tells), and stands still now. `frozen_at` says since when, on this machine's CLOCK_MONOTONIC.
-        """
-        self._opened = self._open_stream(request)  # while it runs
-        try:
-            faults.hold("straight")
-            if request.get("lazy"):
-                self.foresee(request, [])
-            frozen_at = time.monotonic()
-            self.freeze({"pid": request["pid"]}, [])
-            seen = self.inspect(request, [])
-            surprise = not _is_expected(request["expected"], seen)
-            if not surprise and not seen["refusals"]:
-                self.afterwards = None
-                return self.send(request, fds) | {"frozen_at": frozen_at}
-            return seen | {"surprise": surprise, "frozen_at": frozen_at}
-        finally:
-            self._close_opened()
-
-    def _close_opened(self) -> None:
-        stream, self._opened = self._opened, None
-        if stream is not None:
-            stream.close()
 
     def watch(self, request: Reply, fds: list[int]) -> Reply:
         """Begin to send memory ahead, to a destination that is at its `stage`; `watched` tells whether that can be.
@@ -254,7 +245,8 @@ class Source:
     def inspect(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for the stops; say what it is, what must be relayed and why it cannot move.
 
-        `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word.
+        `moving`: it is going to be sent, and what can be done towards that is done before the daemon's next word: all
+        of it, where is known where the image goes (`freeze`, or `token` and the rest here).
         `close`: sockets that cannot move are closed on the way.
         `unlike`: of engine/facts.py, where the destination is another kind of machine.
         `family`: the daemon looks after the children that stay.
@@ -280,16 +272,43 @@ class Source:
             Kin.told(request["kin"]) if "kin" in request else None,
         )  # fmt: skip
         if request.get("moving") and not self._inspection.refusals:
-            self.afterwards = self._build_ahead
+            self.afterwards = functools.partial(self._go_ahead, request)
         return {
             "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals":
             self._inspection.externals,
         }  # fmt: skip
 
-    def _build_ahead(self) -> None:
+    def _go_ahead(self, request: Reply) -> None:
         assert self._inspection is not None
-        with contextlib.suppress(OSError):  # `send` will meet it again, and say so
-            self._image = dump.build(self._inspection)
+        stream, self._opened = self._opened, None
+        if stream is None:
+            with contextlib.suppress(OSError):  # `send` will meet it again, and say so
+                self._image = dump.build(self._inspection)
+            return
+        stream.word = "send"
+        self._ahead = _OnItsWay(request["token"], stream)
+        try:
+            self._ahead.sent = self._transmit(stream, request)
+        except OSError as error:
+            self._ahead.error, self._image = error, None
+
+    def _transmit(self, stream: Stream, request: Reply) -> tuple[int, float]:
+        """The image but for the verdict. Returns as `dump.write`; raises OSError."""
+        assert self._inspection is not None
+        image = self._image = self._image or dump.describe(self._inspection)
+        if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
+            _pack(stream)
+        if request.get("ahead") and self._inspection.keep is not None:
+            self._inspection.leave_out(image)
+            stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
+        if self._inspection.later:
+            stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
+        try:
+            return dump.write(self._inspection, image, stream.send, stream.send_part)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            with contextlib.suppress(img.ImageError, ConnectionResetError):
+                _read_verdict(stream)  # it may have said why
+            raise error from None
 
     def send(self, request: Reply, fds: list[int]) -> Reply:
         """Stream the image to the destination's worker; wait until it holds.
@@ -297,6 +316,7 @@ class Source:
         fds: ghost program and control socket, where the process is going to become a ghost; `env` is the ghost's.
         `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
         `pack`: the destination takes packed pages, where that is faster.
+        What `freeze` was told of where the image goes, it is on its way there already.
         `depart`: go on at once with `become_ghost` or `vanish`, whose arguments have come as well.
         """
         if self._inspection is None:
@@ -308,22 +328,18 @@ class Source:
                 "text": self._inspection.refusals[0],
                 "refusals": self._inspection.refusals,
             }
-        stream = self._open_stream(request)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.token != request["token"]:
+            ahead.stream.close()  # it goes somewhere else now
+            ahead = None
+        stream = ahead.stream if ahead is not None else self._open_stream(request)
+        stream.word = ""
         try:
-            image = self._image = self._image or dump.describe(self._inspection)
-            if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
-                _pack(stream)
-            if request.get("ahead") and self._inspection.keep is not None:
-                self._inspection.leave_out(image)
-                stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
-            if self._inspection.later:
-                stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
-            try:
-                total, ms = dump.write(self._inspection, image, stream.send, stream.send_part)
-            except (BrokenPipeError, ConnectionResetError) as error:
-                with contextlib.suppress(img.ImageError, ConnectionResetError):
-                    _read_verdict(stream)  # it may have said why
-                raise error from None
+            if ahead is not None and ahead.error is not None:
+                raise ahead.error
+            total, ms = ahead.sent if ahead is not None else self._transmit(stream, request)
+            image = self._image
+            assert image is not None
             if self._inspection.later:  # while the destination is still at work
                 frozen, known = self._held(), self._inspection.survey.known
                 self._owing = Owing.begin(frozen, self._inspection.later, known)
@@ -365,9 +381,6 @@ class Source:
             stream, self._rounds.stream = self._rounds.stream, None
             if stream is not None:
                 return stream
-        if self._opened is not None:
-            stream, self._opened = self._opened, None
-            return stream
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
         try:
             stream.send(request["token"])
@@ -506,9 +519,11 @@ class Source:
         self._end_rounds()
         if not self._left:
             self._end_owing()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        ahead = self._ahead.stream if self._ahead is not None else None
+        for stream in (self._stream, self._opened, ahead):
+            if stream is not None:
+                stream.close()
+        self._stream = self._opened = self._ahead = None
 
     @property
     def work(self) -> Owing | None:
@@ -554,15 +569,8 @@ def _contents(request: Reply) -> int:
     return int(request.get("contents", CONTENT_LIMIT))
 
 
-def _is_expected(expected: Reply, seen: Reply) -> bool:
-    """Whether `inspect` saw what `look` had foreseen."""
-    now = msgpack.unpackb(msgpack.packb({key: seen[key] for key in ("externals", "process")}), strict_map_key=False)
-    who = {key: now["process"][key] for key in expected["process"]}
-    return bool(now["externals"] == expected["externals"] and who == expected["process"])
-
-
 def _question(request: Reply) -> Reply:
-    return {key: value for key, value in request.items() if key != "op"}
+    return {key: value for key, value in request.items() if key not in ("op", *_WHERE)}
 
 
 def _pack(stream: Stream) -> None:

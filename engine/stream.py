@@ -7,6 +7,7 @@ import time
 from typing import Final
 
 from engine import packing
+from engine.linux import packets
 from engine.packing import Packer
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -17,7 +18,7 @@ _TOKEN_PATIENCE_S: Final = 2.0
 
 
 class Aborted(OSError):
-    """The control socket ended or spoke out of turn."""
+    """The control socket ended, or the daemon has said something else than what it is expected to say next."""
 
     def __init__(self) -> None:
         super().__init__(125, "the move was called off")
@@ -28,13 +29,16 @@ class Stream:
 
     Args:
         silence_s: longest wait for the peer to take or give anything.
+
+    Attributes:
+        word: the operation that the daemon may ask for meanwhile; empty: none.
     """
 
     def __init__(self, sock: socket.socket, control: socket.socket | None, silence_s: float) -> None:
         self._sock, self._control, self._silence = sock, control, silence_s
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._poll: select.poll | None = None
+        self.word = ""
         self.packer: Packer | None = None  # of parts that are sent
         self.packed = False  # parts that come are
 
@@ -121,15 +125,20 @@ class Stream:
             return True
 
     def _wait(self, event: int) -> None:
-        wait_for(self._sock, event, self._control, self._silence)
+        wait_for(self._sock, event, self._control, self._silence, self.word)
 
     def close(self) -> None:
         """Close the connection."""
         self._sock.close()
 
 
-def wait_for(sock: socket.socket, event: int, control: socket.socket | None, timeout: float) -> None:
-    """Wait until a socket is ready. Raises Aborted when the control socket becomes readable first, TimeoutError."""
+def wait_for(sock: socket.socket, event: int, control: socket.socket | None, timeout: float, word: str = "") -> None:
+    """Wait until a socket is ready.
+
+    Raises:
+        Aborted: the daemon said something first, and that is not `word`; or it is gone.
+        TimeoutError: neither happened.
+    """
     poll = select.poll()
     poll.register(sock, event)
     if control is not None:
@@ -138,7 +147,14 @@ def wait_for(sock: socket.socket, event: int, control: socket.socket | None, tim
     if not ready:
         raise TimeoutError(110, f"no answer from the other node for {timeout:g} s")
     if control is not None and any(fd == control.fileno() for fd, _ in ready):
-        raise Aborted
+        if not word or packets.next_operation(control) != word:
+            raise Aborted
+        poll.modify(control, 0)  # its end alone
+        ready = poll.poll(timeout * 1000)
+        if not ready:
+            raise TimeoutError(110, f"no answer from the other node for {timeout:g} s")
+        if any(fd == control.fileno() for fd, _ in ready):
+            raise Aborted
 
 
 def widen(sock: socket.socket, option: tuple[int, int]) -> None:
@@ -174,8 +190,13 @@ def connect(host: str, port: int, control: socket.socket | None) -> socket.socke
     return sock
 
 
-def accept(listener: socket.socket, token: bytes, control: socket.socket | None, timeout: float) -> socket.socket:
+def accept(
+    listener: socket.socket, token: bytes, control: socket.socket | None, timeout: float, word: str = ""
+) -> socket.socket:
     """Accept the one connection that knows the token; others are dropped.
+
+    Args:
+        word: as of `wait_for`.
 
     Raises:
         Aborted, TimeoutError.
@@ -183,7 +204,7 @@ def accept(listener: socket.socket, token: bytes, control: socket.socket | None,
     deadline = time.monotonic() + timeout
     listener.setblocking(False)
     while True:
-        wait_for(listener, select.POLLIN, control, max(deadline - time.monotonic(), 0))
+        wait_for(listener, select.POLLIN, control, max(deadline - time.monotonic(), 0), word)
         try:
             sock, _ = listener.accept()
         except BlockingIOError:
@@ -193,7 +214,8 @@ def accept(listener: socket.socket, token: bytes, control: socket.socket | None,
             got = b""
             while len(got) < len(token):
                 # A stranger that says nothing must not hold up the real one for long.
-                wait_for(sock, select.POLLIN, control, min(max(deadline - time.monotonic(), 0), _TOKEN_PATIENCE_S))
+                patience = min(max(deadline - time.monotonic(), 0), _TOKEN_PATIENCE_S)
+                wait_for(sock, select.POLLIN, control, patience, word)
                 part = sock.recv(len(token) - len(got))
                 if not part:
                     break

@@ -42,7 +42,6 @@ def serve(control: socket.socket) -> bool:
         "unwatch": source.unwatch,
         "foresee": source.foresee,
         "freeze": source.freeze,
-        "straight": source.straight,
         "arm": source.arm,
         "wait_exec": source.wait_exec,
         "end": source.end,
@@ -61,6 +60,7 @@ def serve(control: socket.socket) -> bool:
         "borrow": destination.borrow,
         "sweep": destination.sweep,
         "stage": destination.stage,
+        "expect": destination.expect,
         "receive": destination.receive,
         "complete": destination.complete,
         "follow": destination.follow,
@@ -94,9 +94,10 @@ def serve(control: socket.socket) -> bool:
                     os.close(fd)
             clean = clean and reply["ok"]
             _reply(control, reply)
-            if source.afterwards is not None:
-                afterwards, source.afterwards = source.afterwards, None
-                _try(afterwards)
+            for side in (source, destination):
+                if side.afterwards is not None:
+                    afterwards, side.afterwards = side.afterwards, None
+                    _try(afterwards)
     except OSError:
         clean = False  # the daemon is gone
     finally:

@@ -13,6 +13,7 @@ from bpfs.procs.phases import Figures
 
 CONNECTION_ERRORS = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE)
 LAST_WORD = 0.5  # seconds that a destination gets to say why, when the source has failed
+LAST_WAIT = 6.0  # the same, where the source's node was lost: it waits for a word of that for 5 s
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -69,7 +70,7 @@ async def transfer(
                 figures.bytes += int((await send())["bytes"])
             except BpfsError as error:
                 errors["source"] = error
-                scope.deadline = trio.current_time() + LAST_WORD
+                scope.deadline = trio.current_time() + (LAST_WAIT if error.code == errno.EHOSTDOWN else LAST_WORD)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(sending)

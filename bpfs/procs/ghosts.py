@@ -580,7 +580,9 @@ class Ghosts:
         """The process has ended on its node; where a migration owns it, that sees to the rest."""
         proc = away.proc
         if proc.state is ProcState.MIGRATING:
-            if not proc.leaving:
+            if proc.leaving:
+                proc.unclaimed = status
+            else:
                 proc.doom = status
                 self._doomed.add(proc)
             return

@@ -10,8 +10,9 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
   it has just seen the exec, or the end. Where it cannot (it died, the connection broke, a fence was waited for), the
   master says it, once it knows; the destination takes the first word that comes, and there is none after it. An engine
   that failed to end its source never says it; where one dies after its word, the destination's answer tells;
-* where a process is small, neither engine asks the master between the image and the copy's first step (straight.py):
-  the source ends it when the destination says that its copy is whole;
+* an image is on its way as soon as its process stands still, if it is known where it goes; and where a process is
+  small, neither engine asks the master between the image and the copy's first step (straight.py): the source ends it
+  when the destination says that its copy is whole;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
@@ -39,9 +40,9 @@ from bpfs.procs.ahead import copy_ahead
 from bpfs.procs.company import Company
 from bpfs.procs.exchange import refuse, together, transfer
 from bpfs.procs.lazy import Keep, Lazy
-from bpfs.procs.phases import Figures, Landing, Phase, Surprise, is_watched_closely
+from bpfs.procs.phases import Figures, Landing, Phase, is_watched_closely
 from bpfs.procs.places import Engine, Place
-from bpfs.procs.process import ExitStatus, Process
+from bpfs.procs.process import MASTER, ExitStatus, Process
 from bpfs.procs.straight import go_straight
 from bpfs.tree.base import WriteRequest
 from engine.facts import share_files, unlike, unpacks
@@ -89,11 +90,11 @@ class Migration(ABC):
         self.watched = False  # the source's engine may hold its record of writes
         self.calm = AsyncExitStack()  # has `quiet`
         self._scope: trio.CancelScope | None = None  # of all that can be called off
-        self._foresees = False  # the engines may do without us from the freeze on
         self.company: Company | None = None  # of those with which it moves, or stays
         self.borrowed: dict[int, int] = {}  # key of an external -> that of what another's ghost has for it
-        self.looked: dict[str, Any] = {}  # what the source's engine said of the process while it ran
-        self.own = 0  # bytes of memory that it had then
+        self.landing: Landing | None = None  # where the image goes, as soon as that is known
+        self.expecting = False  # the destination's engine waits for it, and needs no word of ours any more
+        self.own: int | None = None  # bytes of memory that it had while it ran; None: unknown
         self.mapped: list[Any] = []  # files that it mapped then
         self.keep: Keep | None = None  # what can of its memory comes after it, and is looked after so
         self.owed = 0  # bytes that do
@@ -133,17 +134,13 @@ class Migration(ABC):
                 if self.figures.frozen:
                     await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
 
-            async def move() -> None:
-                await self._move(src, dst, lambda: self._look(src), lambda: self._freeze(src, writer), release)
+            async def stop() -> dict[str, Any]:
+                if not self._may_expect():
+                    return await self._freeze(src, writer)
+                _, summary = await together(lambda: self.expect(dst), lambda: self._freeze(src, writer))
+                return summary
 
-            self._foresees = self.goes_straight and writer is None
-            try:
-                await move()
-            except Surprise as surprise:
-                _log.info("process %d: once more, step by step: %s", self.proc.pid, surprise)
-                self._foresees = self.proc.landing = False
-                self.figures.frozen = 0.0
-                await move()
+            await self._move(src, dst, lambda: self._look(src), stop, release)
             if self.owed and self.keep is not None:
                 self.keep(Lazy(self.proc, self.owed, self.source, src, dst, engines.pop_all()))
 
@@ -200,13 +197,17 @@ class Migration(ABC):
         """Keeps signals back that would meet the process half-way."""
         return nullcontext()
 
-    @abstractmethod
-    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
-        """Does what needs no process that stands still, and has it `stop` when it is time.
+    def stands_still(self, summary: dict[str, Any]) -> None:
+        """It does so before anything is made ready, as one of several that move together."""
+        return
 
-        Returns:
-            What `stop` said.
-        """
+    @abstractmethod
+    async def make_ready(self, dst: Engine, look: Look) -> None:
+        """Does what needs no process that stands still; `landing` is known then."""
+
+    def may_expect(self) -> bool:
+        """Whether all is ready at the destination for the process as it is most likely going to be."""
+        return False
 
     @abstractmethod
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
@@ -220,11 +221,7 @@ class Migration(ABC):
         """Holds stdio still, while the image is on its way."""
         return
 
-    goes_straight = False  # the engines may do without the master from the image on, or from the freeze
-
-    def foreseen(self) -> Landing | None:
-        """Where the image is to go, where all is ready for a process that still is what `looked` says, and small."""
-        return None
+    goes_straight = True  # the engines may do without the master from the image on
 
     gathers = False  # the destination fetches what the process maps
 
@@ -234,14 +231,18 @@ class Migration(ABC):
         """Descriptors of which the source's engine makes the ghost, where it does."""
         return []
 
+    @abstractmethod
     def departure(self) -> dict[str, Any]:
         """What `send` is told of the end of the source, where it goes straight; it may come any time from now on."""
-        return {}
 
-    async def has_departed(self, heard: bool) -> bool:
-        """Whether the source has ended all the same, though its engine said no, or was not `heard`."""
-        del heard
-        return False
+    @abstractmethod
+    async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
+        """Whether the source, which may depart by itself, has ended, or cannot be alive any more.
+
+        Args:
+            error: of its engine; None: that has not been heard.
+            whole: the destination's engine says that it holds a whole copy.
+        """
 
     @abstractmethod
     async def depart(self, src: Engine, go: bool) -> None:
@@ -279,62 +280,81 @@ class Migration(ABC):
     async def _make(self, src: Engine, dst: Engine, look: Look | None, stop: Stop) -> Landing | None:
         """All that can be called off. Returns where the image is to go, where the engines do the rest by themselves."""
         await self._enter(Phase.PREPARE)
-        closely = is_watched_closely()
-        if look and self._foresees and not closely:
-            await self.make_ready(dst, look, _nothing)
-            if (foreseen := self.foreseen()) is not None:
-                return foreseen
-            summary = await stop()
-        else:
-            summary = await (self.make_ready(dst, look, stop) if look else stop())
+        if look:
+            if self.company is not None:
+                self.stands_still(await stop())
+            await self.make_ready(dst, look)
+        summary = await stop()
         if "large" in summary:
             await copy_ahead(self, src, dst)
             summary = await stop()
-        landing = await self.land(dst, summary)
-        if self.goes_straight and summary["process"]["bytes"] <= STRAIGHT and not closely and not self.company:
+        landing = self.landing = await self.land(dst, summary)
+        small = summary["process"]["bytes"] <= STRAIGHT and not is_watched_closely()
+        if self.expecting or (self.goes_straight and small and not self.company):
             return landing
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
         self.figures.whole = time.perf_counter()
-        self._check_alive()
+        self.check_alive()
         return None
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         await transfer(lambda: self.send(src, landing), lambda: self.receive(dst, landing), self.figures)
 
-    async def send(self, src: Engine, landing: Landing, op: str = "send", **more: Any) -> dict[str, Any]:
+    async def send(self, src: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         return await src.call(
-            op, self.ghost_fds(), host=landing.host, port=landing.port, token=landing.token, ahead=self.ahead,
-            env=self.ghost_environment, pack=self.packs, **more,
-        )  # fmt: skip
+            "send", self.ghost_fds(), ahead=self.ahead, env=self.ghost_environment, **self._where(landing), **more
+        )
+
+    def _where(self, landing: Landing) -> dict[str, Any]:
+        return {"host": landing.host, "port": landing.port, "token": landing.token, "pack": self.packs}
+
+    def _there(self) -> dict[str, Any]:
+        """What the source's engine is told so that the image goes as soon as the process stands still."""
+        if self.landing is None or self.ahead or self.company or is_watched_closely():
+            return {}
+        return self._where(self.landing)
 
     @property
     def packs(self) -> bool:
         """Whether pages may be packed on their way."""
         return self.compress and unpacks(self.destination.facts)
 
-    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+    def _may_expect(self) -> bool:
+        if self.expecting or self.ahead or self.own is None or self.company or is_watched_closely():
+            return False
+        small = self.keep is not None or self.own <= min(STRAIGHT, self.precopy or STRAIGHT)
+        return small and self.may_expect()
+
+    async def expect(self, dst: Engine) -> None:
+        """Has the destination's engine wait for the image, build the copy, and follow the word of the source's."""
+        assert self.landing is not None
+        await self.receive(dst, self.landing, "expect")
+        self.expecting = True
+
+    async def follow(self, dst: Engine, landing: Landing) -> dict[str, Any]:
+        """What has come of that, or of doing it now."""
+        return await (dst.call("follow") if self.expecting else self.receive(dst, landing, follow=True))
+
+    async def receive(self, dst: Engine, landing: Landing, op: str = "receive", **more: Any) -> dict[str, Any]:
         more |= {"ghost_fds": landing.ghost_fds, "timeout_s": RECEIVE_TIMEOUT, "ahead": self.ahead, "lends": True}
         if self.company is None:
-            return await dst.call("receive", landing.fds, externals=landing.externals, **more)
+            return await dst.call(op, landing.fds, externals=landing.externals, **more)
         async with self.company.shared_with(self.proc.pid, self.borrowed) as shared:
             first = len(landing.fds)
             externals = landing.externals | {key: first + index for index, key in enumerate(shared.keys)}
             memory = [[*what, externals[key]] for *what, key in shared.memory]
-            return await dst.call("receive", [*landing.fds, *shared.fds], externals=externals, memory=memory, **more)
+            return await dst.call(op, [*landing.fds, *shared.fds], externals=externals, memory=memory, **more)
 
     # -- what the source's engine is asked ------------------------------------------------------------------------
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
             pid = await self.source.hostpid(self.proc)
-            reply = await src.call("look", pid=pid, outline=self._foresees, files=self.gathers, **self.looking)
+            reply = await src.call("look", pid=pid, files=self.gathers, **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
-        self.mapped = reply.get("files", [])
-        if self._foresees:
-            self.looked = {key: reply[key] for key in ("externals", "process")}
-            self.own = int(reply["own"])
+        self.mapped, self.own = reply.get("files", []), int(reply["own"])
         return list(reply["externals"])
 
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
@@ -345,21 +365,25 @@ class Migration(ABC):
         self.figures.frozen = time.perf_counter()
         if writer is None:
             limit, self.precopy = self.precopy, None
-            reply = await src.call("freeze", pid=hostpid, inspect=True, unless=limit, **self.looking)
+            reply = await src.call("freeze", pid=hostpid, inspect=True, unless=limit, **self.looking, **self._there())
             if "large" in reply:
                 self.figures.frozen = 0.0
                 return reply
+            if self.source.number == MASTER:  # whose clock is ours
+                self.figures.frozen = reply["frozen_at"]
             return await self._inspected(reply)
-        await src.call("freeze", pid=hostpid, writing=True)
+        there = self._there()
+        await src.call("freeze", pid=hostpid, writing=True, **there)
         await writer.answer()
-        return await self._inspected(await src.call("inspect", **self.looking))
+        return await self._inspected(await src.call("inspect", **self.looking, **there))
 
     async def _inspected(self, summary: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)
         refuse(summary["refusals"])
         return summary
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises BpfsError ESRCH where it has ended meanwhile."""
         if self.proc.doom is not None:
             raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
 
@@ -379,8 +403,7 @@ class Migration(ABC):
                     await faults.hold("agreed")
                 reply = await self._hand_over(src, dst)
         except BpfsError as error:
-            if not isinstance(error, Surprise):
-                self.fail(error)
+            self.fail(error)
             await self._undo(release(error), dst)
             raise
         if reply is None:
@@ -457,7 +480,3 @@ class Migration(ABC):
                 await call
         except (BpfsError, trio.TooSlowError) as error:
             _log.info("process %d: %s after a failed move: %s", self.proc.pid, what, error)
-
-
-async def _nothing() -> dict[str, Any]:
-    return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -151,14 +151,11 @@ class Ahead:
             await self._told.wait()
             return self._externals
 
-        async def stop() -> dict[str, Any]:
-            return {}
-
         try:
             with self._scope:
                 async with self.migration.destination.engine() as engine:
                     try:
-                        await self.migration.make_ready(engine, look, stop)
+                        await self.migration.make_ready(engine, look)
                         self._engine = engine
                         self._settled.set()
                         await self._hold()

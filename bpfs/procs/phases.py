@@ -6,7 +6,6 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from bpfs.errors import BpfsError
 from bpfs.procs import faults
 
 
@@ -61,10 +60,6 @@ class Landing:
     fds: list[int] = field(default_factory=list)
     externals: dict[int, int] = field(default_factory=dict)
     ghost_fds: dict[int, int] = field(default_factory=dict)
-
-
-class Surprise(BpfsError):
-    """The process stands still, and is not what everything was made ready for."""
 
 
 def is_watched_closely() -> bool:

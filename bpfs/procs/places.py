@@ -23,7 +23,7 @@ from engine.facts import facts
 HANDLES = "handles"  # in a node's reply: what the slave calls the descriptors that came with it
 HAND_OUT = "hand_out"  # the operation whose descriptors are the caller's, on the master as well
 # Operations that may take long.
-BULK = ("send", "receive", "give", "keep_image", "stage", "gather", "give_kin", "take_kin")
+BULK = ("send", "receive", "follow", "give", "keep_image", "stage", "gather", "give_kin", "take_kin")
 LOOPBACK = "127.0.0.1"
 BULK_TIMEOUT = 3600.0  # seconds
 

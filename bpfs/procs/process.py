@@ -96,6 +96,7 @@ class Process:
     native: bool = False  # forked where it is: there its parent alone hears of its end
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
     pledged: bool = False  # it will not run on where it is, should its engine die: a stop there is not its own
+    unclaimed: ExitStatus | None = None  # such a death, while it is not known yet whether it was not
     source_lost: bool = False  # the node it was to move from has died, while a migration owned it
     progress: str = ""  # where a migration is, in words
     copying: str = ""  # likewise, while its memory goes ahead and it runs on, as if nothing moved it

@@ -29,7 +29,7 @@ from bpfs.procs.entries import Bound
 from bpfs.procs.exchange import together
 from bpfs.procs.ghost import ROOM_FOR_HEIR, Ghost
 from bpfs.procs.ghosts import Ghosts, tell
-from bpfs.procs.migration import STRAIGHT, Externals, Look, Migration, Stop
+from bpfs.procs.migration import Externals, Look, Migration
 from bpfs.procs.phases import Landing, Phase
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
 from bpfs.procs.process import Process, ProcState
@@ -106,7 +106,6 @@ class ToNode(Migration):
         self._attached: Attached | None = None
         self._session = 0  # whose controlling terminal it has open
         self._front = 0  # its group, where that is in the foreground there
-        self._landing: Landing | None = None
         self._born_as: tuple[object, ...] = ()
         self.children = self.expected_children()  # have stand-ins over there
         self.gathers = not share_files(source.facts, destination.facts)
@@ -139,25 +138,22 @@ class ToNode(Migration):
         """The descriptors of a channel that the process, or its ghost, has on the master."""
         return channel.fds
 
-    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
-        if self.company is not None:  # it stands still
-            self.children = sorted(tuple(child) for child in (await stop())["process"]["children"])
+    def stands_still(self, summary: dict[str, Any]) -> None:
+        self.children = sorted(tuple(child) for child in summary["process"]["children"])
+
+    async def make_ready(self, dst: Engine, look: Look) -> None:
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
             await self._foresee(look)
             await self._prepare(dst)
-            await self._gather(dst)
-            return await stop()
-        if self.gathers:
+        else:
             await together(lambda: self._prepare(dst), lambda: self._foresee(look))
-            await self._gather(dst)
-            return await stop()
+        await self._gather(dst)
 
-        async def attach_and_stop() -> dict[str, Any]:
-            await self._foresee(look)
-            return await stop()
-
-        _, summary = await together(lambda: self._prepare(dst), attach_and_stop)
-        return summary
+    def may_expect(self) -> bool:
+        if self._attached is None or self.landing is None:
+            return False
+        self.landing.fds, self.landing.externals = self._attached.fds, self._attached.places
+        return True
 
     async def _gather(self, dst: Engine) -> None:
         """Has the node fetch what the process maps, while it still runs."""
@@ -166,8 +162,10 @@ class ToNode(Migration):
             await dst.call("gather", files=self.mapped)
 
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
-        assert self._landing is not None
-        return self._landing, {}
+        if self.expecting:  # it has grown at the last moment
+            await self._attach_anew(dst, self._externals or [])
+        assert self.landing is not None
+        return self.landing, {}
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         if self._attached is None or not self._has_foreseen(summary["externals"]):
@@ -175,12 +173,12 @@ class ToNode(Migration):
         children = sorted(tuple(child) for child in summary["process"]["children"])
         if self._born_as != self._birth() or sorted(self.children) != children:
             self.children = children
-            await self._prepare_anew(dst)
-        assert self._attached is not None and self._landing is not None
-        self._landing.fds, self._landing.externals = self._attached.fds, self._attached.places
+            await (self._attach_anew(dst, summary["externals"]) if self.expecting else self._prepare_anew(dst))
+        assert self._attached is not None and self.landing is not None
+        self.landing.fds, self.landing.externals = self._attached.fds, self._attached.places
         if self.company is not None:
-            await self._take_ends(self.company, self._landing, self._attached)
-        return self._landing
+            await self._take_ends(self.company, self.landing, self._attached)
+        return self.landing
 
     async def _take_ends(self, company: Company, landing: Landing, attached: Attached) -> None:
         """Its own ends, and those that it borrows; each descriptor of a node's can be given away once."""
@@ -204,6 +202,8 @@ class ToNode(Migration):
         assert self._attached is not None and self._externals is not None
         if externals == self._externals:
             return True
+        if self.expecting:  # it has been told those numbers
+            return False
         now = {_object(external): external for external in externals}
         before = {_object(external): int(external["key"]) for external in self._externals}
         if now.keys() != before.keys() or not len(now) == len(externals) == len(self._externals):
@@ -242,7 +242,7 @@ class ToNode(Migration):
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.
-        before = self._attached is not None and self._attached.terminal
+        before = self.expecting or (self._attached is not None and self._attached.terminal)
         await self._detach()
         await self._attach(externals)
         assert self._attached is not None
@@ -258,7 +258,7 @@ class ToNode(Migration):
     async def _prepare_anew(self, dst: Engine) -> None:
         if self.company is not None:  # its children there would go with it
             raise BpfsError(errno.EAGAIN, f"process {self.proc.pid} has changed since it stands still")
-        self.ahead = False  # what went ahead goes with the process that it went to
+        self.ahead = self.expecting = False  # what went ahead goes with the process that it went to
         await dst.call("discard")
         await self._prepare(dst)
 
@@ -280,7 +280,7 @@ class ToNode(Migration):
                 place=place.target(proc.pid) | {"strict": self.strict}, address=address, front=self._front != 0,
                 terminal=terminal, children=self.children, lazy=self.keep is not None,
             )  # fmt: skip
-        self._landing = Landing(address, reply["port"], reply["token"])
+        self.landing = Landing(address, reply["port"], reply["token"])
 
 
 class Leave(ToNode):
@@ -333,27 +333,12 @@ class Leave(ToNode):
         self._stdio.comm = os.fsencode(process["comm"])
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
 
-    def foreseen(self) -> Landing | None:
-        attached, landing = self._attached, self._landing
-        if attached is None or landing is None or self._externals != self.looked["externals"]:
-            return None
-        who = self.looked["process"]
-        children = sorted(tuple(child) for child in who["children"])
-        birth = tuple(who[key] for key in ("uid", "ppid", "pgid", "sid"))
-        if birth != self._born_as or children != sorted(self.children):
-            return None
-        if self.own > min(STRAIGHT, self.precopy or STRAIGHT) and self.keep is None:
-            return None
-        self._make_ghost_ready(who)
-        landing.fds, landing.externals = attached.fds, attached.places
-        return landing
-
     async def depart(self, src: Engine, go: bool) -> None:
         self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
         try:
             await src.call("become_ghost", go=go)
         except BpfsError as error:
-            if await self.has_departed(isinstance(error, EngineRefused)):
+            if await self.has_departed(error, whole=True):
                 return
             if self.company is None:
                 raise
@@ -372,15 +357,13 @@ class Leave(ToNode):
             await engine.call("become_ghost", self.ghost_fds(), env=self.ghost_environment)
         self._halted = self.before is not ProcState.STOPPED
 
-    goes_straight = True
-
     def departure(self) -> dict[str, Any]:
         self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
-        return {"depart": "become_ghost", "go": True}
+        return {"depart": "become_ghost"}
 
-    async def has_departed(self, heard: bool) -> bool:
+    async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
         # The worker may have died right after the exec, or be in it, unheard: what the process is then decides.
-        if not heard:
+        if not isinstance(error, EngineRefused):
             await wait_untraced(self.proc.pid)
         return self._around.is_ghost(self.proc.pid)
 
@@ -448,6 +431,13 @@ class Hop(ToNode):
         self._around.ghosts.expect(self.proc, self.bound(), self._away.stdio)
         await vanish(self, src, go)
 
+    def departure(self) -> dict[str, Any]:
+        self._around.ghosts.expect(self.proc, self.bound(), self._away.stdio)
+        return vanishing(self)
+
+    async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
+        return await has_vanished(self, error, whole)
+
     async def departed(self) -> None:
         self._is_there()
         await self._around.ghosts.catch_up(self.proc)
@@ -493,17 +483,18 @@ class Return(Migration):
     def quiet(self) -> AbstractAsyncContextManager[None]:
         return self._around.ghosts.awake(self._away)
 
-    async def make_ready(self, dst: Engine, look: Look, stop: Stop) -> dict[str, Any]:
-        return await stop()
+    async def make_ready(self, dst: Engine, look: Look) -> None:
+        address = self.destination.address(self.source)
+        reply = await dst.call("listen", address=address)
+        self.landing = Landing(address, reply["port"], reply["token"])
 
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
         # Into the ghost, which goes on with its work.
-        address = self.destination.address(self.source)
-        reply = await dst.call("listen", address=address)
-        return Landing(address, reply["port"], reply["token"]), {"ghost": self.proc.pid}
+        assert self.landing is not None
+        return self.landing, {"ghost": self.proc.pid}
 
-    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
-        reply = await super().receive(dst, landing, part=self._has_tids_of_nodes, **more)
+    async def receive(self, dst: Engine, landing: Landing, op: str = "receive", **more: Any) -> dict[str, Any]:
+        reply = await super().receive(dst, landing, op, part=self._has_tids_of_nodes, **more)
         if self._has_tids_of_nodes:
             # Threads that it has made on a node keep their ids, which the kernel does not give away here. Nobody else
             # can make a process with such an id meanwhile: not before all of the memory has come.
@@ -519,6 +510,7 @@ class Return(Migration):
         await self._enter(Phase.ATTACH)
         away = self._away
         self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
+        self.goes_straight = not self._has_tids_of_nodes
         await self._around.ghosts.settle_family(away, summary["process"]["children"])
         externals = summary["externals"]
         if self.company is not None:
@@ -552,6 +544,13 @@ class Return(Migration):
         # From the engine's word on, the end of the ghost's control socket will mean that it is the process again.
         self._away.retired = True
         await vanish(self, src, go)
+
+    def departure(self) -> dict[str, Any]:
+        self._away.retired = True
+        return vanishing(self)
+
+    async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
+        return await has_vanished(self, error, whole)
 
     async def departed(self) -> None:
         self.proc.place = self.destination.number
@@ -623,6 +622,36 @@ async def _kill_copy(migration: Migration, place: NodePlace, src: Engine, go: bo
                 await engine.call("inspect", **migration.looking)
                 await engine.call("vanish", **leaving)
         _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
+
+
+def vanishing(migration: Migration) -> dict[str, Any]:
+    """What `send` is told of that. The copy's end is nobody's business from now on."""
+    assert isinstance(migration.source, NodePlace)
+    migration.proc.leaving = True
+    return {"depart": "vanish", "init": migration.source.node.init}
+
+
+async def has_vanished(migration: Migration, error: BpfsError | None, whole: bool) -> bool:
+    """Whether the copy on a node is gone, or cannot be alive any more, though its worker said this, or nothing."""
+    proc, place = migration.proc, migration.source
+    assert isinstance(place, NodePlace)
+    if isinstance(error, EngineRefused):
+        return False
+    try:
+        if error is not None and error.code == errno.EHOSTDOWN:
+            raise error
+        # The worker has died, maybe between the kill and its word. What has become of the copy decides.
+        gone = not await _runs(proc, place)
+    except BpfsError as lost:
+        if lost.code != errno.EHOSTDOWN:
+            raise
+        if whole:
+            _log.warning("process %d: waiting until node %d is fenced: %s", proc.pid, place.number, lost)
+            await place.node.wait_fenced()
+        return whole
+    if gone:
+        _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
+    return gone
 
 
 async def _runs(proc: Process, place: NodePlace) -> bool:

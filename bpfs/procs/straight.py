@@ -1,16 +1,15 @@
-"""A small process leaves without a word of the master between its freeze, or its image, and its first step there."""
+"""The rest of a move, once its process stands still, where the engines need no word of the master in between."""
 
 from __future__ import annotations
 
-import errno
 import time
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from bpfs.errors import BpfsError, EngineRefused
-from bpfs.procs.exchange import refuse, transfer
-from bpfs.procs.phases import Landing, Surprise
+from bpfs.errors import BpfsError
+from bpfs.procs.exchange import transfer
+from bpfs.procs.phases import Landing
 from bpfs.procs.places import Engine
 
 if TYPE_CHECKING:
@@ -18,60 +17,48 @@ if TYPE_CHECKING:
 
 
 async def go_straight(move: Migration, src: Engine, dst: Engine, landing: Landing) -> dict[str, Any] | None:
-    """Transfer, departure and resume, with no word of ours in between; the freeze as well, where it has not been.
+    """Transfer, departure and resume: stdio is held still, and then the source may end when the copy is whole.
 
     Returns, raises:
         As `Migration._hand_over`.
     """
-    left: list[bool] = []
-    heard: list[bool] = []
+    may_depart = left = False
+    heard: BpfsError | None = None
     arrived: list[dict[str, Any]] = []
 
     async def send() -> dict[str, Any]:
+        nonlocal may_depart, left, heard
+        await move.hold()
+        move.check_alive()
+        may_depart = True
         try:
-            reply = await _send(move, src, landing)
-        except EngineRefused:
-            heard.append(True)
+            reply = await move.send(src, landing, go=True, **move.departure())
+        except BpfsError as error:
+            heard = error
             raise
-        heard.append(True)
-        _check(move, reply)
-        left.append(True)
+        left = True
         with trio.CancelScope(shield=True):  # the copy may run already
             await move.departed()
         return reply
 
-    async def receive() -> dict[str, Any]:
-        reply = await move.receive(dst, landing, follow=True)
-        move.figures.running = time.perf_counter() - reply.get("running_for", 0.0)
+    async def follow() -> dict[str, Any]:
+        reply = await move.follow(dst, landing)
+        if reply["running"]:
+            move.figures.running = time.perf_counter() - reply["running_for"]
         arrived.append(reply)
         return reply
 
     try:
-        await transfer(send, receive, move.figures)
+        await transfer(send, follow, move.figures)
     except BpfsError:
         if not left:
-            if not (arrived and arrived[0]["running"]) and not await move.has_departed(bool(heard)):
+            runs = bool(arrived) and arrived[0]["running"]
+            if not may_depart or not (runs or await move.has_departed(heard, bool(arrived))):
+                move.proc.doom = move.proc.doom or move.proc.unclaimed
                 raise
-            await move.departed()  # the source's engine died right after
+            await move.departed()  # its engine died right after
+    finally:
+        move.proc.leaving, move.proc.unclaimed = False, None
     if arrived and arrived[0]["running"]:
         return arrived[0]
-    move.figures.running = 0.0
     return None
-
-
-async def _send(move: Migration, src: Engine, landing: Landing) -> dict[str, Any]:
-    if move.figures.frozen:
-        return await move.send(src, landing, **move.departure())
-    move.figures.frozen = time.perf_counter()
-    return await move.send(
-        src, landing, "straight", pid=await move.source.hostpid(move.proc), expected=move.looked, **move.looking,
-        **move.departure(),
-    )  # fmt: skip
-
-
-def _check(move: Migration, reply: dict[str, Any]) -> None:
-    """Whether it has gone indeed. Raises BpfsError."""
-    move.figures.frozen = reply.get("frozen_at", move.figures.frozen)
-    refuse(reply.get("refusals", []))
-    if reply.get("surprise"):
-        raise Surprise(errno.EAGAIN, f"process {move.proc.pid} has changed since it was looked at")

@@ -46,3 +46,12 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
             os.close(fd)
         raise OSError(74, f"bad packet: {error}") from error
     return message, list(fds)
+
+
+def next_operation(sock: socket.socket) -> str:
+    """The `op` of the map that waits to be received, which stays there; empty at the end of the stream."""
+    try:
+        body = sock.recv(MAX_PACKET, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return str(msgpack.unpackb(body, strict_map_key=False)["op"]) if body else ""
+    except (OSError, ValueError, KeyError, TypeError, msgpack.UnpackException):
+        return ""

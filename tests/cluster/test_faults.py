@@ -101,9 +101,10 @@ STRAIGHT = ["held", "go", "follow"]
 
 
 @pytest.mark.parametrize("phase", STRAIGHT)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_engine_workers_die_by_themselves(it, gates, counter, phase, side):
-    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+def test_engine_workers_die_by_themselves(it, gates, counter, route, phase, side):
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     kill_workers(daemon(it, getattr(move, side)))
     done = move.go_on()
     if side == "destination" and phase != "held":
@@ -116,7 +117,7 @@ def test_engine_workers_die_by_themselves(it, gates, counter, phase, side):
 def test_a_process_that_changes_at_the_last_moment_moves_all_the_same(it, gates):
     with subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as shell:
         try:
-            move = Interrupted(it, gates, shell, ends_of("leave"), "straight")
+            move = Interrupted(it, gates, shell, ends_of("leave"), "ahead")
             shell.stdin.write("exec 9>&1\necho opened\n")
             shell.stdin.flush()
             assert shell.stdout.readline() == "opened\n"
@@ -131,8 +132,9 @@ def test_a_process_that_changes_at_the_last_moment_moves_all_the_same(it, gates)
 
 
 @pytest.mark.parametrize("phase", STRAIGHT)
-def test_the_destination_dies_meanwhile(it, gates, counter, phase):
-    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+@pytest.mark.parametrize("route", ["leave", "hop"])
+def test_the_destination_dies_meanwhile(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     slave = it.slave(move.destination)
     kill_workers(slave, slave)
     done = move.go_on()
@@ -145,8 +147,20 @@ def test_the_destination_dies_meanwhile(it, gates, counter, phase):
 
 
 @pytest.mark.parametrize("phase", STRAIGHT)
-def test_the_process_is_killed_meanwhile(it, gates, counter, phase):
-    move = Interrupted(it, gates, counter, ends_of("leave"), phase)
+@pytest.mark.parametrize("route", ["hop", "return"])
+def test_the_source_dies_meanwhile(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
+    slave = it.slave(move.source)
+    kill_workers(slave, slave)
+    assert move.go_on() == 0, move.said
+    expect_one_copy(it, counter, move.destination)
+    it.wait_state(move.source, "up")
+
+
+@pytest.mark.parametrize("phase", STRAIGHT)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_process_is_killed_meanwhile(it, gates, counter, route, phase):
+    move = Interrupted(it, gates, counter, ends_of(route), phase)
     counter.kill()
     move.go_on()
     assert counter.wait(60) == -signal.SIGKILL
