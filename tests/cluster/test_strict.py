@@ -317,6 +317,7 @@ def test_a_relatives_pidfd_is_as_good_as_its_number(it: VirtualCluster) -> None:
     with actor(it, 0) as job:
         for node in (MASTER, 1):
             child = job.do("os.fork() or [os.closerange(0, 3), signal.pause()]")
+            wait_until(lambda child=child: not it.read(f"procs/{child}/cantmove"), "it closes its files, and can move")
             move(it, child, node)
             handle = job.do(f"os.pidfd_open({child})")
             assert job.do(f"signal.pidfd_send_signal({handle}, 0)") is None
