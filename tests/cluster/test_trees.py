@@ -249,7 +249,7 @@ def test_engine_workers_die(it, gates, route, side, phase):
         if phase == "agreed" and side == "destination":
             assert ring.wait(60) == -signal.SIGKILL
             return
-        assert (done == 0) == (phase == "agreed")
+        assert (done == 0) == (phase == "agreed"), held.said + it.log("master")[-3000:]
         where = held.destination if done == 0 else held.source
         wait_until(lambda: {place(it, pid) for pid in family} == {str(where)}, f"they should be at {where}")
         check_ring(it, ring, *family)
