@@ -45,6 +45,7 @@ ABSENT = Path(__file__).parent / "absent"
 WITHOUT = frozenset({
     *("_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "pdb", "doctest", "unittest"),
     *("multiprocessing", "_multiprocessing", "concurrent.futures.process"),  # boot.python's own
+    *("email", "zipfile", "csv"),  # of the real importlib.metadata
 })  # fmt: skip
 """What is left out without that."""
 
@@ -81,7 +82,8 @@ def entries(recipe: Recipe) -> list[Entry]:
     absent = {path.stem: path.read_bytes() for path in ABSENT.glob("[!_]*.py")}
     found += python.entries(PROGRAMS[recipe.phase], WITHOUT | set(absent))
     for name, text in sorted(absent.items()):
-        found.append(cpio.file(f"{python.HOME}/{name}.pyc", python.compiled_text(text, f"/{name}.py")))
+        path = name.replace(".", "/")
+        found.append(cpio.file(f"{python.HOME}/{path}.pyc", python.compiled_text(text, f"/{path}.py")))
     found += _modules(recipe)
     if recipe.phase == 1:
         found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n"))
@@ -132,13 +134,15 @@ def _lines(lines: Iterable[str]) -> bytes:
 
 
 def compress(archive: bytes) -> bytes:
-    """By zstd, which the kernel unpacks fastest. The same bytes for the same archive, whatever the number of cores.
+    """By zstd, which the kernel unpacks fastest, and by as much as does not take many seconds.
+
+    The same bytes for the same archive, whatever the number of cores.
 
     Raises:
         BootError: zstd is not installed, or failed.
     """
     try:
-        run = subprocess.run(["zstd", "-12", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
+        run = subprocess.run(["zstd", "-16", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
     except FileNotFoundError:
         raise BootError("zstd is not installed (package zstd)") from None
     except subprocess.CalledProcessError as error:

@@ -11,4 +11,4 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 def test_nothing_is_lost_or_doubled_in_some_seconds_of_everything_at_once(session_folder):
     counts = soak(session_folder / "soak", seconds=12, seed=int.from_bytes(os.urandom(3), "little"))
-    assert counts["move"] > 20
+    assert counts["move"] > 5
