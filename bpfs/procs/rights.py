@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,8 @@ def bound(proc: Process) -> str:
         return "it is a kernel thread"
     if proc.pid == 1:
         return "it is the init of its machine"
+    if proc.pid == os.getpid():
+        return "it is the daemon that would move it"
     return ""
 
 

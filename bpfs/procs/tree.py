@@ -24,7 +24,7 @@ from bpfs.procs.migration import Migration
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import HAND_OUT, HANDLES, Engine, Place
 from bpfs.procs.process import MASTER, Process, ProcState
-from bpfs.procs.rights import admits, may_control, writes_itself
+from bpfs.procs.rights import admits, bound, may_control, writes_itself
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.stdio import External
 from bpfs.tree.base import Caller, WriteRequest
@@ -147,6 +147,8 @@ class _Tree:
         if proc.busy:
             raise BpfsError(errno.EBUSY, f"it is busy: {proc.busy}")
         admits(self._procs.nodes.get(self._destination.number), caller, proc)
+        if why := bound(proc):
+            raise BpfsError(errno.EOPNOTSUPP, why)
 
     def _mark(self, proc: Process) -> None:
         proc.busy = "it moves with its tree"

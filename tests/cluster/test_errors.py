@@ -178,11 +178,11 @@ def test_what_cannot_move_is_told_in_words(it: VirtualCluster, route: str) -> No
 
 
 def test_what_holds_a_machine_together_stays(it: VirtualCluster) -> None:
-    bound = {1: "it is the init of its machine"}
+    bound = {1: "it is the init of its machine", it.pid("master"): "it is the daemon that would move it"}
     if os.path.exists("/proc/2") and Path("/proc/2/comm").read_text() == "kthreadd\n":  # not seen in a container
         bound[2] = "it is a kernel thread"
     for pid, why in bound.items():
-        for text in (pid, f"{pid} onexec"):
+        for text in (pid, f"{pid} onexec", f"{pid} tree"):
             done = echo(it, text, "nodes/1/migrate")
             assert done.returncode != 0 and "Operation not supported" in done.stderr
         assert it.read(f"procs/{pid}/cantmove") == f"{why}\n"
