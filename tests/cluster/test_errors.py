@@ -33,13 +33,6 @@ VICTIMS = Path(__file__).parent.parent / "victims"
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder: Path) -> Path:
-    folder = session_folder / "errors-gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
     with holding(gates), cluster(session_folder / "errors", nodes=4) as made:
         made.write("nodes/2/state", "down")

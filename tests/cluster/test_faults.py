@@ -16,7 +16,7 @@ from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import check_counting, counting, finish, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, set_link, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
 PHASES = ["prepare", "precopy", "freeze", "inspect", "attach", "transfer", "depart", "resume"]
 AHEAD = ("--precopy", "1M")  # the counter is large enough for that
@@ -37,24 +37,9 @@ LATE = ("depart", "resume")
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder):
-    folder = session_folder / "gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder, gates):
     with holding(gates), cluster(session_folder / "faults", "--lease", "3", *AHEAD, nodes=NODES) as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def open_gates(gates):
-    """After each test no gate is closed: where one fails, the next shall not stand still for that."""
-    yield
-    for gate in gates.iterdir():
-        gate.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -31,13 +31,6 @@ KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder: Path) -> Path:
-    folder = session_folder / "lazy-gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
     subprocess.run(["make", "-s", "-C", str(WRITER.parent.parent)], check=True)
     with holding(gates), cluster(session_folder / "lazy", "--lease", "3", "--netns", nodes=2) as made:

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.skipif(not userfaultfd.works(), reason="this kernel keeps no record of writes (userfaultfd WP_ASYNC)"),
+    pytest.mark.usefixtures("open_gates"),
 ]
 
 VICTIMS = Path(__file__).parent.parent / "victims"
@@ -29,24 +30,10 @@ ROUTES = [(-1, 0), (0, 1), (1, -1)]
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder: Path) -> Path:
-    folder = session_folder / "precopy-gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
     subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
     with holding(gates), cluster(session_folder / "precopy", "--precopy", "1M", nodes=2) as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def open_gates(gates: Path) -> Iterator[None]:
-    yield
-    for gate in gates.iterdir():
-        gate.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -15,16 +15,9 @@ from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of
 from tests.cluster.virtual import VirtualCluster, bpcluster, children, cluster, kill, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
 NODES = 2
-
-
-@pytest.fixture(scope="module")
-def gates(session_folder):
-    folder = session_folder / "restart-gates"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +25,6 @@ def it(session_folder, gates) -> Iterator[VirtualCluster]:
     """Its moves stand still at gates, where there are any; so they do with the masters that follow."""
     with holding(gates), cluster(session_folder / "restarts", nodes=NODES) as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def open_gates(gates):
-    """After each test no gate is closed: where one fails, the next shall not stand still for that."""
-    yield
-    for gate in gates.iterdir():
-        gate.unlink(missing_ok=True)
 
 
 def start_master(it: VirtualCluster) -> None:

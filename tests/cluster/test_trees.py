@@ -16,7 +16,7 @@ from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import echo, place, processes_of
 from tests.cluster.virtual import children, cluster, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
 # A token goes round in a ring of three processes, through pipes and a socket pair; each adds to what all map. Whoever
 # ran twice, or not at all, would show: the token is lost then, doubled, or counted wrongly. One more child has ended
@@ -115,26 +115,9 @@ sys.stdin.read()
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder):
-    folder = session_folder / "tree-gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder, gates):
     with holding(gates), cluster(session_folder / "trees", "--lease", "3", nodes=3) as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def open_gates(gates):
-    """Before each test no gate is closed, or said to have been reached: each process of a tree comes to it."""
-    for gate in gates.iterdir():
-        gate.unlink(missing_ok=True)
-    yield
-    for gate in gates.iterdir():
-        gate.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -34,13 +34,6 @@ def exported(session_folder):
 
 
 @pytest.fixture(scope="module")
-def gates(session_folder):
-    folder = session_folder / "view-gates"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
 def it(session_folder, exported, gates):
     with (
         holding(gates),
