@@ -36,7 +36,7 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     programs = Programs(rundir.programs)
     around = Surroundings(ghosts, cluster.streams, programs, cluster.blocks, cluster.config)
     procs = Procs(cluster.nodes, around, cluster.workers)
-    cluster.handle(messages.JobReport, ghosts.report)
+    cluster.handle(messages.JobReport, ghosts.reports.take)
     cluster.handle(messages.AskImage, procs.batches.images.asked)
     births = Births(ghosts, cluster.nodes, cluster.blocks, cluster.nursery)
     cluster.handle(messages.JobEvents, births.report)

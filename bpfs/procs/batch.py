@@ -26,9 +26,9 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, LinkClosed, errno_name
+from bpfs.procs.away import Away, carefully, tell
 from bpfs.procs.exchange import refuse
 from bpfs.procs.ghost import Ghost
-from bpfs.procs.ghosts import Away, carefully, tell
 from bpfs.procs.images import ImageTree
 from bpfs.procs.migration import Externals
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE

@@ -23,8 +23,9 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.registry import Node, NodeTable
+from bpfs.procs.away import SI_USER, Away, carefully, tell
 from bpfs.procs.ghost import Birth, Ghost, Signal
-from bpfs.procs.ghosts import SI_USER, Away, Ghosts, carefully, tell
+from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.kernelfiles import ANSWER_S
 from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
 from bpfs.procs.stdio import Stdio
@@ -89,7 +90,7 @@ class Births:
 
     def _put(self, node: Node, record: Record) -> None:
         key = (int(node.number), record.pid)
-        if record.state == "T" and self._ghosts.is_continuing(record.pid):
+        if record.state == "T" and self._ghosts.signals.is_continuing(record.pid):
             record = replace(record, state="S")
         waiting = self._waiting.setdefault(key, (node, []))[1]
         waiting.append(record)
@@ -135,7 +136,7 @@ class Births:
             if record.kind is Kind.IS and record.pid in self._blocks.of(node.number):
                 await self._born(node, record, since)
             return
-        if not self._ghosts.defer(record.pid, node, partial(self._known, node, proc, record)):
+        if not self._ghosts.reports.defer(record.pid, node, partial(self._known, node, proc, record)):
             await self._known(node, proc, record)
 
     async def _known(self, node: Node, proc: Process, record: Record) -> None:
@@ -159,7 +160,7 @@ class Births:
 
     async def _born(self, node: Node, record: Record, since: float) -> None:
         with trio.move_on_after(EXPECTED):
-            while self._ghosts.is_expected(record.ppid, int(node.number)):
+            while self._ghosts.reports.is_expected(record.ppid, int(node.number)):
                 await trio.sleep(AGAIN)
         parent = self._ghosts.stand_in(record.ppid)
         groups = frozenset[int]()
@@ -183,7 +184,7 @@ class Births:
             stands.set()
         self._table.changed(proc, f"forked by {record.ppid}")
         if continued:  # whatever it was told to be: its stop may have been just under way
-            await self._ghosts.go_on(self._ghosts.of(proc), SIGCONT)
+            await self._ghosts.signals.go_on(self._ghosts.of(proc), SIGCONT)
         elif record.state == "T":
             await self._ghosts.stopped(self._ghosts.of(proc), signal.SIGSTOP)
 
@@ -209,7 +210,7 @@ class Births:
             proc.identity = replace(proc.identity, start=read_identity(proc.pid).start)
         self._ghosts.adopt(proc, Ghost(proc.pid, ours), Stdio(comm=record.comm))
         if maker is parent:
-            self._ghosts.has_child(parent, proc.pid)
+            self._ghosts.families.has_child(parent, proc.pid)
         if maker.proc.identity.pgid != record.pgid:
             return False
         return continued or maker.ghost.continued > since - LATE
@@ -254,7 +255,7 @@ class Births:
     def _stood(self, node: Node, record: Record) -> None:
         """SIGKILL and SIGSTOP cannot be passed on by whom they reach. So they are guessed, where nobody of ours has
         ended or stopped what stands for a child, and its parent lives."""
-        parent = self._ghosts.stand_in(self._ghosts.parents.get(record.pid, 0))
+        parent = self._ghosts.stand_in(self._ghosts.families.parents.get(record.pid, 0))
         if parent is None or parent.proc.place != node.number or parent.proc.leaving:
             return
         child = self._table.known(record.pid)
@@ -266,7 +267,7 @@ class Births:
             work = partial(self._pass_on, parent, record.pid, child, signal.SIGKILL)
         else:
             return
-        self._ghosts.in_order(record.pid, work)
+        self._ghosts.signals.in_order(record.pid, work)
 
     async def _pass_on(self, parent: Away, pid: int, child: Process | None, signo: signal.Signals) -> None:
         link = self._nodes.get(parent.proc.place).live_session().link
@@ -278,18 +279,18 @@ class Births:
         if signo == signal.SIGSTOP and b"\nState:\tT" not in stand_in:
             return  # it has been continued already, and that may have been passed on
         if child is not None and child.away:
-            await self._ghosts.signal(child, signo, Caller(parent.proc.pid, parent.proc.identity.uid, 0))
+            await self._ghosts.signals.signal(child, signo, Caller(parent.proc.pid, parent.proc.identity.uid, 0))
         elif read_identity(Pid(pid)).ppid == parent.proc.pid:  # at home, below its parent's ghost
             os.kill(pid, signo)
 
     # -- ends --------------------------------------------------------------------------------------------------
 
     async def _reaped(self, node: Node, pid: int) -> None:
-        # While its parent moves, what stood for it at the old place goes unwaited for; see `Ghosts.still_has`.
-        parent = self._ghosts.stand_in(self._ghosts.parents.get(pid, 0))
+        # While its parent moves, what stood for it at the old place goes unwaited for; see `Families.settle`.
+        parent = self._ghosts.stand_in(self._ghosts.families.parents.get(pid, 0))
         if parent is None or parent.proc.place != node.number or parent.proc.state is ProcState.MIGRATING:
             return
-        await self._ghosts.waited_for(parent, pid)
+        await self._ghosts.families.waited_for(parent, pid)
 
 
 def _lives(status: bytes) -> bool:

@@ -19,8 +19,8 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError, errno_name
+from bpfs.procs.away import carefully
 from bpfs.procs.exchange import refuse, transfer
-from bpfs.procs.ghosts import carefully
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import Engine, MasterPlace, Place
 from bpfs.procs.process import Process, ProcState

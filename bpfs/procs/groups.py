@@ -15,7 +15,8 @@ from bpfs.wire import messages
 from engine.linux.procfs import own_file
 
 if TYPE_CHECKING:
-    from bpfs.procs.ghosts import Away, Ghosts
+    from bpfs.procs.away import Away
+    from bpfs.procs.ghosts import Ghosts
 
 _TIMEOUT = 10.0  # seconds for a node to answer
 

@@ -9,7 +9,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER
 from bpfs.nodes.states import NodeState
-from bpfs.procs.ghosts import Away
+from bpfs.procs.away import Away
 from bpfs.procs.process import OnLoss, Process, ProcState
 from bpfs.procs.rights import may_control
 from bpfs.tree.base import WriteRequest

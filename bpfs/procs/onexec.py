@@ -14,7 +14,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
-from bpfs.procs.ghosts import carefully
+from bpfs.procs.away import carefully
 from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process

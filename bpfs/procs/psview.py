@@ -16,8 +16,9 @@ from bpfs import log
 from bpfs.config import PSVIEW_MOST
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import NodeTable
+from bpfs.procs.away import Away
 from bpfs.procs.covers import PATIENCE, Covers, Word, pack, sweep, unpack
-from bpfs.procs.ghosts import Away, Ghosts
+from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.kernelfiles import ANSWER_S
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.pstext import FILES

@@ -19,10 +19,10 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError, errno_name
 from bpfs.nodes.registry import MASTER
+from bpfs.procs.away import Away, carefully, tell
 from bpfs.procs.checkpoint import LINES_KEPT, TAKE_TIMEOUT, Saved, split
 from bpfs.procs.exchange import transfer
 from bpfs.procs.ghost import Ghost
-from bpfs.procs.ghosts import Away, carefully, tell
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import HANDLES, LOOPBACK, Engine, MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Pid, Process, ProcState

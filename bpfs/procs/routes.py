@@ -24,11 +24,12 @@ from bpfs.config import Config
 from bpfs.errors import BpfsError, EngineRefused
 from bpfs.nodes.blocks import Blocks
 from bpfs.pidspace import BLOCK_BASE
+from bpfs.procs.away import tell
 from bpfs.procs.company import Company
 from bpfs.procs.entries import Bound
 from bpfs.procs.exchange import together
 from bpfs.procs.ghost import ROOM_FOR_HEIR, Ghost
-from bpfs.procs.ghosts import Ghosts, tell
+from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.migration import Externals, Look, Migration
 from bpfs.procs.phases import Landing, Phase
 from bpfs.procs.places import HANDLES, Engine, NodePlace, Place
@@ -334,7 +335,7 @@ class Leave(ToNode):
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
 
     async def depart(self, src: Engine, go: bool) -> None:
-        self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
+        self._around.ghosts.reports.expect(self.proc, self.bound(), self._stdio)
         try:
             await src.call("become_ghost", go=go)
         except BpfsError as error:
@@ -358,7 +359,7 @@ class Leave(ToNode):
         self._halted = self.before is not ProcState.STOPPED
 
     def departure(self) -> dict[str, Any]:
-        self._around.ghosts.expect(self.proc, self.bound(), self._stdio)
+        self._around.ghosts.reports.expect(self.proc, self.bound(), self._stdio)
         return {"depart": "become_ghost"}
 
     async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
@@ -378,10 +379,10 @@ class Leave(ToNode):
         away.asked_stop = self.before is ProcState.STOPPED
         await tell(away.ghost.name(self._stdio.comm))
         await tell(away.ghost.stream(attached.connection, ghost_table(self._stdio.channels.values()), attached.number))
-        await self._around.ghosts.keep_children(away, [pid for pid, *_ in self.children], self.along)
+        await self._around.ghosts.families.keep_children(away, [pid for pid, *_ in self.children], self.along)
         if self._halted:
             await tell(away.ghost.cont())
-        await self._around.ghosts.catch_up(proc)
+        await self._around.ghosts.reports.catch_up(proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         self._stdio.files = dict(zip(reply["files"], reply[HANDLES], strict=True))
@@ -389,7 +390,7 @@ class Leave(ToNode):
     async def stay(self) -> None:
         for end in self._control or ():
             end.close()
-        self._around.ghosts.expect_no_more(self.proc)
+        self._around.ghosts.reports.expect_no_more(self.proc)
         await super().stay()
 
 
@@ -420,7 +421,7 @@ class Hop(ToNode):
         return self._away.stdio.channels[channel.number].fds
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
-        await self._around.ghosts.settle_family(self._away, summary["process"]["children"])
+        await self._around.ghosts.families.settle(self._away, summary["process"]["children"])
         return await super().land(dst, summary)
 
     async def hold(self) -> None:
@@ -428,11 +429,11 @@ class Hop(ToNode):
         await self._away.ghost.hold()
 
     async def depart(self, src: Engine, go: bool) -> None:
-        self._around.ghosts.expect(self.proc, self.bound(), self._away.stdio)
+        self._around.ghosts.reports.expect(self.proc, self.bound(), self._away.stdio)
         await vanish(self, src, go)
 
     def departure(self) -> dict[str, Any]:
-        self._around.ghosts.expect(self.proc, self.bound(), self._away.stdio)
+        self._around.ghosts.reports.expect(self.proc, self.bound(), self._away.stdio)
         return vanishing(self)
 
     async def has_departed(self, error: BpfsError | None, whole: bool) -> bool:
@@ -440,7 +441,7 @@ class Hop(ToNode):
 
     async def departed(self) -> None:
         self._is_there()
-        await self._around.ghosts.catch_up(self.proc)
+        await self._around.ghosts.reports.catch_up(self.proc)
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         assert self._attached is not None
@@ -450,8 +451,8 @@ class Hop(ToNode):
         old = stdio.stream
         stdio.stream, stdio.ends = attached.number, attached.ends
         await tell(self._away.ghost.stream(attached.connection, ghost_table(stdio.channels.values()), attached.number))
-        await self._around.ghosts.parted(self._away, self.source.number)
-        await self._around.ghosts.keep_children(self._away, [pid for pid, *_ in self.children], self.along)
+        await self._around.ghosts.families.parted(self._away, self.source.number)
+        await self._around.ghosts.families.keep_children(self._away, [pid for pid, *_ in self.children], self.along)
         self._around.ghosts.nursery.start_soon(detach, self.source, old)  # nobody need wait for it
 
     async def lost(self) -> None:
@@ -461,7 +462,7 @@ class Hop(ToNode):
         await detach(self.destination, self._attached.number)
 
     async def stay(self) -> None:
-        self._around.ghosts.expect_no_more(self.proc)
+        self._around.ghosts.reports.expect_no_more(self.proc)
         await super().stay()
         if self._held:
             await tell(self._away.ghost.resume())
@@ -511,7 +512,7 @@ class Return(Migration):
         away = self._away
         self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
         self.goes_straight = not self._has_tids_of_nodes
-        await self._around.ghosts.settle_family(away, summary["process"]["children"])
+        await self._around.ghosts.families.settle(away, summary["process"]["children"])
         externals = summary["externals"]
         if self.company is not None:
             externals = await self.company.tell(self.proc.pid, externals)
@@ -562,7 +563,7 @@ class Return(Migration):
 
     async def arrived(self, reply: dict[str, Any]) -> None:
         self.before = ProcState.RUNNING
-        await self._around.ghosts.parted(self._away, self.source.number)
+        await self._around.ghosts.families.parted(self._away, self.source.number)
         self._around.ghosts.retire(self._away)
         await drop_files(self.source, self._away.stdio)
         self._around.ghosts.nursery.start_soon(detach, self.source, self._away.stdio.stream)  # nobody need wait for it

@@ -208,7 +208,7 @@ class Procs:
             BpfsError: EPERM, ESRCH, EHOSTDOWN.
         """
         may_control(caller, proc, errno.EPERM)
-        await self.ghosts.signal(proc, signo, caller)
+        await self.ghosts.signals.signal(proc, signo, caller)
 
     async def wait(self, proc: Process) -> ExitStatus:
         """Blocks until the process has ended, wherever it is by then.

@@ -18,9 +18,10 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.procs.away import UNCOUNTED, Away, carefully
 from bpfs.procs.entries import Bound, Entry, bound_of, restored
 from bpfs.procs.ghost import Ghost
-from bpfs.procs.ghosts import UNCOUNTED, Away, Ghosts, carefully
+from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.ledger import Part
 from bpfs.procs.process import ExitStatus, ProcState
 from bpfs.procs.routes import wait_untraced
@@ -105,7 +106,7 @@ class Takeover:
             proc.state, proc.settled, proc.progress = ProcState.MIGRATING, trio.Event(), "interrupted"
             away.known = trio.Event()
             self._torn[pid] = bound
-            self._ghosts.expect(proc, bound, stdio)
+            self._ghosts.reports.expect(proc, bound, stdio)
             self._nursery.start_soon(carefully, pid, self._resolve(away, bound, before), name=f"move of {pid}")
 
     def _take_up_child(self, child: int, parent: int) -> None:
@@ -113,8 +114,8 @@ class Takeover:
         if away is None:
             self._ghosts.ledger.drop(Part.CHILD, child)
             return
-        self._ghosts.has_child(away, child)
-        self._ghosts.heard[child] = UNCOUNTED
+        self._ghosts.families.has_child(away, child)
+        self._ghosts.families.heard[child] = UNCOUNTED
 
     def _forget(self, pid: int) -> None:
         self._ownerless.add(pid)
@@ -135,7 +136,7 @@ class Takeover:
 
     def resumed(self, node: Node, message: messages.Resumed) -> None:
         """Handler of Resumed; what was reported before it is dealt with before it."""
-        self._ghosts.after_reports(lambda: self._compare(node, message))
+        self._ghosts.reports.after(lambda: self._compare(node, message))
 
     async def _compare(self, node: Node, message: messages.Resumed) -> None:
         number = int(node.number)
@@ -205,9 +206,9 @@ class Takeover:
         stays = proc.pid in self._alive.get(source, ())
         if not stays and bound.place in self._alive:
             self._arrive(away, bound)
-            await self._ghosts.catch_up(proc)
+            await self._ghosts.reports.catch_up(proc)
         else:
-            self._ghosts.expect_no_more(proc)
+            self._ghosts.reports.expect_no_more(proc)
         del self._torn[proc.pid]
         away.bound = None
         self._ghosts.note(away)

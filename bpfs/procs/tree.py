@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from bpfs.errors import BpfsError
+from bpfs.procs.away import BORN_WITHIN
 from bpfs.procs.company import Company, Handed
 from bpfs.procs.exchange import refuse, transfer
-from bpfs.procs.ghosts import BORN_WITHIN
 from bpfs.procs.migration import Migration
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import HAND_OUT, HANDLES, Engine, Place
