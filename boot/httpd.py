@@ -18,6 +18,7 @@ from boot import manifest, signature
 from boot.directory import Directory
 from boot.errors import BootError
 from boot.manifest import Blob
+from boot.modules import Table
 from boot.pxe import LOADERS, SCRIPT
 from boot.reports import Report, Reporter
 
@@ -45,7 +46,7 @@ _log = logging.getLogger("boot")
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 _REASONS = {200: "OK", 206: "Partial Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
             405: "Method Not Allowed", 416: "Range Not Satisfiable", 503: "Service Unavailable"}  # fmt: skip
-_NAMES = ("kernel", "image")
+_NAMES = ("kernel", "image", "drivers")
 _PROGRESS = re.compile(rf"/progress/({'|'.join(_NAMES)})/(\d\d?|100)")
 
 STATIC = (*LOADERS, SCRIPT, "phase1.vmlinuz", "phase1.img")
@@ -98,6 +99,7 @@ class HttpServer:
         self._key = key
         self._seeds: dict[str, float] = {}  # addresses of nodes that pass files on, and when they said so
         self._signatures: dict[bytes, bytes] = {}
+        self._parcels: tuple[str, dict[str, Blob]] = ("", {})  # the list of drivers that was read last, and its content
         self._directory = directory
         self._reporter = reporter
         self._connections: dict[str, int] = {}
@@ -198,7 +200,19 @@ class HttpServer:
                 continue
             if path == f"/{blob.name}":
                 return what, blob
+            if what == "drivers" and (parcel := self._drivers(blob.name).get(name)) is not None:
+                return what, parcel
         raise Refused(404)
+
+    def _drivers(self, listed: str) -> dict[str, Blob]:
+        """The files that the list of drivers names; its name has its digest, so it is read once."""
+        if self._parcels[0] != listed:
+            try:
+                table = Table.parse((self._folder / listed).read_text())
+            except (OSError, ValueError, BootError):
+                raise Refused(404) from None
+            self._parcels = (listed, {blob.name: blob for blob in table.parcels.values()})
+        return self._parcels[1]
 
     def _text(self, address: str) -> dict[str, str]:
         """What the node at this address has to know; it has the cluster key, so the machine must be the known one."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from boot import cpio, manifest, python
+from boot import cpio, manifest, modules, python
 from boot.cpio import Entry
 from boot.errors import BootError
 from boot.files import replace
 from boot.kernel import Kernel, Module
 from boot.manifest import Blob
+from boot.modules import Table
 
 FOLDER = Path("/var/lib/beowulf/boot")
 """Where images are kept and served from."""
@@ -32,7 +35,12 @@ HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "
 DISKS = ("virtio_blk", "virtio_scsi", "sd_mod", "ahci", "nvme", "megaraid_sas", "mpt3sas")
 """Of phase 2: what local disks hang on. The file systems on them come with bpmodprobe(8)."""
 SOFTWARE = ("fuse", "unix_diag", "binfmt_misc", "overlay")
-"""Modules that the node's programs want, whatever the hardware."""
+"""Modules that the node's programs want, whatever the hardware: the only ones in phase 2's image."""
+FOLLOWERS = {
+    "sd_mod": ("virtio_scsi", "ahci", "megaraid_sas", "mpt3sas"),
+    "mlx4_en": ("mlx4_core",),
+}
+"""Modules for devices that appear only when one of these drivers has been loaded: they come with it."""
 
 DEFAULT_DRIVERS = (
     "virtio_net", "e1000", "e1000e", "igb", "igc", "ixgbe", "i40e", "ice", "r8169", "tg3", "bnx2", "bnx2x", "bnxt_en",
@@ -110,31 +118,80 @@ def _skeleton() -> list[Entry]:
 
 def _modules(recipe: Recipe) -> Iterable[Entry]:
     kernel = recipe.kernel
+    always = kernel.having(SOFTWARE) if recipe.phase == 2 else []
+    found = kernel.closure(always) if recipe.phase == 2 else _drivers(recipe)
+    for module in found:
+        yield _file(kernel, module)
+    yield cpio.file(modules.IMAGE, _table(kernel, found, always).lines().encode())
+
+
+def _drivers(recipe: Recipe) -> list[Module]:
+    """What may be needed for a machine's hardware, by the recipe's choice of cards."""
+    kernel = recipe.kernel
     if recipe.drivers == ("all",):
         network = kernel.network_drivers()
     elif recipe.drivers == DEFAULT_DRIVERS:
         network = kernel.having(DEFAULT_DRIVERS)
     else:
         network = list(recipe.drivers)
-    software, disks = (kernel.having(SOFTWARE), kernel.having(DISKS)) if recipe.phase == 2 else ([], [])
-    modules = kernel.closure([*network, *kernel.having(HARDWARE), *disks, *software])
-    for module in modules:
-        yield cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
-    yield cpio.file("lib/modules/needs", _lines(_need(kernel, module) for module in modules))
-    yield cpio.file("lib/modules/aliases", _lines(f"{a} {module.name}" for module in modules for a in module.aliases))
-    yield cpio.file("lib/modules/always", _lines(software))
+    more = kernel.having([*HARDWARE, *(DISKS if recipe.phase == 2 else ())])
+    found = kernel.closure([*network, *more])
+    names = [module.name for module in found]
+    followers = [name for name, leaders in FOLLOWERS.items() if not set(leaders).isdisjoint(names)]
+    return kernel.closure([*names, *kernel.having(followers)])
 
 
-def _need(kernel: Kernel, module: Module) -> str:
-    return " ".join([module.name, f"{kernel.release}/{module.path}", *module.needs])
+def _table(kernel: Kernel, found: Iterable[Module], always: Iterable[str] = ()) -> Table:
+    table = Table(always=list(always))
+    aliases = {module.name: module.aliases for module in found}
+    for module in found:
+        table.files[module.name] = f"{kernel.release}/{module.path}"
+        table.needs[module.name] = list(module.needs)
+        for name in (module.name, *FOLLOWERS.get(module.name, ())):
+            table.aliases += [(pattern, module.name) for pattern in aliases.get(name, ())]
+    return table
+
+
+def _file(kernel: Kernel, module: Module) -> Entry:
+    return cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
 
 
 def _lines(lines: Iterable[str]) -> bytes:
     return "".join(line + "\n" for line in sorted(lines)).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Parcels:
+    """The drivers of phase 2's kernel, of which each node fetches those of its own hardware.
+
+    Attributes:
+        table: what there is, without where.
+        packed: by name, an archive with the module as the kernel unpacks it behind the image's own.
+    """
+
+    table: Table
+    packed: dict[str, bytes]
+
+    def publish(self, folder: Path) -> tuple[Blob, set[str]]:
+        """Put them into the folder; gives their list's file, and the names of all others. Raises OSError."""
+        self.table.parcels = {name: store(folder, "driver", data) for name, data in self.packed.items()}
+        return store(folder, "drivers", self.table.lines().encode()), {b.name for b in self.table.parcels.values()}
+
+
+def parcels(recipe: Recipe) -> Parcels:
+    """What of a phase 2 kernel travels apart. Raises BootError."""
+    found = _drivers(recipe)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        packed = pool.map(lambda it: compress(cpio.archive([_file(recipe.kernel, it)])), found)
+        return Parcels(_table(recipe.kernel, found), {m.name: data for m, data in zip(found, packed, strict=True)})
+
+
+LEVEL = 12
+"""Of zstd: 16 makes phase 2 smaller by 4.5 % and takes 5.3 s of processor time for it, this one 1.4 s."""
+
+
 def compress(archive: bytes) -> bytes:
-    """By zstd, which the kernel unpacks fastest, and by as much as does not take many seconds.
+    """By zstd, which the kernel unpacks fastest.
 
     The same bytes for the same archive, whatever the number of cores.
 
@@ -142,7 +199,7 @@ def compress(archive: bytes) -> bytes:
         BootError: zstd is not installed, or failed.
     """
     try:
-        run = subprocess.run(["zstd", "-16", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
+        run = subprocess.run(["zstd", f"-{LEVEL}", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
     except FileNotFoundError:
         raise BootError("zstd is not installed (package zstd)") from None
     except subprocess.CalledProcessError as error:
@@ -169,11 +226,14 @@ def keep_modules(folder: Path, kernel: Kernel) -> None:
         raise BootError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
-def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:
+def publish(folder: Path, recipe: Recipe, packed: bytes, drivers: Parcels | None = None) -> list[str]:
     """Put an image and its kernel where they are wanted, and drop those that they replace; gives the names.
 
     Phase 1 is two files of fixed names, for whatever boots them. Phase 2 is served by digest, so that a node never gets
-    half of one and half of another: the manifest, which is replaced last, names kernel and image.
+    half of one and half of another: the manifest, which is replaced last, names kernel, image and the list of drivers.
+
+    Args:
+        drivers: of phase 2, what travels apart.
 
     Raises:
         BootError: the folder cannot be written.
@@ -186,12 +246,16 @@ def publish(folder: Path, recipe: Recipe, packed: bytes) -> list[str]:
             replace(folder / "phase1.vmlinuz", kernel)
             return ["phase1.img", "phase1.vmlinuz"]
         blobs = {"kernel": store(folder, "kernel", kernel), "image": store(folder, "image", packed)}
+        apart: set[str] = set()
+        if drivers is not None:
+            blobs["drivers"], apart = drivers.publish(folder)
         lines = [f"release {recipe.kernel.release}", *(f"{what} {blob}" for what, blob in blobs.items())]
         replace(folder / manifest.FILE, _lines(lines))
         names = {blob.name for blob in blobs.values()}
-        for path in (*folder.glob("kernel-*"), *folder.glob("image-*")):
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        for kind in ("kernel", "image", "drivers", "driver"):
+            for path in folder.glob(f"{kind}-*"):
+                if path.name not in names | apart:
+                    path.unlink(missing_ok=True)
         return [*sorted(names), manifest.FILE]
     except OSError as error:
         raise BootError(f"{folder} cannot be written: {error.strerror}") from None

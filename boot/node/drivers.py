@@ -1,20 +1,18 @@
-"""Loading of the drivers of this machine's hardware: what the buses name, until nothing new appears.
-
-The image has two tables for that, made by boot.image: `needs` (a module, its file, the modules that it needs) and
-`aliases` (a pattern of devices, a module).
-"""
+"""Loading of the drivers of this machine's hardware: what the buses name, until nothing new appears."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from boot import modules
+from boot.modules import Table
 from boot.node.console import say
 
 FOLDER = Path("/lib/modules")
-NEEDS, ALIASES, ALWAYS = FOLDER / "needs", FOLDER / "aliases", FOLDER / "always"
+FETCHED = Path("/", modules.FETCHED)
+"""Is there in phase 2."""
 
 _FINIT_MODULE = 313  # arch/x86/entry/syscalls/syscall_64.tbl
 _EEXIST = 17
@@ -24,42 +22,39 @@ class Drivers:
     """The modules of the image, and which of them have been tried."""
 
     def __init__(self) -> None:
-        lines = [line.split() for line in NEEDS.read_text().splitlines()]
-        self._files = {name: path for name, path, *_ in lines}
-        self._needs = {name: needs for name, _, *needs in lines}
-        self._aliases = [tuple(line.split()) for line in ALIASES.read_text().splitlines()]
+        tables = (path for path in (Path("/", modules.IMAGE), FETCHED) if path.exists())
+        self._table = Table.parse("".join(path.read_text() for path in tables))
         self._tried: set[str] = set()
         self._seen: set[str] = set()
 
     def load(self, name: str) -> None:
         """Load a module and what it needs; a failure is told and does not end anything."""
-        if name in self._tried or name not in self._files:
+        if name in self._tried or name not in self._table.files:
             return
         self._tried.add(name)
-        for need in self._needs[name]:
+        for need in self._table.needs[name]:
             self.load(need)
-        errno = _finit_module(FOLDER / self._files[name])
+        errno = _finit_module(FOLDER / self._table.files[name])
         if errno not in (0, _EEXIST):
             say(f"driver {name}: {os.strerror(errno)}")
 
     def load_always(self) -> None:
         """Load what the node's programs want, whatever the hardware."""
-        for name in ALWAYS.read_text().split():
+        for name in self._table.always:
             self.load(name)
 
     def load_for_hardware(self) -> list[str]:
         """Load the drivers of every device there is, and of those that appear by it; gives the names of new ones."""
         before = set(self._tried)
-        while new := _devices() - self._seen:
+        while new := devices() - self._seen:
             self._seen |= new
-            for device in sorted(new):
-                for pattern, name in self._aliases:
-                    if fnmatchcase(device, pattern):
-                        self.load(name)
+            for name in self._table.drivers(new):
+                self.load(name)
         return sorted(self._tried - before)
 
 
-def _devices() -> set[str]:
+def devices() -> set[str]:
+    """What the buses name, as patterns of drivers have it."""
     found = set()
     for path in Path("/sys/bus").glob("*/devices/*/modalias"):
         try:

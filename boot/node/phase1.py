@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from boot import cpio, manifest
+from boot import cpio, manifest, modules
 from boot.manifest import Blob
+from boot.modules import Table
 from boot.node import kexec, network
 from boot.node.console import say
-from boot.node.drivers import Drivers
+from boot.node.drivers import Drivers, devices
 from boot.node.fetch import Server
 
 KEY = Path("/etc/beowulf/bootkey")
 PORT = Path("/etc/beowulf/bootport")
 
 CONF = "etc/beowulf/node.conf"
-"""What phase 1 learns of this node and phase 2 wants to know: put into the image on its way."""
+"""What phase 1 learns of this node and phase 2 wants to know: put behind the image, with the drivers that it needs."""
 
 
 def run() -> None:
@@ -53,14 +54,33 @@ def fetch(key: bytes, port: int) -> tuple[int, int, str]:
     listed = manifest.check(server.text("/manifest"), key, "manifest")
     node = server.text("/node")
     say(f"this is node {manifest.check(node, key, 'text about this node').get('node', '?')}")
+    # Peers have none of the drivers: they come before these are asked for.
+    table, drivers = _drivers(server, Blob.parse(listed.get("drivers", ""), "drivers"))
     server.find_peers()
     files = {}
     for what in ("kernel", "image"):
         blob = Blob.parse(listed.get(what, ""), what)
         say(f"fetching the {what}, {blob.size / 1e6:.1f} MB, from {server.source}")
         files[what] = server.blob(blob, what)
-    _append(files["image"], cpio.archive([cpio.file(CONF, node, 0o400)]))
+    for data in (*drivers, cpio.archive([cpio.file(CONF, node, 0o400), cpio.file(modules.FETCHED, table.encode())])):
+        _append(files["image"], data)
     return files["kernel"], files["image"], _command_line(listed.get("append", ""))
+
+
+def _drivers(server: Server, listed: Blob) -> tuple[str, list[bytes]]:
+    """The next kernel's drivers for this machine: the lines about them, and their archives."""
+    table = Table.parse(_content(server.blob(listed, "list of drivers")).decode(errors="replace"))
+    names = [name for name in table.drivers(devices()) if name in table.parcels]
+    size = sum(table.parcels[name].size for name in names)
+    say(f"fetching {len(names)} drivers, {size / 1e6:.1f} MB: {' '.join(names)}")
+    return table.lines(names), [_content(server.blob(table.parcels[name], f"driver {name}")) for name in names]
+
+
+def _content(fd: int) -> bytes:
+    try:
+        return os.pread(fd, os.fstat(fd).st_size, 0)
+    finally:
+        os.close(fd)
 
 
 def _append(fd: int, data: bytes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from boot.errors import BootError
 from boot.node import network, seed
 from boot.node.console import say
-from boot.node.drivers import Drivers
+from boot.node.drivers import FETCHED, Drivers
 
 CONF = Path("/etc/beowulf/node.conf")
 KEY = Path("/run/bpfs-key")
@@ -31,6 +31,8 @@ def run() -> None:
         BootError, OSError: with what failed.
     """
     conf = _read_conf()
+    if not FETCHED.exists():
+        raise BootError("phase 1 brought no drivers: it is older than this image. Make it again (bpboot image 1)")
     drivers = Drivers()
     loaded = drivers.load_for_hardware()
     drivers.load_always()

@@ -82,8 +82,9 @@ def _image(args: argparse.Namespace) -> int:
         archive = cpio.archive(image.entries(recipe))
         progress.step("compressing")
         packed = image.compress(archive)
+        apart = image.parcels(recipe) if args.phase == 2 else None
         progress.step("writing")
-        paths = [folder / name for name in image.publish(folder, recipe, packed)]
+        paths = [folder / name for name in image.publish(folder, recipe, packed, apart)]
         if args.phase == 2 and args.kernel != Path("/"):
             image.keep_modules(folder, found)
         if args.pxe:
@@ -93,6 +94,9 @@ def _image(args: argparse.Namespace) -> int:
             paths.append(args.iso)
         progress.done()
     print(f"{len(archive) / 1e6:.1f} MB, compressed {len(packed) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
+    if apart is not None:
+        sizes = [len(data) / 1e6 for data in apart.packed.values()]
+        print(f"{len(sizes)} drivers apart: {sum(sizes):.1f} MB, the largest {max(sizes, default=0):.1f} MB")
     for written in paths:
         print(written)
     return 0

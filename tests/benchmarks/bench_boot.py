@@ -45,7 +45,7 @@ def images(lab: Lab) -> Iterator[Row]:
         start = time.perf_counter()
         text = run(*command)
         taken = time.perf_counter() - start
-        sizes = re.findall(r"([\d.]+) MB", text)
+        sizes = re.findall(r"([\d.]+) MB", text.partition("\n")[0])
         yield Row(f"image of phase {phase}: unpacked", float(sizes[0]), "MB")
         yield Row(f"image of phase {phase}: compressed", float(sizes[1]), "MB")
         yield Row(f"image of phase {phase}: made in", taken, "s")

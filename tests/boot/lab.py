@@ -20,6 +20,7 @@ import pytest
 
 from boot import image, manifest, signature
 from boot.files import replace
+from boot.modules import Table
 from tests.cluster.virtual import TOP, wait_until
 
 PACKAGES = TOP / ".venv" / "boot"
@@ -226,6 +227,8 @@ class Lab:
         """Files that look like kernel and image to everybody but a machine."""
         self.images.mkdir(exist_ok=True)
         blobs = {what: image.store(self.images, what, os.urandom(size)) for what in ("kernel", "image")}
+        apart = image.Parcels(Table({"card": "card.ko"}, {"card": []}, [("pci:*", "card")]), {"card": b"a driver"})
+        blobs["drivers"] = apart.publish(self.images)[0]
         replace(self.images / manifest.FILE, "".join(f"{k} {v}\n" for k, v in blobs.items()).encode())
 
     def start(self) -> None:

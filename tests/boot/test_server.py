@@ -98,6 +98,18 @@ def test_odd_requests_get_a_status_and_no_file(lab: Lab) -> None:
     assert done.stdout.splitlines() == list(ODD.values()), done.stderr
 
 
+def test_of_drivers_there_are_those_that_the_list_names(lab: Lab) -> None:
+    listed = blob(lab, "driver").name
+    (lab.images / "driver-decoy").write_bytes(b"no driver")
+    requests = {
+        rf"GET /{listed} HTTP/1.1\r\n\r\n": "HTTP/1.1 200 OK",
+        r"GET /driver-decoy HTTP/1.1\r\n\r\n": "HTTP/1.1 404 Not Found",
+        rf"GET /{blob(lab, 'drivers').name} HTTP/1.1\r\n\r\n": "HTTP/1.1 200 OK",
+    }
+    done = lab.client(STRANGER, "http", "10.54.0.200", *requests)
+    assert done.stdout.splitlines() == list(requests.values()), done.stderr
+
+
 def test_ranges(lab: Lab) -> None:
     path = blob(lab, "kernel")
     size = path.stat().st_size
