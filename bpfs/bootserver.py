@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass, field
+from errno import ENODEV
 from pathlib import Path
 
 from boot.directory import Assign, Directory
@@ -15,7 +16,7 @@ from boot.reports import Report, Reporter
 from bpfs import config as configuration
 from bpfs import log
 from bpfs.config import Config, NodeEntry
-from bpfs.errors import ConfigError
+from bpfs.errors import BpfsError, ConfigError
 
 _log = log.get("boot")
 
@@ -29,7 +30,7 @@ def interface_network(name: str) -> ipaddress.IPv4Interface:
     """Address and mask of an interface.
 
     Raises:
-        ConfigError: there is no such interface, or it has no address.
+        BpfsError: ENODEV, there is no such interface, or it has no address: it may have one later.
     """
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -37,7 +38,7 @@ def interface_network(name: str) -> ipaddress.IPv4Interface:
             try:
                 answer = fcntl.ioctl(sock, code, struct.pack("256s", name.encode()[:15]))
             except OSError as error:
-                raise ConfigError(f"interface {name} has no address: {error.strerror}") from None
+                raise BpfsError(ENODEV, f"interface {name} has no address: {error.strerror}") from None
             found.append(socket.inet_ntoa(answer[20:24]))
     return ipaddress.IPv4Interface("/".join(found))
 

@@ -10,6 +10,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ class Ready:
     def ok(self) -> None:
         """The daemon is ready."""
         self._tell(_OK)
+        notify("READY=1")
 
     def failed(self, sentence: str) -> None:
         """The daemon cannot start."""
@@ -143,6 +145,15 @@ def close_others(keep: Iterable[int]) -> None:
         if fd > 2 and fd not in kept:
             with suppress(OSError):  # the descriptor of the listing itself
                 os.close(fd)
+
+
+def notify(state: str) -> None:
+    """Tell a service manager that waits for it (sd_notify(3): a unit of Type=notify)."""
+    # Once, and none of what is started from here: it is not theirs to say.
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, suppress(OSError):
+            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def raise_limits() -> None:

@@ -74,10 +74,20 @@ def read_config(args: argparse.Namespace) -> tuple[Config, Path | None]:
     return config, path
 
 
+def _make_mount_point(config: Config) -> None:
+    """On a new machine there is none; one that was named on the command line is its user's to make."""
+    try:
+        Path(config.mount).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{config.mount} cannot be made: {error.strerror}") from None
+
+
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         config, path = read_config(args)
+        if args.mount is None:
+            _make_mount_point(config)
         options = MasterOptions(config, path)
         if args.foreground:
             log.start(PROG, args.log, args.verbose)

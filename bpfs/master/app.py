@@ -157,6 +157,7 @@ async def _serve(
             nursery.start_soon(boot.watch, name="boots that stop")
             nursery.start_soon(boot.run, options.config_path.absolute(), number, name="boot server")
         _log.info("ready on %s port %d", host, number)
+        signal.signal(signal.SIGUSR1, _hand_over)
         ready.ok()
         async for signo in signals:
             if signo != signal.SIGHUP:
@@ -170,6 +171,12 @@ async def _serve(
         _log.info("told to end")
         cluster.ending = True
         await _farewell(cluster)
+
+
+def _hand_over(signo: int, frame: object) -> None:
+    """End here and now, as if killed, and leave nodes, jobs and ghosts to the next master: how a unit is restarted."""
+    _log.info("told to leave all to the next master")
+    os._exit(0)
 
 
 def _leave(cluster: Cluster, rundir: RunDir, ready: Ready) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,6 +153,24 @@ def test_complaints_come_before_detaching(place, key, tmp_path):
         assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, (args, done.stderr)
     assert not os.path.ismount(mount)
     assert not RunDir(f"{mount}/none").path.exists() and not RunDir(mount).path.exists()
+
+
+def test_a_service_manager_is_told_when_the_master_is_ready(place, key, tmp_path):
+    """On a new machine: the folder that the configuration names is made, one on the command line is not."""
+    mount, config = tmp_path / "made" / "m", tmp_path / "config"
+    config.write_text(f"mount {mount}\nkey {key}\nstate {tmp_path / 'state'}\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        command = [sys.executable, "-m", "bpfs.cli.bpmaster", "-f", "--port", "0", "--config", config]
+        with subprocess.Popen(
+            command, cwd=TOP, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        ) as daemon:
+            try:
+                assert manager.recv(100) == b"READY=1" and os.path.ismount(mount)
+            finally:
+                daemon.terminate()
+            assert daemon.wait(30) == 0 and not os.path.ismount(mount)
 
 
 @pytest.mark.parametrize("program", ["bpmaster", "bpslave"])

@@ -54,6 +54,18 @@ def tell(process: subprocess.Popen[str], line: str) -> None:
     process.stdin.flush()
 
 
+def test_a_master_that_is_told_to_leave_leaves_all(it):
+    """As `systemctl restart` tells it: it ends at once and well, and nothing ends with it."""
+    with counting() as process:
+        move(it, process.pid, 0)
+        copies = processes_of(it, process.pid)
+        os.kill(it.pid("master"), signal.SIGUSR1)
+        wait_until(lambda: "told to leave all to the next master" in it.log("master"), "it has not heard")
+        start_master(it)
+        assert place(it, process.pid) == "0" and processes_of(it, process.pid) == copies
+        check_counting(finish(process), process.pid)
+
+
 def test_a_counter_goes_on(it):
     """And everything can be done with it that could be before."""
     with counting() as process:
