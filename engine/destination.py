@@ -1,12 +1,11 @@
 """A worker's operations on the machine that a process comes to: engine/worker.py."""
 
 import contextlib
-import functools
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from engine import faults, filling, kin, placeholders
@@ -44,8 +43,7 @@ class Destination:
         self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
         self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
-        self.afterwards: Callable[[], object] | None = None
-        self._came: Reply | OSError | None = None  # of what was expected
+        self._held_at = 0.0  # when the copy was whole, by time.monotonic()
 
     def prepare(self, request: Reply, fds: list[int]) -> Reply:
         """Make the stopped child, or seize the ghost, and listen, where `listen` has not been asked for.
@@ -98,26 +96,6 @@ class Destination:
     def _where(self) -> Reply:
         assert self._listener is not None
         return {"port": self._listener.getsockname()[1], "token": self._token}
-
-    def expect(self, request: Reply, fds: list[int]) -> Reply:
-        """`receive`, with `follow`, from now on, in the daemon's absence: its next word may be `follow`, which tells
-        what has come of it. Any other calls it off, as long as the copy is not whole; then it ends the waiting.
-        """
-        if self._target is None or self._listener is None or self._builder is not None:
-            raise OSError(22, f"{ORDER}: prepare first")
-        mine, fds[:] = list(fds), []  # they are not the worker's any more
-        self._came = None
-        self.afterwards = functools.partial(self._take, request | {"follow": True}, mine)
-        return {}
-
-    def _take(self, request: Reply, fds: list[int]) -> None:
-        try:
-            self._came = self._receive(request, fds, "follow")
-        except OSError as error:
-            self._came = error
-        finally:
-            for fd in fds:
-                os.close(fd)
 
     def take_kin(self, request: Reply, fds: list[int]) -> Reply:
         """Make what the processes of a tree share: engine/kin.py. `root`: a process whose root directory paths mean."""
@@ -179,10 +157,6 @@ class Destination:
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
-        return self._receive(request, fds)
-
-    def _receive(self, request: Reply, fds: list[int], word: str = "") -> Reply:
-        assert self._listener is not None
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
         given = {(device, inode): fds[index] for device, inode, index in request.get("memory", [])}
         ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
@@ -191,12 +165,11 @@ class Destination:
         try:
             stream = self._stream if ahead and self._stream is not None else None
             if stream is None:
-                connection = accept(self._listener, self._token, self._control, timeout, word)
+                connection = accept(self._listener, self._token, self._control, timeout)
                 stream = Stream(connection, self._control, timeout)
         except BaseException:
             self.undo()
             raise
-        stream.word = word
         self._stream = stream
         try:
             with self._telling(stream):
@@ -206,7 +179,7 @@ class Destination:
         finally:
             self._close_listener()
         received = {"bytes": total}
-        return received | self._follow() if request.get("follow") else received
+        return received | self.follow({}, []) if request.get("follow") else received
 
     def complete(self, request: Reply, fds: list[int]) -> Reply:
         """Build what `receive` has left: the descriptors, the threads with their ids."""
@@ -220,6 +193,7 @@ class Destination:
     def _complete(self, stream: Stream) -> None:
         assert self._builder is not None
         self._builder.complete()
+        self._held_at = time.monotonic()
         stream.send(img.frame(img.HELD, b""))
         if self._target is not None and not self._target.home:
             self._files = self._builder.take_files()
@@ -245,25 +219,15 @@ class Destination:
 
     def follow(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for the source's own word that it is gone, and let the copy run; `running` tells whether it came."""
-        came, self._came = self._came, None
-        if isinstance(came, OSError):
-            raise came
-        return came if came is not None and "running" in came else self._follow()
-
-    def _follow(self) -> Reply:
         if self._stream is None:
             raise OSError(22, f"{ORDER}: nothing is built")
         self._stream.wait_at_most(_LAST_WORD_S)
         try:
             self._read_go(self._stream)
         except Aborted:
-            if not self._stream.word:
-                raise
-            self._stream.word = ""
-            return {}
+            raise
         except OSError:
             return {"running": False}
-        self._stream.word = ""
         faults.hold("follow")
         return {"running": True} | self.resume({}, [])
 
@@ -309,8 +273,8 @@ class Destination:
         return image.total
 
     def resume(self, request: Reply, fds: list[int]) -> Reply:
-        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply, and for how many
-        seconds it has been `running_for` then; and about how many bytes are still `owed`: `filled` tells more.
+        """The source is gone: let it run. Descriptors of its files (not at home) come with the reply; how many seconds
+        after the copy was whole it ran (`ran_after`); and about how many bytes are still `owed`: `filled` tells more.
         """
         builder, target = self._builder, self._target
         if builder is None or target is None:
@@ -321,17 +285,16 @@ class Destination:
             self._filling.begin()
             self._runs = True
         hostpid = builder.resume()
-        since = time.monotonic()
+        ran_after = time.monotonic() - self._held_at
         files, self._files = self._files, {}
         builder.close()
         self._builder = self._target = self._stage = None
         if self._filling is not None:
             self._stream = None  # goes on
         self._close_stream()
-        ran = time.monotonic() - since
         owed = self._owed if self._filling is not None else 0
         return {
-            "hostpid": hostpid, "files": list(files), FDS: list(files.values()), "running_for": ran, "owed": owed,
+            "hostpid": hostpid, "files": list(files), FDS: list(files.values()), "ran_after": ran_after, "owed": owed,
         }  # fmt: skip
 
     @property
@@ -374,12 +337,10 @@ class Destination:
         self._close_listener()
         self._close_stream()
         builder, target, stage = self._builder, self._target, self._stage
-        self._builder = self._target = self._stage = self.afterwards = None
-        came, self._came = self._came, None
+        self._builder = self._target = self._stage = None
         files, self._files = self._files, {}
         shared, self._kin = self._kin, {}
-        uncollected = came.get(FDS, []) if isinstance(came, dict) else []
-        for fd in [*files.values(), *shared.values(), *uncollected]:
+        for fd in [*files.values(), *shared.values()]:
             os.close(fd)
         memory, self._filling = self._filling, None
         runs, self._runs = self._runs, False

@@ -75,17 +75,35 @@ class Inspection:
 
     def summary(self) -> dict[str, Any]:
         """The `process` map of the worker's inspect reply."""
-        status = self.frozen.status
         with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
             cmdline = file.read().split(b"\0")[:-1]
-        uid, euid, *_ = (int(word) for word in status["Uid"].split())
-        return {
-            "comm": self.stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid,
-            "ppid": self.stat.ppid, "pgid": self.stat.pgid, "sid": self.stat.sid, "stopped": self.frozen.group_stopped,
-            "children": children_of(self.frozen), "rights": int(status["CapPrm"], 16), "cmdline": cmdline,
-            "bytes": sum(length for _, length in self.runs), "pid": procfs.inner_pid(status),
+        return self.outline() | {
+            "cmdline": cmdline, "bytes": sum(length for _, length in self.runs),
+            "pid": procfs.inner_pid(self.frozen.status),
             "highest_tid": max(procfs.inner_pid(self.frozen.status_of(thread)) for thread in self.frozen.threads),
         }  # fmt: skip
+
+    def outline(self) -> dict[str, Any]:
+        """The part of it that `outlook` foresees."""
+        return _outline(self.frozen, self.stat)
+
+
+def outlook(pid: int) -> dict[str, Any]:
+    """Of a process that runs, what others prepare for: who it is, and whose relative. Raises OSError."""
+    running = unseized(pid)
+    stat = procfs.parse_stat(procfs.read(f"{running.live}/stat"))
+    running.group_stopped = stat.state == "T"
+    return _outline(running, stat)
+
+
+def _outline(process: Frozen, stat: procfs.Stat) -> dict[str, Any]:
+    status = process.status
+    uid, euid, *_ = (int(word) for word in status["Uid"].split())
+    return {
+        "comm": stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid, "ppid": stat.ppid,
+        "pgid": stat.pgid, "sid": stat.sid, "stopped": process.group_stopped, "children": children_of(process),
+        "rights": int(status["CapPrm"], 16),
+    }  # fmt: skip
 
 
 def inspect(

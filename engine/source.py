@@ -42,7 +42,7 @@ class _OnItsWay:
 
     token: bytes
     stream: Stream
-    sent: tuple[int, float] = (0, 0.0)  # as `dump.write` returns it
+    sent: int = 0  # bytes of pages
     error: OSError | None = None
 
 
@@ -52,6 +52,7 @@ class Source:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._frozen: Frozen | None = None
+        self._frozen_at = 0.0  # by time.monotonic()
         self._armed: Armed | None = None
         self._settled = False
         self._pledged = False  # stands still even if we die
@@ -120,10 +121,13 @@ class Source:
     def look(self, request: Reply, fds: list[int]) -> Reply:
         """Say what of a process that runs will have to be relayed: a forecast. `own`: its bytes of memory.
 
+        `outline`: and who it is, as `inspect` may be told to expect.
         `files`: and which files it maps, as `gather` wants to be told; `digests`: with those.
         """
         pid, bare = int(request["pid"]), bool((request.get("unlike") or {}).get("bare"))
         seen: Reply = {"externals": look(pid, bare, bool(request.get("at_home"))), "own": procfs.own_bytes(pid)}
+        if request.get("outline"):
+            seen["process"] = dump.outlook(pid)
         if request.get("files"):
             seen["files"] = [file.plain() for file in mapped_files(pid, bool(request.get("digests")))]
         return seen
@@ -139,9 +143,6 @@ class Source:
         `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
         `host`, `port`, `token`, `pack`: where the image goes as soon as `inspect` has answered, unasked; `send` goes on
         from there.
-
-        Returns:
-            `frozen_at`: since when it is being stopped, on this machine's CLOCK_MONOTONIC.
         """
         if self._frozen is not None:
             raise OSError(16, f"{ORDER}: a process is frozen already")
@@ -152,11 +153,10 @@ class Source:
         if "token" in request:
             self._opened = self._open_stream(request)  # while it runs
             faults.hold("ahead")
-        frozen_at = time.monotonic()
+        self._frozen_at = time.monotonic()
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
-        seen = self.inspect(request, fds) if request.get("inspect") else {}
-        return seen | {"frozen_at": frozen_at}
+        return self.inspect(request, fds) if request.get("inspect") else {}
 
     def foresee(self, request: Reply, fds: list[int]) -> Reply:
         """Before the `freeze` of a process whose memory is to go after it: what takes the longer the larger it is."""
@@ -222,7 +222,7 @@ class Source:
             raise OSError(22, f"{ORDER}: nothing is armed")
         armed, self._armed = self._armed, None
         self._frozen = armed.wait(self._control)
-        self._settled = True
+        self._frozen_at, self._settled = time.monotonic(), True
         self.afterwards = functools.partial(self._inspect_ahead, request)
         return {}
 
@@ -255,6 +255,9 @@ class Source:
         `digests`: the destination knows files by their content.
         `lazy`: what can of its memory goes after it, from `become_ghost` or `vanish` on; `owed` tells.
         `kin`: its part of what the tree shares that it moves with (engine/descriptors/kin.py).
+        `expected`: the daemon has made all ready for a process of these `externals` and this `process` (`look`). If it
+        is that (`agreed`), the image goes; with `depart`, go on with `send`, whose arguments and descriptors have come
+        as well, and reply as that does. Else the connection to the destination is closed.
         """
         frozen = self._held()
         if request.get("lazy") and not userfaultfd.answers():
@@ -271,29 +274,40 @@ class Source:
             bool(request.get("lazy")), self._foreseen,
             Kin.told(request["kin"]) if "kin" in request else None,
         )  # fmt: skip
+        agreed = "expected" in request and _is_expected(request["expected"], self._inspection)
+        if "expected" in request and not agreed:
+            self._close_opened()
+            return self._told()
+        if agreed and "depart" in request:
+            self._go_ahead(request, "")
+            return self.send(request, fds)
         if request.get("moving") and not self._inspection.refusals:
-            self.afterwards = functools.partial(self._go_ahead, request)
+            self.afterwards = functools.partial(self._go_ahead, request, "send")
+        return self._told() | {"agreed": agreed}
+
+    def _told(self) -> Reply:
+        assert self._inspection is not None
         return {
             "refusals": self._inspection.refusals, "process": self._inspection.summary(), "externals":
             self._inspection.externals,
         }  # fmt: skip
 
-    def _go_ahead(self, request: Reply) -> None:
+    def _go_ahead(self, request: Reply, word: str) -> None:
         assert self._inspection is not None
         stream, self._opened = self._opened, None
         if stream is None:
             with contextlib.suppress(OSError):  # `send` will meet it again, and say so
                 self._image = dump.build(self._inspection)
             return
-        stream.word = "send"
+        stream.word = word
         self._ahead = _OnItsWay(request["token"], stream)
         try:
             self._ahead.sent = self._transmit(stream, request)
         except OSError as error:
             self._ahead.error, self._image = error, None
 
-    def _transmit(self, stream: Stream, request: Reply) -> tuple[int, float]:
-        """The image but for the verdict. Returns as `dump.write`; raises OSError."""
+    def _transmit(self, stream: Stream, request: Reply) -> int:
+        """The image but for the verdict. Returns the bytes of its pages; raises OSError."""
         assert self._inspection is not None
         image = self._image = self._image or dump.describe(self._inspection)
         if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
@@ -304,7 +318,7 @@ class Source:
         if self._inspection.later:
             stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
         try:
-            return dump.write(self._inspection, image, stream.send, stream.send_part)
+            return dump.write(self._inspection, image, stream.send, stream.send_part)[0]
         except (BrokenPipeError, ConnectionResetError) as error:
             with contextlib.suppress(img.ImageError, ConnectionResetError):
                 _read_verdict(stream)  # it may have said why
@@ -318,6 +332,9 @@ class Source:
         `pack`: the destination takes packed pages, where that is faster.
         What `freeze` was told of where the image goes, it is on its way there already.
         `depart`: go on at once with `become_ghost` or `vanish`, whose arguments have come as well.
+
+        Returns:
+            `bytes` of pages; `stood_for`: seconds that the process had been standing still when the copy was whole.
         """
         if self._inspection is None:
             raise OSError(22, f"{ORDER}: inspect first")
@@ -337,7 +354,7 @@ class Source:
         try:
             if ahead is not None and ahead.error is not None:
                 raise ahead.error
-            total, ms = ahead.sent if ahead is not None else self._transmit(stream, request)
+            total = ahead.sent if ahead is not None else self._transmit(stream, request)
             image = self._image
             assert image is not None
             if self._inspection.later:  # while the destination is still at work
@@ -346,12 +363,13 @@ class Source:
             if len(fds) == 2:
                 self._make_ghost_ready(image, request, fds)
             total += self._await_verdict(stream, image)
+            stood_for = time.monotonic() - self._frozen_at
         except BaseException:
             stream.close()
             self._end_owing()
             raise
         self._stream = stream
-        sent: Reply = {"bytes": total, "ms": ms}
+        sent: Reply = {"bytes": total, "stood_for": stood_for}
         faults.hold("held")
         match request.get("depart"):
             case "become_ghost":
@@ -519,11 +537,17 @@ class Source:
         self._end_rounds()
         if not self._left:
             self._end_owing()
+        self._close_opened()
         ahead = self._ahead.stream if self._ahead is not None else None
-        for stream in (self._stream, self._opened, ahead):
+        for stream in (self._stream, ahead):
             if stream is not None:
                 stream.close()
-        self._stream = self._opened = self._ahead = None
+        self._stream = self._ahead = None
+
+    def _close_opened(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
 
     @property
     def work(self) -> Owing | None:
@@ -567,6 +591,14 @@ class Source:
 
 def _contents(request: Reply) -> int:
     return int(request.get("contents", CONTENT_LIMIT))
+
+
+def _is_expected(expected: Reply, seen: dump.Inspection) -> bool:
+    """Whether `inspect` saw what `look` had foreseen, and it can move."""
+    if seen.refusals:
+        return False
+    now = msgpack.unpackb(msgpack.packb([seen.externals, seen.outline()]), strict_map_key=False)
+    return bool(now == [expected["externals"], expected["process"]])
 
 
 def _question(request: Reply) -> Reply:

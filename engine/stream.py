@@ -190,21 +190,12 @@ def connect(host: str, port: int, control: socket.socket | None) -> socket.socke
     return sock
 
 
-def accept(
-    listener: socket.socket, token: bytes, control: socket.socket | None, timeout: float, word: str = ""
-) -> socket.socket:
-    """Accept the one connection that knows the token; others are dropped.
-
-    Args:
-        word: as of `wait_for`.
-
-    Raises:
-        Aborted, TimeoutError.
-    """
+def accept(listener: socket.socket, token: bytes, control: socket.socket | None, timeout: float) -> socket.socket:
+    """Accept the one connection that knows the token; others are dropped. Raises Aborted, TimeoutError."""
     deadline = time.monotonic() + timeout
     listener.setblocking(False)
     while True:
-        wait_for(listener, select.POLLIN, control, max(deadline - time.monotonic(), 0), word)
+        wait_for(listener, select.POLLIN, control, max(deadline - time.monotonic(), 0))
         try:
             sock, _ = listener.accept()
         except BlockingIOError:
@@ -215,7 +206,7 @@ def accept(
             while len(got) < len(token):
                 # A stranger that says nothing must not hold up the real one for long.
                 patience = min(max(deadline - time.monotonic(), 0), _TOKEN_PATIENCE_S)
-                wait_for(sock, select.POLLIN, control, patience, word)
+                wait_for(sock, select.POLLIN, control, patience)
                 part = sock.recv(len(token) - len(got))
                 if not part:
                     break

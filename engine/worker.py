@@ -60,7 +60,6 @@ def serve(control: socket.socket) -> bool:
         "borrow": destination.borrow,
         "sweep": destination.sweep,
         "stage": destination.stage,
-        "expect": destination.expect,
         "receive": destination.receive,
         "complete": destination.complete,
         "follow": destination.follow,
@@ -94,10 +93,9 @@ def serve(control: socket.socket) -> bool:
                     os.close(fd)
             clean = clean and reply["ok"]
             _reply(control, reply)
-            for side in (source, destination):
-                if side.afterwards is not None:
-                    afterwards, side.afterwards = side.afterwards, None
-                    _try(afterwards)
+            if source.afterwards is not None:
+                afterwards, source.afterwards = source.afterwards, None
+                _try(afterwards)
     except OSError:
         clean = False  # the daemon is gone
     finally:

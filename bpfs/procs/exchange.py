@@ -67,7 +67,9 @@ async def transfer(
     async def sending() -> None:
         with source_scope:
             try:
-                figures.bytes += int((await send())["bytes"])
+                reply = await send()
+                figures.bytes += int(reply["bytes"])
+                figures.stood_for = float(reply.get("stood_for", 0.0))
             except BpfsError as error:
                 errors["source"] = error
                 scope.deadline = trio.current_time() + (LAST_WAIT if error.code == errno.EHOSTDOWN else LAST_WORD)

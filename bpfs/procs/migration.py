@@ -11,8 +11,9 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
   master says it, once it knows; the destination takes the first word that comes, and there is none after it. An engine
   that failed to end its source never says it; where one dies after its word, the destination's answer tells;
 * an image is on its way as soon as its process stands still, if it is known where it goes; and where a process is
-  small, neither engine asks the master between the image and the copy's first step (straight.py): the source ends it
-  when the destination says that its copy is whole;
+  small, neither engine asks the master between the image and the copy's first step, nor, where it still is what all
+  was made ready for, between its freeze and that (straight.py): the source ends it when the destination says that its
+  copy is whole;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
 What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
@@ -42,7 +43,7 @@ from bpfs.procs.exchange import refuse, together, transfer
 from bpfs.procs.lazy import Keep, Lazy
 from bpfs.procs.phases import Figures, Landing, Phase, is_watched_closely
 from bpfs.procs.places import Engine, Place
-from bpfs.procs.process import MASTER, ExitStatus, Process
+from bpfs.procs.process import ExitStatus, Process
 from bpfs.procs.straight import go_straight
 from bpfs.tree.base import WriteRequest
 from engine.facts import share_files, unlike, unpacks
@@ -60,8 +61,8 @@ Externals = list[dict[str, Any]]
 Look = Callable[[], Awaitable[Externals | None]]
 """What a process has of them, or, while it runs, will most likely have once it stands still; None: cannot be told."""
 
-Stop = Callable[[], Awaitable[dict[str, Any]]]
-"""Has the process stand still; gives what the engine's `inspect` says of it."""
+Stop = Callable[..., Awaitable[dict[str, Any]]]
+"""Has the process stand still; gives what the engine's `inspect` says of it, which is told the keyword arguments."""
 
 Release = Callable[[BpfsError], Awaitable[object]]
 """Lets a stopped source go on (or end) because of this error."""
@@ -93,8 +94,9 @@ class Migration(ABC):
         self.company: Company | None = None  # of those with which it moves, or stays
         self.borrowed: dict[int, int] = {}  # key of an external -> that of what another's ghost has for it
         self.landing: Landing | None = None  # where the image goes, as soon as that is known
-        self.expecting = False  # the destination's engine waits for it, and needs no word of ours any more
-        self.own: int | None = None  # bytes of memory that it had while it ran; None: unknown
+        self.looked: dict[str, Any] = {}  # what the source's engine said of it while it ran
+        self._agreed = False  # the engines know what they may do if it still is that
+        self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
         self.keep: Keep | None = None  # what can of its memory comes after it, and is looked after so
         self.owed = 0  # bytes that do
@@ -134,11 +136,8 @@ class Migration(ABC):
                 if self.figures.frozen:
                     await src.call("release", errno=error.code if writer is not None and writer.answered else 0)
 
-            async def stop() -> dict[str, Any]:
-                if not self._may_expect():
-                    return await self._freeze(src, writer)
-                _, summary = await together(lambda: self.expect(dst), lambda: self._freeze(src, writer))
-                return summary
+            async def stop(**agreed: Any) -> dict[str, Any]:
+                return await self._freeze(src, writer, agreed)
 
             await self._move(src, dst, lambda: self._look(src), stop, release)
             if self.owed and self.keep is not None:
@@ -157,7 +156,7 @@ class Migration(ABC):
             dst = ready if ready is not None else await stack.enter_async_context(self.destination.engine())
             summary: dict[str, Any] = {}
 
-            async def stop() -> dict[str, Any]:
+            async def stop(**_: Any) -> dict[str, Any]:
                 if not summary:
                     summary.update(await self._inspected(await src.call("inspect", **self.looking)))
                 return summary
@@ -182,7 +181,7 @@ class Migration(ABC):
                 await self._undo(release(known), dst)
             raise
         with trio.CancelScope(shield=True):
-            await self._commit(src, dst, release, straight)
+            await self._commit(src, dst, release, straight, stop)
 
     def cancel(self) -> bool:
         """Calls the move off. Returns False where it is too late for that."""
@@ -205,8 +204,8 @@ class Migration(ABC):
     async def make_ready(self, dst: Engine, look: Look) -> None:
         """Does what needs no process that stands still; `landing` is known then."""
 
-    def may_expect(self) -> bool:
-        """Whether all is ready at the destination for the process as it is most likely going to be."""
+    def foresees(self) -> bool:
+        """Whether all is ready for a process that still is, once it stands still, what it has been `looked` at."""
         return False
 
     @abstractmethod
@@ -217,11 +216,17 @@ class Migration(ABC):
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         """The source stands still; afterwards the destination is ready to receive it as it really is."""
 
+    async def land_anew(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        """As `land`, where it is not what was foreseen, and the destination has given up what it had made ready."""
+        return await self.land(dst, summary)
+
     async def hold(self) -> None:
         """Holds stdio still, while the image is on its way."""
         return
 
     goes_straight = True  # the engines may do without the master from the image on
+
+    goes_at_once = False  # and from the freeze on: its stdio need not be held still
 
     gathers = False  # the destination fetches what the process maps
 
@@ -284,13 +289,15 @@ class Migration(ABC):
             if self.company is not None:
                 self.stands_still(await stop())
             await self.make_ready(dst, look)
+        if self._may_agree():
+            return self.landing
         summary = await stop()
         if "large" in summary:
             await copy_ahead(self, src, dst)
             summary = await stop()
         landing = self.landing = await self.land(dst, summary)
         small = summary["process"]["bytes"] <= STRAIGHT and not is_watched_closely()
-        if self.expecting or (self.goes_straight and small and not self.company):
+        if self.goes_straight and small and not self.company:
             return landing
         await self._enter(Phase.TRANSFER)
         await together(self.hold, lambda: self._transfer(src, dst, landing))
@@ -320,62 +327,59 @@ class Migration(ABC):
         """Whether pages may be packed on their way."""
         return self.compress and unpacks(self.destination.facts)
 
-    def _may_expect(self) -> bool:
-        if self.expecting or self.ahead or self.own is None or self.company or is_watched_closely():
+    def _may_agree(self) -> bool:
+        """Whether the engines may go on after the freeze without us, should the process be what we have `looked` at."""
+        if not self.looked or self.landing is None or self.company or is_watched_closely():
             return False
         small = self.keep is not None or self.own <= min(STRAIGHT, self.precopy or STRAIGHT)
-        return small and self.may_expect()
+        self._agreed = small and self.foresees()
+        return self._agreed
 
-    async def expect(self, dst: Engine) -> None:
-        """Has the destination's engine wait for the image, build the copy, and follow the word of the source's."""
-        assert self.landing is not None
-        await self.receive(dst, self.landing, "expect")
-        self.expecting = True
-
-    async def follow(self, dst: Engine, landing: Landing) -> dict[str, Any]:
-        """What has come of that, or of doing it now."""
-        return await (dst.call("follow") if self.expecting else self.receive(dst, landing, follow=True))
-
-    async def receive(self, dst: Engine, landing: Landing, op: str = "receive", **more: Any) -> dict[str, Any]:
+    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         more |= {"ghost_fds": landing.ghost_fds, "timeout_s": RECEIVE_TIMEOUT, "ahead": self.ahead, "lends": True}
         if self.company is None:
-            return await dst.call(op, landing.fds, externals=landing.externals, **more)
+            return await dst.call("receive", landing.fds, externals=landing.externals, **more)
         async with self.company.shared_with(self.proc.pid, self.borrowed) as shared:
             first = len(landing.fds)
             externals = landing.externals | {key: first + index for index, key in enumerate(shared.keys)}
             memory = [[*what, externals[key]] for *what, key in shared.memory]
-            return await dst.call(op, [*landing.fds, *shared.fds], externals=externals, memory=memory, **more)
+            return await dst.call("receive", [*landing.fds, *shared.fds], externals=externals, memory=memory, **more)
 
     # -- what the source's engine is asked ------------------------------------------------------------------------
 
     async def _look(self, src: Engine) -> Externals | None:
         try:
             pid = await self.source.hostpid(self.proc)
-            reply = await src.call("look", pid=pid, files=self.gathers, **self.looking)
+            reply = await src.call("look", pid=pid, outline=True, files=self.gathers, **self.looking)
         except BpfsError:
             return None  # the freeze will meet the obstacle again, and name it
         self.mapped, self.own = reply.get("files", []), int(reply["own"])
+        self.looked = {name: reply[name] for name in ("externals", "process")}
         return list(reply["externals"])
 
-    async def _freeze(self, src: Engine, writer: WriteRequest | None) -> dict[str, Any]:
+    async def _freeze(self, src: Engine, writer: WriteRequest | None, agreed: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.FREEZE)
         hostpid = await self.source.hostpid(self.proc)
         if self.keep is not None:
             await src.call("foresee", pid=hostpid)
         self.figures.frozen = time.perf_counter()
+        there = self._there()
         if writer is None:
-            limit, self.precopy = self.precopy, None
-            reply = await src.call("freeze", pid=hostpid, inspect=True, unless=limit, **self.looking, **self._there())
+            limit, self.precopy = None if agreed else self.precopy, None
+            reply = await self._ask(src, "freeze", agreed, pid=hostpid, inspect=True, unless=limit, **there)
             if "large" in reply:
                 self.figures.frozen = 0.0
                 return reply
-            if self.source.number == MASTER:  # whose clock is ours
-                self.figures.frozen = reply["frozen_at"]
-            return await self._inspected(reply)
-        there = self._there()
-        await src.call("freeze", pid=hostpid, writing=True, **there)
-        await writer.answer()
-        return await self._inspected(await src.call("inspect", **self.looking, **there))
+        else:
+            await src.call("freeze", pid=hostpid, writing=True, **there)
+            await writer.answer()
+            reply = await self._ask(src, "inspect", agreed, **there)
+        return reply if agreed else await self._inspected(reply)
+
+    async def _ask(self, src: Engine, op: str, agreed: dict[str, Any], **more: Any) -> dict[str, Any]:
+        if "depart" not in agreed:
+            return await src.call(op, **more, **self.looking, **agreed)
+        return await src.call(op, self.ghost_fds(), env=self.ghost_environment, **more, **self.looking, **agreed)
 
     async def _inspected(self, summary: dict[str, Any]) -> dict[str, Any]:
         await self._enter(Phase.INSPECT)
@@ -387,12 +391,13 @@ class Migration(ABC):
         if self.proc.doom is not None:
             raise BpfsError(errno.ESRCH, f"process {self.proc.pid} ended on the way: {self.proc.doom}")
 
-    async def _commit(self, src: Engine, dst: Engine, release: Release, straight: Landing | None) -> None:
+    async def _commit(self, src: Engine, dst: Engine, release: Release, straight: Landing | None, stop: Stop) -> None:
         self.proc.landing = True
-        await self._enter(Phase.DEPART if straight is None else Phase.TRANSFER)
+        if not self._agreed:
+            await self._enter(Phase.DEPART if straight is None else Phase.TRANSFER)
         try:
             if straight is not None:
-                reply = await go_straight(self, src, dst, straight)
+                reply = await go_straight(self, src, dst, straight, stop if self._agreed else None)
             else:
                 if time.perf_counter() - self.figures.whole > FRESH:
                     await dst.call("hello")  # the other copy must be there up to the moment in which this one goes
@@ -419,7 +424,7 @@ class Migration(ABC):
                 raise
         self.owed = int(reply.get("owed", 0))
         self.proc.hostpid = int(reply["hostpid"])
-        self.figures.running = self.figures.running or time.perf_counter()
+        self.figures.running, self.figures.ran_after = time.perf_counter(), float(reply["ran_after"])
         await self.arrived(reply)
 
     async def _hand_over(self, src: Engine, dst: Engine) -> dict[str, Any] | None:
@@ -456,7 +461,6 @@ class Migration(ABC):
             with suppress(BpfsError):  # it died: `resume` will meet that again, if need be
                 reply = await dst.call("follow")
                 if reply["running"]:
-                    self.figures.running = time.perf_counter() - reply["running_for"]
                     replies.append(reply)
 
         async with trio.open_nursery() as nursery:

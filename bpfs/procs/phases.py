@@ -31,12 +31,20 @@ class Figures:
     frozen: float = 0.0
     whole: float = 0.0
     running: float = 0.0
+    stood_for: float = 0.0  # seconds from the stop to a whole copy, as the source's engine counts them
+    ran_after: float = 0.0  # and from there to the copy's first step, as the destination's does
     bytes: int = 0
 
     @property
     def freeze_ms(self) -> float:
-        """Milliseconds during which no copy ran; 0 for a move that did not come about."""
-        return (self.running - self.frozen) * 1e3 if self.frozen and self.running else 0.0
+        """Milliseconds during which no copy ran; 0 for a move that did not come about.
+
+        A sum of what each machine sees by itself, so that no clocks are compared. The time that the word of the whole
+        copy takes from one to the other is in both.
+        """
+        if not self.frozen or not self.running:
+            return 0.0
+        return ((self.stood_for + self.ran_after) if self.ran_after else self.running - self.frozen) * 1e3
 
     @property
     def total_ms(self) -> float:

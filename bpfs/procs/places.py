@@ -195,7 +195,7 @@ class _RemoteEngine:
 
     async def call(self, op: str, fds: Sequence[int] = (), **args: Any) -> dict[str, Any]:
         body = pack_call(op, args)
-        timeout = BULK_TIMEOUT if op in BULK else self._link.patience
+        timeout = BULK_TIMEOUT if op in BULK or "depart" in args else self._link.patience
         answer = await self.request(messages.EngineCall(self._session, body, tuple(fds)), timeout)
         assert isinstance(answer, messages.EngineReply)
         reply = unpack_reply(answer.body)

@@ -140,7 +140,7 @@ class ToNode(Migration):
         return channel.fds
 
     def stands_still(self, summary: dict[str, Any]) -> None:
-        self.children = sorted(tuple(child) for child in summary["process"]["children"])
+        self.children = _children(summary["process"])
 
     async def make_ready(self, dst: Engine, look: Look) -> None:
         if on_terminal(self.proc.pid):  # it is to be born with the terminal
@@ -150,10 +150,13 @@ class ToNode(Migration):
             await together(lambda: self._prepare(dst), lambda: self._foresee(look))
         await self._gather(dst)
 
-    def may_expect(self) -> bool:
-        if self._attached is None or self.landing is None:
+    def foresees(self) -> bool:
+        process, attached = self.looked["process"], self._attached
+        if attached is None or self.landing is None or self._externals != self.looked["externals"]:
             return False
-        self.landing.fds, self.landing.externals = self._attached.fds, self._attached.places
+        if self._born_as != self._birth() or sorted(self.children) != _children(process):
+            return False
+        self.landing.fds, self.landing.externals = attached.fds, attached.places
         return True
 
     async def _gather(self, dst: Engine) -> None:
@@ -163,23 +166,26 @@ class ToNode(Migration):
             await dst.call("gather", files=self.mapped)
 
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
-        if self.expecting:  # it has grown at the last moment
-            await self._attach_anew(dst, self._externals or [])
         assert self.landing is not None
         return self.landing, {}
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         if self._attached is None or not self._has_foreseen(summary["externals"]):
             await self._attach_anew(dst, summary["externals"])
-        children = sorted(tuple(child) for child in summary["process"]["children"])
+        children = _children(summary["process"])
         if self._born_as != self._birth() or sorted(self.children) != children:
             self.children = children
-            await (self._attach_anew(dst, summary["externals"]) if self.expecting else self._prepare_anew(dst))
+            await self._prepare_anew(dst)
         assert self._attached is not None and self.landing is not None
         self.landing.fds, self.landing.externals = self._attached.fds, self._attached.places
         if self.company is not None:
             await self._take_ends(self.company, self.landing, self._attached)
         return self.landing
+
+    async def land_anew(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        await self._detach()
+        self.children, self._born_as = _children(summary["process"]), ()
+        return await self.land(dst, summary)
 
     async def _take_ends(self, company: Company, landing: Landing, attached: Attached) -> None:
         """Its own ends, and those that it borrows; each descriptor of a node's can be given away once."""
@@ -203,8 +209,6 @@ class ToNode(Migration):
         assert self._attached is not None and self._externals is not None
         if externals == self._externals:
             return True
-        if self.expecting:  # it has been told those numbers
-            return False
         now = {_object(external): external for external in externals}
         before = {_object(external): int(external["key"]) for external in self._externals}
         if now.keys() != before.keys() or not len(now) == len(externals) == len(self._externals):
@@ -243,7 +247,7 @@ class ToNode(Migration):
 
     async def _attach_anew(self, dst: Engine, externals: Externals) -> None:
         # It has opened or closed something, or changed its terminal, since it was looked at.
-        before = self.expecting or (self._attached is not None and self._attached.terminal)
+        before = self._attached is not None and self._attached.terminal
         await self._detach()
         await self._attach(externals)
         assert self._attached is not None
@@ -259,7 +263,7 @@ class ToNode(Migration):
     async def _prepare_anew(self, dst: Engine) -> None:
         if self.company is not None:  # its children there would go with it
             raise BpfsError(errno.EAGAIN, f"process {self.proc.pid} has changed since it stands still")
-        self.ahead = self.expecting = False  # what went ahead goes with the process that it went to
+        self.ahead = False  # what went ahead goes with the process that it went to
         await dst.call("discard")
         await self._prepare(dst)
 
@@ -317,7 +321,18 @@ class Leave(ToNode):
             externals = tuple(renamed[external["key"]] for external in channel.externals)
             self._stdio.channels[number] = replace(channel, externals=externals)
 
+    goes_at_once = True
+
+    def foresees(self) -> bool:
+        process = self.looked["process"]
+        if not super().foresees() or self._birth() != tuple(process[name] for name in ("uid", "ppid", "pgid", "sid")):
+            return False
+        self._make_ghost_ready(process)
+        return True
+
     def ghost_fds(self) -> list[int]:
+        for end in self._control or ():
+            end.close()
         self._control = Ghost.pair()
         return [self._program, self._control[1].fileno()]
 
@@ -327,6 +342,10 @@ class Leave(ToNode):
         landing = await super().land(dst, summary)
         self._make_ghost_ready(summary["process"])
         return landing
+
+    async def land_anew(self, dst: Engine, summary: dict[str, Any]) -> Landing:
+        self.proc.identity = read_identity(self.proc.pid)
+        return await super().land_anew(dst, summary)
 
     def _make_ghost_ready(self, process: dict[str, Any]) -> None:
         if process["stopped"]:
@@ -494,8 +513,8 @@ class Return(Migration):
         assert self.landing is not None
         return self.landing, {"ghost": self.proc.pid}
 
-    async def receive(self, dst: Engine, landing: Landing, op: str = "receive", **more: Any) -> dict[str, Any]:
-        reply = await super().receive(dst, landing, op, part=self._has_tids_of_nodes, **more)
+    async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
+        reply = await super().receive(dst, landing, part=self._has_tids_of_nodes, **more)
         if self._has_tids_of_nodes:
             # Threads that it has made on a node keep their ids, which the kernel does not give away here. Nobody else
             # can make a process with such an id meanwhile: not before all of the memory has come.
@@ -575,6 +594,10 @@ class Return(Migration):
         # A ghost whose memory had been given up already starts anew, and is dealt with when it says so (Ghosts).
         if self._held:
             await tell(self._away.ghost.resume())
+
+
+def _children(process: dict[str, Any]) -> list[Relative]:
+    return sorted(tuple(child) for child in process["children"])
 
 
 def _object(external: External) -> tuple[Any, ...]:
