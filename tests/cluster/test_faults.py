@@ -9,11 +9,12 @@ import itertools
 import os
 import signal
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
 from tests.cluster.held import Interrupted, holding, kill_workers
-from tests.cluster.moving import check_counting, counting, finish, place, processes_of
+from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, set_link, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
@@ -99,19 +100,43 @@ def test_engine_workers_die_by_themselves(it, gates, counter, route, phase, side
     expect_one_copy(it, counter, move.destination if done == 0 else move.source)
 
 
-def test_a_process_that_changes_at_the_last_moment_moves_all_the_same(it, gates):
+@pytest.mark.parametrize(
+    "change", ["exec 9>&1", "exec 9>&1; sleep 1000 <&- >&- 2>&- 9>&- &", "echo -n another > /proc/$$/comm; exec 9>&1"]
+)
+@pytest.mark.parametrize("route", ["leave", "hop"])
+def test_a_process_that_changes_at_the_last_moment_moves_all_the_same(it, gates, route, change):
+    with changing(it, gates, route, change) as (move, shell):
+        assert move.go_on() == 0, move.said
+        assert place(it, shell.pid) == str(move.destination)
+        shell.stdin.write("echo moved >&9; kill $! && wait $!; exit 3\n")
+        shell.stdin.close()
+        assert shell.stdout.read() == "moved\n"
+        assert shell.wait(60) == 3
+
+
+@pytest.mark.parametrize("route", ["leave", "hop"])
+def test_a_process_that_cannot_move_since_the_last_moment_stays(it, gates, route):
+    with changing(it, gates, route, "exec 9<>/dev/udp/127.0.0.1/9") as (move, shell):
+        assert move.go_on() == 1
+        assert "Operation not supported" in move.said
+        assert place(it, shell.pid) == str(move.source)
+        assert "UDP" in it.read(f"nodes/{move.destination}/migrate").splitlines()[-1]
+        assert echo(it, f"{shell.pid} close", f"nodes/{move.destination}/migrate").returncode == 0
+        shell.stdin.write("exit 3\n")
+        shell.stdin.close()
+        assert shell.wait(60) == 3
+
+
+@contextmanager
+def changing(it, gates, route, change):
+    """A shell on its way, of whose change after the look at it nobody knows yet."""
     with subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as shell:
         try:
-            move = Interrupted(it, gates, shell, ends_of("leave"), "ahead")
-            shell.stdin.write("exec 9>&1\necho opened\n")
+            move = Interrupted(it, gates, shell, ends_of(route), "ahead")
+            shell.stdin.write(f"{change}\necho changed\n")
             shell.stdin.flush()
-            assert shell.stdout.readline() == "opened\n"
-            assert move.go_on() == 0, move.said
-            assert place(it, shell.pid) == str(move.destination)
-            shell.stdin.write("echo moved >&9; exit 3\n")
-            shell.stdin.close()
-            assert shell.stdout.read() == "moved\n"
-            assert shell.wait(60) == 3
+            assert shell.stdout.readline() == "changed\n"
+            yield move, shell
         finally:
             shell.kill()
 
