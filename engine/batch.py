@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine import dump, note
+from engine import dump, execorder, note
 from engine import image as img
 from engine.freeze import Frozen, freeze
 from engine.ghosting import Passed, ghost_exec
@@ -71,7 +71,8 @@ class Original:
 
         Returns:
             `refusals`; or `image`, its bytes with the offsets in them of `rank` ([offset, bytes of room], or None) and
-            of `random` (-1: none), the paths of its `files`, and `process` and `externals` as `inspect` gives them.
+            of `random` (-1: none), the paths of its `files`, and `process` and `externals` as `inspect` gives them;
+            and `order`: table, keys and rank of engine/execorder.py, or None.
         """
         frozen = self._held()
         digests = bool(request.get("digests"))
@@ -91,10 +92,12 @@ class Original:
         summary = seen.summary()
         self._arguments = summary["cmdline"]
         places = _Offsets(image, len(packed))
+        order = execorder.write(frozen, image, seen.externals, self._arguments)
         return {
             "refusals": [], "image": bytes(packed), "process": summary, "externals": seen.externals,
             "rank": _find_rank(frozen, image, places), "random": places.of(_random_address(image)),
             "files": [file.path for index, file in enumerate(image.files) if index != image.cwd and not file.nameless],
+            "order": [order.table, order.keys, order.rank] if order is not None else None,
         }  # fmt: skip
 
     def end_template(self, request: Reply, fds: list[int]) -> Reply:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import placeholders
+from engine.bearing import Bearer, Bearing
 from engine.linux import nsfs, pidfd, process_vm, procfs
 from engine.placeholders import INIT, Command
 
@@ -120,6 +121,7 @@ class JobSpace:
         self.has_clocks = os.readlink(f"/proc/{init}/ns/time") != os.readlink("/proc/self/ns/time")
         self._namespace = nsfs.open_pid_namespace(init)
         self._dropped: set[int] = set()
+        self._bearer = Bearer(init)
 
     @classmethod
     def start(cls, block: range, root: str | None = None, clocks: Clocks | None = None) -> JobSpace:
@@ -258,6 +260,14 @@ class JobSpace:
         except (OSError, KeyError):
             return True
 
+    def bear(self, ids: tuple[int, int, int, int], uid: int, table: bytes, fds: list[int]) -> Bearing:
+        """Order the birth of a job, see `Bearer.begin`; afterwards `settle`."""
+        return self._bearer.begin(ids, uid, table, fds)
+
+    def settle(self, bearing: Bearing) -> int:
+        """See how a birth went; of one that failed nobody hears. See `Bearing.settle`."""
+        return bearing.settle(self._dropped.add)
+
     def kill_all(self) -> None:
         """SIGKILL for every process but nodeinit, in one step that no fork escapes. Their deaths are reported."""
         placeholders.command(self.init, self.init, Command.KILL_ALL)
@@ -290,14 +300,17 @@ class JobSpace:
         finally:
             world.close()
 
-    def drop_unneeded_placeholders(self) -> list[int]:
-        """Kill the placeholders that are no job's parent, group or session leader: cheap enough after any CHILD report.
+    def drop_unneeded_placeholders(self) -> list[int] | None:
+        """Kill the placeholders that are no job's parent, group or session leader.
 
         Returns:
-            Their pids; empty also while a process is being born here.
+            Their pids; None while a process is being born here: try again.
         """
+        swept = placeholders.sweep(self.init)
+        if swept is None:
+            return None
         # One that was killed before and is not dead yet is found again; its death is reported once.
-        dropped = [pid for pid in placeholders.sweep(self.init) if pid not in self._dropped]
+        dropped = [pid for pid in swept if pid not in self._dropped]
         self._dropped.update(dropped)
         return dropped
 
@@ -367,6 +380,7 @@ class JobSpace:
             pass
         select.select([self.init_pidfd], [], [], _START_S)
         _reap(self.init)
+        self._bearer.close()
         os.close(self.init_pidfd)
         os.close(self._namespace)
         self.init_pidfd = self._namespace = -1

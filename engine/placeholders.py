@@ -46,6 +46,7 @@ class Command(enum.IntFlag):
     END = 32 << 24  # the number is a wait status, to end with
     STOP = 64 << 24  # the number is a signal, to stop by
     SEND = 128 << 24  # the number is the receiver of a signal; 0: what comes with it is the value of that signal
+    BEAR = TERMINAL | SETSID  # a packet waits, see engine/bearing.py
     FOREGROUND = TERMINAL | SETPGID  # the number is the group that its terminal's foreground shall be
 
 
@@ -313,12 +314,12 @@ def placing(
         steps, birth = plan(world, pid, ppid, pgid, sid)
         leading = [step for step in steps if step.command & Command.SETSID]
         if leading:
-            _carry_out(init, namespace, leading, uid)
+            carry_out(init, namespace, leading, uid)
         steps = steps[len(leading) :]
         if on_session:
             on_session(world, birth, steps)
         if steps:
-            _carry_out(init, namespace, steps, uid)
+            carry_out(init, namespace, steps, uid)
         maker = outer_pid(init, namespace, birth.maker)
         if maker is None:
             raise ProcessLookupError(3, f"process {birth.maker} is gone from this node")
@@ -508,7 +509,7 @@ def send_for(
         if outer_pid(init, namespace, sender) is not None:
             return False
         try:
-            _carry_out(init, namespace, [Step(INIT, sender, Command.NONE)], uid)
+            carry_out(init, namespace, [Step(INIT, sender, Command.NONE)], uid)
             outer = outer_pid(init, namespace, sender)
             if outer is None:
                 return False
@@ -552,7 +553,8 @@ def _cookie(init: int) -> int:
     raise ProcessLookupError(3, f"process {init} is no nodeinit")
 
 
-def _carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
+def carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
+    """Make placeholders, one after the other, while the namespace's lock is held. Raises OSError."""
     world = World(init)  # without the plan's expectations
     try:
         for step in steps:
@@ -593,11 +595,11 @@ def _is_made(ids: Ids | None, step: Step) -> bool:
     return ids.pgid == step.pid if step.command & Command.SETPGID else True
 
 
-def sweep(init: int) -> list[int]:
+def sweep(init: int) -> list[int] | None:
     """End the placeholders that are no process's parent, group leader or session leader any more.
 
     Returns:
-        Their job pids. Empty also while a worker is giving birth: try again later.
+        Their job pids; None while there is a birth: try again later.
     """
     try:
         namespace = nsfs.open_pid_namespace(init)
@@ -607,7 +609,7 @@ def sweep(init: int) -> list[int]:
         try:
             fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return []
+            return None
         ended = {pid: handle for pid in _unneeded(init) if (handle := _end(init, namespace, pid)) >= 0}
         # Dead before the lock is given back: a birth must not build on one that is about to die.
         deadline = time.monotonic() + _DEATH_S

@@ -1,7 +1,7 @@
 """Rows that give a rebuilt process its signals, timers, names and rights."""
 
 import struct
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from engine import state
 from engine.image import Image, ThreadState
@@ -14,6 +14,16 @@ _CAP_LAST: Final = 63
 _SS_ONSTACK: Final = 1
 _UNQUEUEABLE: Final = (9, 19)
 ACTION_NUMBERS: Final = [n for n in range(1, state.SIGNALS + 1) if n not in _UNQUEUEABLE]
+
+
+class Rows(Protocol):
+    """System calls that a process is going to make: `engine.runner.Calls`, or an order (engine/execorder.py)."""
+
+    def data(self, content: bytes) -> Any:
+        """Bytes that calls point to."""
+
+    def add(self, call: str | int, *arguments: Any, must: bool = True, label: str = "") -> int:
+        """Add one call."""
 
 
 def process_rows(calls: Calls, image: Image) -> None:
@@ -73,7 +83,7 @@ def signal_rows(calls: Calls, image: Image, everything: bool) -> None:
             calls.add("rt_sigaction", number, calls.data(action), 0, 8, label=f"action of signal {number}")
 
 
-def credential_rows(calls: Calls, image: Image, leader: bool = True) -> None:
+def credential_rows(calls: Rows, image: Image, leader: bool = True) -> None:
     """Ids, groups, capabilities: only ever downwards. Then what a change of ids resets: dumpable, death signal.
 
     Args:

@@ -88,15 +88,29 @@ class Original:
     """What `image` of engine/batch.py gives, for nodes of one kind."""
 
     kind: object  # of the nodes
-    image: bytes
-    rank: Sequence[int] | None
-    random: int
+    image: Form
+    order: Form | None  # which is preferred
     process: dict[str, Any]
     externals: Externals
-    name: bytes = b""  # by which the nodes have the image; empty: it is sent to each
+    name: bytes = b""  # by which the nodes have the preferred form; empty: it is sent to each
+
+    @property
+    def preferred(self) -> Form:
+        """What nodes get, unless they cannot do with it."""
+        return self.order or self.image
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A program at its exec as an image, or as an order to exec it (`keys`: engine/execorder.py)."""
+
+    content: bytes
+    rank: Sequence[int] | None
+    random: int = -1
+    keys: tuple[int, ...] | None = None
 
     def patches(self, rank: int) -> list[list[Any]]:
-        """What differs in the image of the process with this rank."""
+        """What differs in it for the process with this rank."""
         if self.rank is None:
             return []
         offset, width = self.rank
@@ -143,7 +157,7 @@ class Copy(Leave):
             raise
         proc.hostpid = made.hostpid
         self._around.ghosts.note(away)
-        self.figures.bytes = len(original.image)
+        self.figures.bytes = len(original.preferred.content)
         self.figures.running = time.perf_counter()
 
     async def _make_ghost(self, engine: Engine, process: dict[str, Any]) -> Away:
@@ -162,16 +176,26 @@ class Copy(Leave):
         return around.ghosts.adopt(proc, Ghost(proc.pid, ours), self._stdio)
 
     async def _make_there(self, original: Original, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
+        if (away := self._around.ghosts.stand_in(self.proc.pid)) is not None:
+            self._around.ghosts.note(away)
+        if original.order is not None and not self.strict:
+            try:
+                return await self._have_made(original.order, original.name, channels)
+            except BpfsError as error:
+                if error.code in (errno.EHOSTDOWN, errno.ETIMEDOUT):
+                    raise
+                _log.info("process %d is rebuilt from its image: %s", self.proc.pid, error)
+        return await self._have_made(original.image, b"" if original.order is not None else original.name, channels)
+
+    async def _have_made(self, form: Form, name: bytes, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
         proc, place, who = self.proc, self.destination, self.proc.identity
         number = self._stdio.stream = self._around.streams.new_number()
-        if (away := self._around.ghosts.stand_in(proc.pid)) is not None:
-            self._around.ghosts.note(away)
         session, front = self.terminal_of(channels)
         with self._around.streams.expect() as expected:
             message = MakeJob(
                 proc.pid, who.ppid, who.pgid, who.sid, session, front, number, expected.token,
-                plain(channels), who.uid, who.gid, b"" if original.name else original.image, original.name,
-                original.patches(self.rank), original.random, self.strict,
+                plain(channels), who.uid, who.gid, b"" if name else form.content, name, form.keys,
+                form.patches(self.rank), form.random, self.strict,
             )  # fmt: skip
             try:
                 made = await place.link.request(message, place.link.patience)
@@ -277,7 +301,7 @@ class Batches:
                 nursery.start_soon(self._make_alike, engine, alike, original)
 
     async def _make_alike(self, engine: Engine, copies: list[Copy], original: Original) -> None:
-        async with self.images.spread(original.image, [copy.destination for copy in copies]) as name:
+        async with self.images.spread(original.preferred.content, [copy.destination for copy in copies]) as name:
             named = replace(original, name=name)
             async with trio.open_nursery() as nursery:
                 for copy in copies:
@@ -290,7 +314,11 @@ class Batches:
             hidden = [path for path in reply["files"] if not self._around.exports.holds(os.fsdecode(path))]
             if hidden:  # they come along with those that go by themselves, engine/lending.py
                 raise BpfsError(errno.ENOENT, f"{os.fsdecode(hidden[0])} is not exported: each has to go by itself")
-        return Original(kind, reply["image"], reply["rank"], reply["random"], reply["process"], reply["externals"])
+        image, order = Form(reply["image"], reply["rank"], reply["random"]), None
+        if reply["order"] is not None:
+            table, keys, rank = reply["order"]
+            order = Form(table, rank, keys=tuple(keys))
+        return Original(kind, image, order, reply["process"], reply["externals"])
 
     def _is_elsewhere(self, proc: Process) -> bool:
         # Another order, or somebody who moved it, was faster.

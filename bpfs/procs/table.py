@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from bpfs.errors import BpfsError
 from bpfs.procs.process import MASTER, ExitStatus, Identity, Pid, Process, ProcState
+from engine.linux import procfs
 from engine.linux.procfs import own_file
 
 PF_KTHREAD = 0x00200000  # include/linux/sched.h; the flags of proc(5)
@@ -20,10 +20,9 @@ def read_identity(pid: int) -> Identity:
         BpfsError: ESRCH, there is no such process (or it is a zombie's pid).
     """
     try:
-        text = Path(own_file(pid, "status")).read_text(errors="replace")
-        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
-        stat = Path(own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
-        cmdline = Path(f"/proc/{pid}/cmdline").read_bytes()
+        status = procfs.parse_status(procfs.read(own_file(pid, "status")))
+        stat = procfs.read(own_file(pid, "stat")).rpartition(b")")[2].decode().split()
+        cmdline = procfs.read(f"/proc/{pid}/cmdline")
     except OSError:
         raise BpfsError(errno.ESRCH, f"there is no process {pid}") from None
     if int(status["Tgid"]) != pid:

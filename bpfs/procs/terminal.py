@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from engine.linux.procfs import own_file
@@ -45,9 +45,9 @@ def foreground_group(pid: int) -> int:
     return int(fields[2]) if len(fields) > 5 and fields[5] == fields[2] else 0
 
 
-def session_of(pid: int, fds: Iterable[int]) -> int:
+def session_of(pid: int, fds: Collection[int]) -> int:
     """The session whose controlling terminal these descriptors of a process are; 0: they are another terminal."""
-    fields = _stat(pid)
+    fields = _stat(pid) if fds else []
     if len(fields) < 6 or fields[4] == "0":
         return 0
     # dev_t as new_encode_dev of <linux/kdev_t.h> has it

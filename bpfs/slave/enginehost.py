@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from errno import EBADF, EEXIST, ENOENT
 
@@ -80,6 +80,7 @@ class EngineHost:
         self._workers = workers
         self._held = held
         self.births: BirthWatch | None = None
+        self.before: Callable[[], None] | None = None  # done before anything that a session does
         self._sessions: dict[int, WorkerChannel] = {}
         self._began: dict[int, float] = {}  # seconds of CLOCK_BOOTTIME
         self._failed: dict[int, BpfsError] = {}  # sessions without a worker: the master has not waited to hear it
@@ -89,6 +90,8 @@ class EngineHost:
         if message.session in self._sessions:
             raise BpfsError(EEXIST, f"engine session {message.session} is open already")
         self.expect_jobs()
+        if self.before is not None:
+            self.before()
         self._began[message.session] = time.clock_gettime(time.CLOCK_BOOTTIME)
         try:
             self._sessions[message.session] = WorkerChannel(self._workers.open_socket())

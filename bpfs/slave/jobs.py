@@ -40,17 +40,25 @@ _log = log.get("jobs")
 SI_QUEUE = -1  # sigqueue(3): the value counts
 STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT})
 DIRECT = STOPS | {signal.SIGKILL}  # these keep their order whoever sends them, and nobody sees the sender of most
+SWEEP_AFTER = 0.25  # seconds from a job's end until placeholders are looked over: the next one may need the very same
 TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 MiB
 
 
 class Jobs:
-    """One job space and its messages."""
+    """One job space and its messages.
+
+    Attributes:
+        ordered: pids of jobs that were born by order (bpfs/slave/makejob.py): their placeholders serve the next, too.
+    """
 
     def __init__(self, space: JobSpace, block: range, link: Line) -> None:
         self._space = space
         self._block = block
         self._link = link
         self.closed = False
+        self.ordered: set[int] = set()
+        self._unswept = False  # placeholders may be of no use any more
+        self._sweep_soon = trio.Event()
         self.births: BirthWatch | None = None
 
     @classmethod
@@ -105,10 +113,36 @@ class Jobs:
                 )
             if not reports and self._is_dead():
                 return "the init of the job space has died"
-            if any(report.kind is Kind.CHILD for report in reports):
-                with suppress(OSError):
-                    self._space.drop_unneeded_placeholders()
+            children = [report.pid for report in reports if report.kind is Kind.CHILD]
+            if children:
+                self._unswept = True
+                if self.ordered.issuperset(children):
+                    self._sweep_soon.set()
+                else:
+                    self.sweep()
         return "the job space is closed"
+
+    async def keep_swept(self) -> None:
+        """Sweep a moment after jobs have ended that were born by order."""
+        while True:
+            await self._sweep_soon.wait()
+            self._sweep_soon = trio.Event()
+            await trio.sleep(SWEEP_AFTER)
+            if self.closed:
+                return
+            with suppress(OSError):
+                self.ordered.intersection_update(self._space.processes())
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Drop placeholders that nobody needs, if jobs have ended: those of a process that comes must not be in the way
+        of its own."""
+        if not self._unswept or self.closed:
+            return
+        with suppress(OSError):
+            self._unswept = self._space.drop_unneeded_placeholders() is None
+            if self._unswept:  # a process is being born
+                self._sweep_soon.set()
 
     def _is_dead(self) -> bool:
         try:

@@ -165,6 +165,7 @@ class Slave:
                 nursery.start_soon(self.workers.keep_spare, name="spare worker")
                 if self.jobs is not None:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
+                    nursery.start_soon(self.jobs.keep_swept, name="placeholders")
                     if self.births is not None:
                         nursery.start_soon(self.births.run, name="births")
                     if self.strict is not None:
@@ -231,8 +232,9 @@ class Slave:
             DropPlaceholder: jobs.drop_placeholder,
         }
         if self.stdio is not None:
-            maker = JobMaker(jobs.init, self.stdio, self.engines, self.workers, self.held, self.images)
+            maker = JobMaker(jobs, self.stdio, self.engines, self.workers, self.held, self.images)
             self.handlers[MakeJob] = maker.make
+        self.engines.before = jobs.sweep
         births = BirthWatch.start(jobs.init, self.options.watch, self.link)
         self.births = jobs.births = self.engines.births = births
         try:

@@ -38,6 +38,8 @@ CHUNK = 256 * 1024
 """Bytes read at once."""
 HIGH_WATER = 1 << 20
 """Bytes waiting to be sent above which `notify` and `request` wait."""
+SILENT = 0.1
+"""What a peer that is silent already gets of the time for an answer."""
 OVERFLOW = 32 << 20
 """Bytes waiting to be sent at which the peer is given up: it has stopped reading."""
 MAX_SERVED = 4096
@@ -73,6 +75,7 @@ class Link:
         """When the peer last sent anything, by `now()`."""
         self.reason = ""
         """Why the link ended; empty while it lives."""
+        self._silent_at = 0.0  # when one last timed out while it said nothing; it is silent until it is heard again
         self.local_address = _address_of(sock)
         """The address by which the peer reaches this machine."""
         self.peer_address = _address_of(sock, socket.socket.getpeername)
@@ -164,7 +167,8 @@ class Link:
 
         Args:
             message: the request.
-            timeout: seconds, or None.
+            timeout: seconds, or None. A peer that was silent all the time of a request, and still is, gets a tenth of
+                it: undoing what that was a part of shall not take as long for each step.
             replied: called when the reply is read, before anything that the peer has sent after it is taken.
 
         Raises:
@@ -174,9 +178,14 @@ class Link:
         """
         if timeout is None:
             return await self._request(message, replied)
+        began = now()
+        if self.heard < self._silent_at:
+            timeout *= SILENT
         with trio.move_on_after(timeout) as scope:
             return await self._request(message, replied)
         assert scope.cancelled_caught
+        if self.heard < began:
+            self._silent_at = now()
         raise BpfsError(ETIMEDOUT, f"{self.name} did not answer within {timeout:g} s")
 
     async def _request(self, message: Message, replied: Callable[[], None] | None) -> Message:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 15
+VERSION = 16
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -561,6 +561,7 @@ class MakeJob(Message):
     gid: int
     image: bytes  # engine/batch.py; empty: it is held by `name`, see HoldImage
     name: bytes
+    keys: tuple[int, ...] | None  # it is an order (engine/execorder.py) with these externals; None: it is an image
     patches: Plain  # [offset, bytes] of what differs from one process to another
     random: int  # offset of the bytes that shall be random; -1: none
     strict: bool  # see JobCall

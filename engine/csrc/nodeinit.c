@@ -24,6 +24,7 @@
 #include <linux/prctl.h>
 #include <linux/resource.h>
 #include <linux/sched.h>
+#include <linux/stat.h>
 #include <linux/wait.h>
 #include <asm/errno.h>
 #include <asm/signal.h>
@@ -39,6 +40,8 @@ static uint64_t sent_value; /* of the next COMMAND_SEND */
 #define MNT_DETACH 2
 #define SOL_SOCKET_ 1
 #define SO_PEERCRED_ 17
+#define AF_UNIX_ 1
+#define SOCK_SEQPACKET_ 5
 #define HIDDEN "/proc/nodeinit"
 #define PROGRAM_MAX (1 << 20)
 
@@ -251,6 +254,8 @@ static long clone_placeholder(int pid, uint64_t command)
 	return pid ? call(__NR_clone3, &args, sizeof args) : 0;
 }
 
+#include "bear.h"
+
 /* ---- the session's terminal ---------------------------------------------------------------- */
 
 /* TIOCNOTTY sends SIGHUP to the foreground group: a group that nobody is in any more is put there before. */
@@ -365,6 +370,10 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 		call(__NR_kill, -1, SIGKILL);
 		return;
 	}
+	if ((command & COMMAND_BEAR) == COMMAND_BEAR) {
+		bear();
+		return;
+	}
 	if ((command & COMMAND_FOREGROUND) == COMMAND_FOREGROUND) {
 		put_in_front(pid);
 		return;
@@ -386,10 +395,7 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 	 * effective one stays root, which set_tid needs. */
 	if (pid)
 		call(__NR_setresuid, uid, 0, 0);
-	if (command & COMMAND_SETSID)
-		call(__NR_setsid, 0);
-	if (command & COMMAND_SETPGID)
-		call(__NR_setpgid, 0, 0);
+	lead(command);
 }
 
 /* From an ancestor namespace si_pid is 0, yet a job may write that into a queued signal as well:
@@ -537,6 +543,7 @@ static _Noreturn void run_as_init(void)
 	mount_proc();
 	set_up_scratch();
 	open_block();
+	open_orders();
 	call(__NR_fcntl, report_fd, F_SETFD, FD_CLOEXEC);
 	call(__NR_fcntl, report_fd, F_SETOWN, own_pid());
 	call(__NR_fcntl, report_fd, F_SETFL, O_RDWR | FASYNC);

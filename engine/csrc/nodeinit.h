@@ -41,10 +41,57 @@ enum command {
 	                              * in si_errno (upper half) and si_uid */
 	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
 	COMMAND_FOREGROUND = COMMAND_TERMINAL | COMMAND_SETPGID, /* its foreground is process group NUMBER */
+	COMMAND_BEAR = COMMAND_TERMINAL | COMMAND_SETSID, /* a packet waits: struct birth_head, struct birth_table */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */
 
 #define SENT_QUEUED 0x100
+
+/* Pid 1 holds both ends of a SEQPACKET socket at this number and the next; packets are sent into the second one. */
+#define ORDERS_FD 60
+
+#define BIRTH_MAGIC 0x31424642
+#define BIRTH_LINKS 3
+#define BIRTH_ASIDE 1
+
+/* What the node knows of a job that is to be born, see bear.h. */
+struct birth_head {
+	uint32_t magic;
+	int32_t pid;
+	uint32_t how;   /* COMMAND_SIBLING, COMMAND_SETSID */
+	int32_t pgid;   /* the group to join; 0: that of its maker */
+	uint32_t uid;   /* its user, who may signal the placeholders */
+	uint32_t links; /* placeholders to be made before */
+	struct {
+		int32_t pid;
+		uint32_t how; /* COMMAND_SIBLING, COMMAND_SETSID, COMMAND_SETPGID, BIRTH_ASIDE: its maker makes what comes next */
+	} link[BIRTH_LINKS];
+};
+
+/* What the master does, alike for all: `files` times struct birth_file and `rows` times struct birth_row follow, and
+ * what they point to, by offsets from here. */
+struct birth_table {
+	uint32_t files, rows;
+	uint32_t high; /* a number above all descriptors of the job */
+	uint32_t zero;
+};
+
+struct birth_file {
+	uint64_t path, inode, size, mtime_ns;
+	uint32_t major, minor;
+};
+
+enum argument { ARGUMENT_VALUE, ARGUMENT_ADDRESS, ARGUMENT_STRINGS, ARGUMENT_PASSED, ARGUMENT_OPENED };
+
+/* A system call. STRINGS: offsets of strings up to ~0; PASSED: that of the descriptors which came along, without the
+ * first one; OPENED: what the last open(2) returned. */
+struct birth_row {
+	uint32_t number;
+	uint8_t must; /* its failure is that of the birth */
+	uint8_t kind[6];
+	uint8_t zero[5];
+	uint64_t argument[6];
+};
 
 #define SCRATCH_ADDRESS 0x10000UL  /* where the engine injects its call runner */
 #define SCRATCH_BYTES (256UL << 10)

@@ -106,6 +106,9 @@ def test_options_stand_before_or_after_the_nodes(bpsh: Bpsh, spec: str) -> None:
         ([], 2, "no nodes given (--help tells the options)"),
         (["0", "no-such-program"], 127, "no-such-program: command not found"),
         (["0", "/etc/passwd"], 126, "/etc/passwd: is no program that you may run"),
+        (["0", "-O", "/missing/x", "true"], 125, "cannot open /missing/x on the node: Directory nonexistent"),
+        (["-E/", "0", "true"], 125, "cannot open / on the node: Is a directory"),
+        (["0", "--stdin", "/miss ing", "true"], 125, "cannot open /miss ing on the node: No such file"),
         (["--timeout", "x", "0", "true"], 2, "--timeout wants seconds: x (--help tells the options)"),
         (
             ["--fanout", "1", "0-1", "cat"],

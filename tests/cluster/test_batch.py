@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -68,21 +71,79 @@ def test_each_is_a_process_of_its_own(it: VirtualCluster) -> None:
     script = (
         "import ctypes, os; auxv = ctypes.CDLL(None).getauxval; auxv.restype = ctypes.c_ulong;"
         "print(os.getpid(), os.getppid(), os.uname().nodename, os.environ['BPROC_RANK'],"
-        "ctypes.string_at(auxv(25), 16).hex(), os.path.realpath('/proc/self'))"
+        "ctypes.string_at(auxv(25), 16).hex(), os.path.realpath('/proc/self'), auxv(33))"
     )
     more = "1" * 9  # ranks of two digits beside those of one
     spec = ",".join(map(str, [0, 1, 2, *more]))
     run = bpsh(it, "-L", spec, sys.executable, "-Sc", script)
     assert (run.returncode, run.stderr) == (0, "")
     lines = [line.split() for line in run.stdout.splitlines()]
-    pids, parents, names, ranks, seeds, own = zip(*lines, strict=True)
+    pids, parents, names, ranks, seeds, own, layouts = zip(*lines, strict=True)
     assert len(set(pids)) == len(set(seeds)) == len(lines) == 12
+    assert len(set(layouts)) > 1  # where the vDSO is: each was exec'd where it runs, none was copied
     assert len(set(parents)) == 1
     assert {int(rank): name for rank, name in zip(ranks, names, strict=True)} == {
         rank: f"n{node}" for rank, node in enumerate(map(int, spec.split(",")))
     }
     assert [f"/proc/{pid}" for pid in pids] == list(own)
     assert set(outcomes(it, 12).items()) == {(0, "ok"), (1, "ok"), (2, "ok")}
+
+
+def settle_down() -> None:
+    """What an exec keeps, other than by default."""
+    os.umask(0o027)
+    os.nice(3)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.sched_setaffinity(0, {0})
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    if os.getuid() == 0:  # another user's own files of /proc are root's between setuid and exec
+        Path("/proc/self/oom_score_adj").write_text("77")
+        Path("/proc/self/coredump_filter").write_text("0x7")
+    prctl = ctypes.CDLL(None).prctl
+    prctl(29, ctypes.c_ulong(123456))  # PR_SET_TIMERSLACK
+    prctl(38, ctypes.c_ulong(1), 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    ctypes.CDLL(None).personality(ctypes.c_ulong(0x0040000))  # ADDR_NO_RANDOMIZE
+
+
+@pytest.mark.parametrize("user", [{}, {"user": 1234, "group": 99, "extra_groups": [98, 5]}], ids=["root", "user"])
+def test_what_an_exec_keeps_is_there_on_the_node(it: VirtualCluster, user: dict[str, Any]) -> None:
+    script = """if True:
+        import ctypes, json, os, resource
+        wanted = "Umask Uid Gid Groups NoNewPrivs Cpus_allowed SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb".split()
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        found = {name: status[name] for name in wanted}
+        found |= {name: open("/proc/self/" + name).read() for name in ("limits", "oom_score_adj", "comm", "cmdline")}
+        found["filter"] = open("/proc/self/coredump_filter").read()
+        found["slack"] = ctypes.CDLL(None).prctl(30)
+        found["personality"] = ctypes.CDLL(None).personality(ctypes.c_ulong(0xffffffff))
+        found["cwd"], found["nice"], found["environ"] = os.getcwd(), os.nice(0), dict(os.environ)
+        for name in ("BPROC_RANK", "BPROC_PROGNAME"):
+            found["environ"].pop(name, None)
+        found["fds"] = [fd for fd in range(3, 200) if os.path.exists(f"/proc/self/fd/{fd}")]
+        print(json.dumps(found, sort_keys=True))
+    """
+    command = ["/usr/bin/python3", "-Sc", script, "", "a b"]
+    more: dict[str, Any] = {**user, "cwd": "/usr/share", "preexec_fn": settle_down}
+    here = subprocess.run(
+        command, env={**os.environ, "BPFS": str(it.mount)}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=True, **more,
+    )  # fmt: skip
+    there = bpsh(it, "-L", "0-2", *command, **more)
+    assert (there.returncode, there.stderr) == (0, "")
+    assert [json.loads(line) for line in there.stdout.splitlines()] == [json.loads(here.stdout)] * NODES
+
+
+def test_a_script_keeps_its_name_and_arguments(it: VirtualCluster, session_folder: Path) -> None:
+    folder = session_folder / "scripts"
+    folder.mkdir()
+    script = folder / "show-words"
+    script.write_text('#!/bin/sh -u\necho "$0" $# "$2" "$(cat /proc/$$/comm)" "$(tr "\\0" " " < /proc/$$/cmdline)"\n')
+    script.chmod(0o755)
+    here = subprocess.run(["./show-words", "a", "b c"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    run = bpsh(it, "-L", "0-2", "./show-words", "a", "b c", cwd=folder)
+    assert (run.returncode, run.stderr, run.stdout) == (0, "", here * NODES)
 
 
 def test_where_it_cannot_be_made_is_said_and_the_others_go_on(it: VirtualCluster, tmp_path: Path) -> None:

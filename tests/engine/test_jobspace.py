@@ -43,12 +43,15 @@ def test_header_and_mirror_agree(tmp_path: Path) -> None:
     header = Path(jobspace.__file__).parent / "csrc" / "nodeinit.h"
     fields = "kind pid reporter code status uid utime_us stime_us maxrss_kb sender zero".split()  # noqa: SIM905
     words = ", ".join(f"(int)offsetof(struct report, {name})" for name in fields)
-    commands = "COMMAND_SETSID, COMMAND_SETPGID, COMMAND_SIBLING, COMMAND_KILL_ALL, COMMAND_SEND"
+    commands = "COMMAND_SETSID, COMMAND_SETPGID, COMMAND_SIBLING, COMMAND_KILL_ALL, COMMAND_SEND, COMMAND_BEAR"
+    birth = "birth_head birth_table birth_file birth_row".split()  # noqa: SIM905
+    sizes = ", ".join(f"(int)sizeof(struct {name})" for name in birth)
+    last = "(int)offsetof(struct birth_head, link), (int)offsetof(struct birth_row, argument)"
     code = f"""#include <stddef.h>
     #include <stdio.h>
     #include "{header}"
     int main(void) {{
-        unsigned values[] = {{{words}, sizeof(struct report), {commands}}};
+        unsigned values[] = {{{words}, sizeof(struct report), {commands}, {sizes}, {last}}};
         for (unsigned i = 0; i < sizeof values / sizeof *values; i++) printf("%u ", values[i]);
     }}"""
     (tmp_path / "sizes.c").write_text(code)
@@ -57,8 +60,8 @@ def test_header_and_mirror_agree(tmp_path: Path) -> None:
     mirror = jobspace.REPORT
     offsets = [0, 4, 8, 12, 16, 20, 24, 32, 40, 48, 52]
     command = placeholders.Command
-    orders = [command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL, command.SEND]
-    assert got == [*offsets, mirror.size, *orders]
+    orders = [command.SETSID, command.SETPGID, command.SIBLING, command.KILL_ALL, command.SEND, command.BEAR]
+    assert got == [*offsets, mirror.size, *orders, 48, 16, 40, 64, 24, 16]  # engine/bearing.py, engine/execorder.py
 
 
 def test_start_and_close(space: JobSpace) -> None:
@@ -252,7 +255,7 @@ def test_placeholders_go_when_nobody_needs_them(space: JobSpace, tmp_path: Path)
     assert space.drop_unneeded_placeholders() == []
     with placeholders.placing(space.init, 5002, 4002, 4002, 4002):
         # A birth is going on: its placeholders are not needed yet.
-        assert space.drop_unneeded_placeholders() == []
+        assert space.drop_unneeded_placeholders() is None
     assert space.drop_unneeded_placeholders() == [4002]
     space.signal(5000, signal.SIGKILL)
     reports.wait("the end", lambda report: report.pid == 5000)

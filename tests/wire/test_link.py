@@ -119,6 +119,19 @@ async def test_a_cancelled_request_cancels_its_handler():
         assert (await near.request(HostPidOf(4))).hostpid == 8
 
 
+async def test_who_is_silent_is_waited_for_once():
+    async def hang(_: KillAll) -> None:
+        await trio.sleep_forever()
+
+    async with links({}, {KillAll: hang, HostPidOf: double}) as (near, _):
+        for sentence in (r"within 0\.1 s", r"within 0\.01 s", r"within 0\.01 s"):
+            with pytest.raises(BpfsError, match=sentence):
+                await near.request(KillAll(), timeout=0.1)
+        assert (await near.request(HostPidOf(4))).hostpid == 8
+        with pytest.raises(BpfsError, match=r"within 0\.1 s"):
+            await near.request(KillAll(), timeout=0.1)
+
+
 async def test_a_request_is_cancelled_in_the_moment_in_which_its_reply_is_read():
     async with links({}, {HostPidOf: double}) as (near, _), trio.open_nursery() as nursery:
         scopes = [trio.CancelScope() for _ in range(20)]

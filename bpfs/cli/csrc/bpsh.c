@@ -169,12 +169,19 @@ static void complain_move(const struct options *options, int node, int why)
 	complain("node %d: %s%s%s", node, strerror(why), *reason ? ": " : "", reason);
 }
 
-/* With -I, -O or -E the files are the node's, so that a shell on the node has to open them: sh -c SCRIPT sh FILES
+/* One file of -I, -O or -E, whose name is the next argument. It is opened once more than it has to be, a named pipe
+ * excepted, so that what is wrong with it can be said in a sentence: shells say it each in their own way. */
+#define OPEN_FILE(name, way)                                                                                         \
+	name "=$1; shift; [ -p \"$" name "\" ] || bpsh_w=$({ : " way "\"$" name "\"; } 2>&1) || "                    \
+	     "{ echo \"bpsh: cannot open $" name " on the node: ${bpsh_w##*: }\" >&2; exit 125; }; "
+
+/* With -I, -O or -E the files are the node's, so that a shell on the node has to open them: sh -c SCRIPT bpsh FILES
  * COMMAND. */
 static char *const *with_redirections(const struct options *options)
 {
-	static const char *const script[3] = {" <\"$bpsh_0\"", " >\"$bpsh_1\"", " 2>\"$bpsh_2\""};
-	char text[256] = "", tail[128] = "";
+	static const char *const look[3] = {OPEN_FILE("bpsh_0", "<"), OPEN_FILE("bpsh_1", ">>"), OPEN_FILE("bpsh_2", ">>")};
+	static const char *const way[3] = {" <\"$bpsh_0\"", " >\"$bpsh_1\"", " 2>\"$bpsh_2\""};
+	char text[1024] = "", tail[128] = "";
 	size_t count = 0, words = 0;
 	while (options->argv[count])
 		count++;
@@ -185,8 +192,8 @@ static char *const *with_redirections(const struct options *options)
 	argv[words++] = "bpsh";
 	for (int fd = 0; fd < 3; fd++)
 		if (options->file[fd]) {
-			sprintf(text + strlen(text), "bpsh_%d=$1; shift; ", fd);
-			strcat(tail, script[fd]);
+			strcat(text, look[fd]);
+			strcat(tail, way[fd]);
 			argv[words++] = (char *)options->file[fd];
 		}
 	argv[words++] = (char *)options->program;
