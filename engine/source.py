@@ -19,6 +19,7 @@ from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT
+from engine.descriptors.relatives import outlast
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace, userfaultfd
@@ -268,6 +269,8 @@ class Source:
         if not self._settled:
             frozen.settle()
             self._settled = True
+        if request.get("moving") and request.get("family") and "kin" not in request and not request.get("at_home"):
+            outlast(frozen.pid)
         self._inspection = dump.inspect(
             frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
             bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -18,6 +19,10 @@ from engine.linux.kcmp import same_file
 from engine.linux.nsfs import pids_by_status
 from engine.linux.procfs import children, own_file, parse_stat, read
 
+_YOUNG = 0.5  # seconds: who forks all the time has such children, and between two of them it can move
+_PATIENCE = 0.3  # seconds for these to end
+_PAUSE = 0.002
+_STREAMS = ("pipe:", "socket:", "/dev/pts/")
 _MOST = 64  # relatives that are looked at; a shell's job has a handful
 
 
@@ -35,12 +40,41 @@ def kept_by_descendants(pid: int, externals: Iterable[Mapping[str, Any]]) -> lis
     links = {os.readlink(f"/proc/{pid}/fd/{one['fds'][0]}"): one["fds"][0] for one in externals}
     found = []
     for other in islice(_descendants(pid), _MOST) if links else ():
-        folder = f"/proc/{other}/fd/"
         with suppress(OSError, IndexError):  # it has just ended
-            held = {os.readlink(folder + number) for number in os.listdir(folder)}
+            held = _links(other)
             name = pids_by_status(other)[-1]  # its own namespace's number, the cluster's
             found += [f"process {name}, which stays, has its fd {links[one]}, too" for one in links if one in held]
     return found
+
+
+def outlast(pid: int) -> None:
+    """Waits, a moment at most, for young descendants of a stopped process that have ends of a stream together with it:
+    mostly they have ended then."""
+    deadline = time.monotonic() + _PATIENCE
+    while any(_is_young(other) and _shares_stream(pid, other) for other in islice(_descendants(pid), _MOST)):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_PAUSE)
+
+
+def _is_young(pid: int) -> bool:
+    with suppress(OSError):
+        seen = parse_stat(read(own_file(pid, "stat")))
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - seen.starttime / os.sysconf("SC_CLK_TCK")
+        return seen.state not in "ZX" and age < _YOUNG + _PATIENCE
+    return False
+
+
+def _shares_stream(pid: int, other: int) -> bool:
+    with suppress(OSError):
+        common = _links(pid) & _links(other)
+        return any(link.startswith(_STREAMS) for link in common)
+    return False
+
+
+def _links(pid: int) -> set[str]:
+    folder = f"/proc/{pid}/fd/"
+    return {os.readlink(folder + number) for number in os.listdir(folder)}
 
 
 def _descendants(pid: int) -> Iterator[int]:

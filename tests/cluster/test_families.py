@@ -283,3 +283,19 @@ def test_a_parents_sigkill_and_sigstop_reach_its_child_elsewhere(it, parent, chi
         wait_until(lambda: not Path(f"/proc/{first}").exists(), "it should end where it is")
         assert family.ask(f"poll {second}") == "0 0"
         assert family.ids(second)[0] == family.process.pid
+
+
+@pytest.mark.parametrize("loop", ["sleep 0.05", "sleep 0.05 & wait", "(:)"])
+def test_who_forks_all_the_time_moves(it, loop):
+    """Its children have its pipe; between two of them it goes. It is never refused for one that just ran."""
+    script = f"trap 'exit 9' TERM; while :; do {loop}; done"
+    with subprocess.Popen(["bash", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as shell:
+        try:
+            for node in (0, 1, MASTER) * 2:
+                done = echo(it, f"{shell.pid}", f"nodes/{node}/migrate")
+                assert done.returncode == 0, it.read(f"nodes/{node}/migrate")
+                assert place(it, shell.pid) == str(node)
+            shell.terminate()
+            assert shell.wait(60) == 9
+        finally:
+            shell.kill()
