@@ -57,6 +57,7 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     cluster.node_entries += files.node_entries()
     with programs, ledger:
         await takeover.take_up()
+        procs.take_up()
         try:
             yield procs
         finally:

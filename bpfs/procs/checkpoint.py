@@ -21,12 +21,13 @@ from bpfs import log
 from bpfs.errors import BpfsError, errno_name
 from bpfs.procs.away import carefully
 from bpfs.procs.exchange import refuse, transfer
+from bpfs.procs.ledger import Part
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import Engine, MasterPlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.rights import Rights, may_control, writes_itself
 from bpfs.procs.routes import Surroundings
-from bpfs.procs.table import read_identity
+from bpfs.procs.wishes import Wishes, lives
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_duration, parse_number
 
@@ -124,6 +125,14 @@ class Checkpoints:
         self._contents = around.contents
         self._master = master
         self._records: dict[Process, _Record] = {}
+        self._wishes = Wishes(procs.table, around.ghosts.ledger, Part.PERIODIC)
+
+    def take_up(self) -> None:
+        """Goes on with the periodic ones that an earlier master has left."""
+        for proc, (path, every, keep, (uid, gid, groups), ends, taken) in self._wishes.left():
+            order, rights = Order(path, every=every, keep=keep), Rights(uid, gid, tuple(groups))
+            self._record(proc).saved = Saved(path, rights, {(dev, ino): number for dev, ino, number in ends})
+            self._begin(proc, order, rights, min(max(0.0, taken + every - time.time()), every))
 
     def show(self, proc: Process) -> str:
         """The content of procs/PID/checkpoint: what is periodic, then the last images."""
@@ -157,12 +166,16 @@ class Checkpoints:
         await self._take(proc, order, rights, request if itself else None)
         if order.every:
             # At once: who reads the file, or calls it off, after this write has returned, finds it.
-            record = self._record(proc)
-            record.order, record.periodic = order, trio.CancelScope()
-            self._ghosts.nursery.start_soon(carefully, proc.pid, self._repeat(proc, order, rights, record.periodic))
+            self._begin(proc, order, rights, order.every)
+
+    def _begin(self, proc: Process, order: Order, rights: Rights, pause: float) -> None:
+        record = self._record(proc)
+        record.order, record.periodic = order, trio.CancelScope()
+        repeat = self._repeat(proc, order, rights, pause, record.periodic)
+        self._ghosts.nursery.start_soon(carefully, proc.pid, repeat)
 
     def _record(self, proc: Process) -> _Record:
-        for known in [one for one in self._records if one is not proc and not self._alive(one)]:
+        for known in [one for one in self._records if one is not proc and not lives(one)]:
             del self._records[known]
             self._procs.table.forget(known)
         return self._records.setdefault(proc, _Record())
@@ -172,24 +185,25 @@ class Checkpoints:
         if record.periodic is not None:
             record.periodic.cancel()
         record.periodic = record.order = record.saved = None
+        self._wishes.drop(proc)
 
-    async def _repeat(self, proc: Process, order: Order, rights: Rights, called_off: trio.CancelScope) -> None:
+    async def _repeat(
+        self, proc: Process, order: Order, rights: Rights, pause: float, called_off: trio.CancelScope
+    ) -> None:
         with called_off:
             while True:
-                await trio.sleep(order.every)
-                if not self._alive(proc):
+                await trio.sleep(pause)
+                pause = order.every
+                if not lives(proc):
+                    self._wishes.drop(proc)
                     break
+                away = self._ghosts.stand_in(proc.pid)
+                if away is not None and away.known is not None:
+                    await away.known.wait()
                 try:
                     await self._take(proc, order, rights, None)
                 except BpfsError as error:  # the last good one stays; the next may do better
                     _log.warning("process %d: periodic checkpoint: %s", proc.pid, error)
-
-    @staticmethod
-    def _alive(proc: Process) -> bool:
-        try:
-            return proc.state is not ProcState.ENDED and read_identity(proc.pid).start == proc.identity.start
-        except BpfsError:
-            return False
 
     async def _take(self, proc: Process, order: Order, rights: Rights, writer: WriteRequest | None) -> None:
         if proc.owed is not None:
@@ -205,6 +219,7 @@ class Checkpoints:
             size = await _Taking(place, self._master, proc, order, rights, figures, self._contents).run(writer)
             if order.every:
                 self._record(proc).saved = Saved(order.path, rights, ends)
+                self._wishes.put(proc, _wish(order, rights, ends))
         except BpfsError as error:
             outcome = f"{errno_name(error.code)} {error.sentence}"
             raise
@@ -215,6 +230,12 @@ class Checkpoints:
                 f"{when} {order.path} freeze_ms={figures.freeze_ms:.1f} total_ms={figures.total_ms:.1f} "
                 f"bytes={size} {outcome}"
             )
+
+
+def _wish(order: Order, rights: Rights, ends: dict[tuple[int, int], int]) -> list[Any]:
+    """For the next master, with the time of the last image."""
+    places = [[dev, ino, number] for (dev, ino), number in ends.items()]
+    return [order.path, order.every, order.keep, [rights.uid, rights.gid, list(rights.groups)], places, time.time()]
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from bpfs.procs.process import Identity, OnLoss, Pid, Process, ProcState, Stay
+from bpfs.procs.process import Identity, Pid, Process, ProcState, Stay
 from bpfs.procs.stdio import Stdio
 from bpfs.wire.mux import ChanKind, Channel
 
@@ -38,7 +38,6 @@ def entry_of(
         "stopped_after": stopped_after,
         "native": proc.native,
         "hostpid": proc.hostpid,
-        "onloss": proc.onloss.value,
         "strict": [proc.wants_strict, proc.strict],
         "identity": [sorted(part) if isinstance(part, frozenset) else part for part in _IDENTITY(proc.identity)],
         "history": [[stay.node, stay.since, stay.freeze_ms, stay.bytes] for stay in proc.history],
@@ -71,7 +70,6 @@ def restored(pid: int, entry: Entry) -> tuple[Process, Stdio]:
     proc = Process(
         Pid(pid), Identity(*parts), int(entry["place"]),
         ProcState.STOPPED if entry["stopped"] else ProcState.RUNNING, entry["hostpid"], entry["native"],
-        onloss=OnLoss(entry["onloss"]),
     )  # fmt: skip
     proc.wants_strict, proc.strict = entry["strict"]
     proc.history = [Stay(*stay) for stay in entry["history"]]

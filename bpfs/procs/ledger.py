@@ -26,6 +26,8 @@ class Part(enum.StrEnum):
 
     AWAY = "away"  # pid -> bpfs/procs/entries.py
     CHILD = "child"  # pid -> pid of the parent whose ghost has it (or its ghost) as a child
+    PERIODIC = "periodic"  # pid -> its periodic checkpoint (bpfs/procs/checkpoint.py)
+    ONLOSS = "onloss"  # pid -> what was written to its file of that name
     STREAMS = "streams"  # 0 -> the highest number that was given to a stream
 
 

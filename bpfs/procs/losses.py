@@ -10,8 +10,10 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER
 from bpfs.nodes.states import NodeState
 from bpfs.procs.away import Away
+from bpfs.procs.ledger import Part
 from bpfs.procs.process import OnLoss, Process, ProcState
 from bpfs.procs.rights import may_control
+from bpfs.procs.wishes import Wishes
 from bpfs.tree.base import WriteRequest
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ class Losses:
 
     def __init__(self, procs: Procs) -> None:
         self._procs = procs
+        self._wishes = Wishes(procs.table, procs.ghosts.ledger, Part.ONLOSS)
+
+    def take_up(self) -> None:
+        """Goes by what was chosen under an earlier master."""
+        for proc, choice in self._wishes.left():
+            proc.onloss = OnLoss(choice)
 
     def choose(self, proc: Process, request: WriteRequest) -> None:
         """Carries out a write to procs/PID/onloss.
@@ -39,8 +47,7 @@ class Losses:
             known = ", ".join(choice.value for choice in OnLoss)
             raise BpfsError(errno.EINVAL, f"'{request.text[:40]}' is unknown; known: {known}") from None
         self._procs.table.add(proc)
-        if (away := self._procs.ghosts.stand_in(proc.pid)) is not None:
-            self._procs.ghosts.note(away)
+        self._wishes.put(proc, proc.onloss.value)
 
     async def rescue(self, away: Away) -> bool:
         """Brings a process back on another node, when that was wished and there is an image; says whether it did."""

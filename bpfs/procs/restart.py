@@ -140,6 +140,7 @@ class _Revival:
             away.stdio.files = {}
             await self._build_on_node(place, source, dst, away, channels)
             away.proc.arrived(self._order.node, 0.0, image["bytes"])
+            self._around.ghosts.note(away)
 
     async def run(self, line: _Line) -> int:
         """Returns the pid. Raises BpfsError; nothing of it stays."""
@@ -160,6 +161,7 @@ class _Revival:
                     await self._abandon(dst, away)
                 raise
             proc.state = ProcState.RUNNING
+            self._around.ghosts.note(away)
             self._procs.table.changed(proc, f"restarted on node {order.node}")
             return proc.pid
 

@@ -55,6 +55,11 @@ class Procs:
         around.ghosts.rescue = self.losses.rescue
         self.view: PsView | None = None
 
+    def take_up(self) -> None:
+        """Goes on with what users have asked an earlier master for."""
+        self.losses.take_up()
+        self.checkpoints.take_up()
+
     # -- moving ------------------------------------------------------------------------------------------------
 
     async def migrate(self, verb: MoveVerb, node: int, request: WriteRequest) -> None:

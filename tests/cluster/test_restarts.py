@@ -205,6 +205,36 @@ def test_stopped_jobs(it, when):
         check_counting(finish(process), process.pid)
 
 
+def test_periodic_checkpoints_and_onloss(it, session_folder):
+    """Of a job and of a process at home: they go on, and the job comes back from its image when its node is lost."""
+    with counting() as job, counting() as local:
+        move(it, job.pid, 0)
+        for process, name, every in ((job, "job", "1s"), (local, "local", "1h")):
+            it.write(f"procs/{process.pid}/checkpoint", f"{session_folder}/{name} every {every} keep 2")
+            it.write(f"procs/{process.pid}/onloss", "restart")
+        kill(it.pid("master"))
+        start_master(it)
+        for process, name, every in ((job, "job", "1s"), (local, "local", "3600s")):
+            file = f"procs/{process.pid}/checkpoint"
+            assert it.read(file).startswith(f"every {every} keep 2 {session_folder}/{name}\n")
+            assert it.read(f"procs/{process.pid}/onloss") == "restart\n"
+        wait_until(lambda: it.read(f"procs/{job.pid}/checkpoint").endswith(" ok\n"), "there is another image")
+        it.write(f"procs/{job.pid}/checkpoint", f"{session_folder}/job every 1h")
+        kill(it.pid("master"))
+        start_master(it)
+        kill(it.slave(0))
+        wait_until(lambda: place(it, job.pid) == "1", "it comes back from its last image")
+        for process in (job, local):
+            it.write(f"procs/{process.pid}/checkpoint", "off")
+            it.write(f"procs/{process.pid}/onloss", "kill")
+        kill(it.pid("master"))
+        start_master(it)
+        assert it.read(f"procs/{job.pid}/checkpoint") == it.read(f"procs/{local.pid}/checkpoint") == ""
+        assert it.read(f"procs/{job.pid}/onloss") == it.read(f"procs/{local.pid}/onloss") == "kill\n"
+        assert finish(job)[-1].endswith(" enough")
+        check_counting(finish(local), local.pid)
+
+
 EARLY = ("freeze", "transfer")
 LATE = ("depart", "resume")
 STRAIGHT = ("held", "go", "follow")  # engines by themselves: the copy is whole, the source has ended, that is told
