@@ -154,9 +154,11 @@ os.wait()
 
 
 def test_a_child_that_outlives_its_parent_is_inits(it):
-    with on_node(it, "(sleep 77 & echo $!) ; sleep 1") as job:
+    with on_node(it, "(sleep 77 & echo $!); read x") as job:
         child = int(job.stdout.readline())
         wait_until(lambda: cmdline(child) == "sleep 77", "the child should show")
+        job.stdin.write("\n")
+        job.stdin.flush()
         assert job.wait(60) == 0
         wait_until(lambda: stat(child)[1] == "1", "it should be init's")
         os.kill(child, signal.SIGTERM)

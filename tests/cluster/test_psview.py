@@ -238,7 +238,10 @@ def test_who_traces_a_ghost_is_told_where_the_process_is(it: VirtualCluster, asl
         person.see(f"{hint} gdb -p {asleep.pid}")
         person.type("\r")
         person.await_prompt()
-    assert asleep.poll() is None
+    # Attached by SIGSTOP, and let go by the tracer's end, it is stopped (ptrace(2)); so is its process.
+    wait_until(lambda: it.read(f"procs/{asleep.pid}/state") == "stopped\n", "its process is stopped")
+    asleep.send_signal(signal.SIGCONT)
+    wait_until(lambda: it.read(f"procs/{asleep.pid}/state") == "running\n", "it goes on")
     # And that command works: it sees what the process itself waits in.
     bpsh = [str(TOP / "bpfs/bin/bpsh"), "0", "strace", "-p", str(asleep.pid)]
     environment = {**os.environ, "BPFS": str(it.mount)}
