@@ -7,6 +7,7 @@ Whatever can be wrong is complained of before the daemon is ready, and so on the
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -42,6 +43,10 @@ from bpfs.sample import LOOK_EVERY, Sampler
 from bpfs.wire.handshake import read_key
 from engine.zygote import Zygote
 
+COLLECT = (20_000, 10, 50)
+"""For gc.set_threshold: a ghost is some hundred objects, and Python's own figures have them all looked at, which takes
+half a second where there are 10,000, whenever a reader lists them."""
+
 _log = log.get("master")
 
 FAREWELL = 3.0
@@ -69,6 +74,7 @@ def serve(options: MasterOptions, ready: Ready) -> int:
     """Be the master until told to end; gives the exit code."""
     kernel.set_title(f"bpmaster: {options.config.mount}")
     daemon.raise_limits()
+    gc.set_threshold(*COLLECT)
     running = RunDir(options.config.mount).master_pid()
     if running not in (0, os.getpid()):
         raise BpfsError(EBUSY, f"a master runs at {options.config.mount} already (pid {running})")

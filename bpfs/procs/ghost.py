@@ -104,11 +104,16 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildStopped:
+    """The ghost of a child, and maybe of more of them, is stopped; whoever did it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """Something that is no signal has stopped the ghost for a moment, as a debugger does that attaches."""
 
 
-Event = Adopted | Child | Interrupted | Signal | Stopped | Continued | Reborn | StreamLost | Gone
+Event = Adopted | Child | ChildStopped | Interrupted | Signal | Stopped | Continued | Reborn | StreamLost | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,8 @@ class Ghost:
                     await self._send_event.send(StreamLost(a))
             case Ctl.INTERRUPTED:
                 await self._send_event.send(Interrupted())
+            case Ctl.CHILD_STOPPED:
+                await self._send_event.send(ChildStopped())
             case Ctl.ADOPTED:
                 await self._send_event.send(Adopted(a, bool(packet.b)))
             case Ctl.CHILD:

@@ -82,11 +82,13 @@ class Ghosts:
         """Enters it into the ledger as it is now: the next master goes by that."""
         proc = away.proc
         if self._away.get(proc.pid) is away:
+            self.families.orphans.know(proc)
             entry = entry_of(proc, away.stdio, away.real, away.stopped_by, away.stopped_after, away.bound)
             self.ledger.put(Part.AWAY, proc.pid, entry)
 
     def _drop(self, pid: int) -> None:
         self._away.pop(pid, None)
+        self.families.orphans.forget(pid)
         self.ledger.drop(Part.AWAY, pid)
 
     def adopt(self, proc: Process, ghost: Ghost, stdio: Stdio) -> Away:
@@ -113,6 +115,10 @@ class Ghosts:
     def all(self) -> Iterable[Away]:
         """What stands for all processes that are away."""
         return self._away.values()
+
+    def orphans(self) -> set[int]:
+        """The pids of those whose parents have no ghost that could tell of them."""
+        return self._away.keys() - self.families.parents.keys()
 
     def in_session(self, sid: int) -> Away | None:
         """Some ghost of a session, or None."""
@@ -181,6 +187,8 @@ class Ghosts:
                     await self.signals.send(away, signo, event.code, event.pid, event.uid, event.value)
             case control.Child():
                 await self.families.changed(away, event)
+            case control.ChildStopped():
+                self._stops.look_below(away)
             case control.Interrupted():
                 self._stops.debuggers.look(away.proc)
             case control.Gone():

@@ -30,6 +30,24 @@ class Parents:
     def __init__(self, ghosts: Ghosts) -> None:
         self._ghosts = ghosts
         self._watched: set[int] = set()
+        self._children: dict[int, set[int]] = {}  # parent -> all processes that are away
+        self._parent: dict[int, int] = {}
+
+    def know(self, proc: Process) -> None:
+        """It is away, or has another parent now."""
+        pid, parent = proc.pid, proc.identity.ppid
+        if self._parent.get(pid) != parent:
+            self.forget(pid)
+            self._parent[pid] = parent
+            self._children.setdefault(parent, set()).add(pid)
+
+    def forget(self, pid: int) -> None:
+        """It is away no more."""
+        parent = self._parent.pop(pid, None)
+        if parent is not None:
+            self._children[parent].discard(pid)
+            if not self._children[parent]:
+                del self._children[parent]
 
     def watch(self, proc: Process) -> None:
         """Look out for the end of its parent from now on."""
@@ -51,8 +69,9 @@ class Parents:
                     os.close(process)
         finally:
             self._watched.discard(parent)
-        for proc in self._ghosts.table:
-            if proc.away and proc.identity.ppid == parent:
+        for pid in list(self._children.get(parent, ())):
+            proc = self._ghosts.table.known(pid)
+            if proc is not None and proc.away and proc.identity.ppid == parent:
                 self._ghosts.nursery.start_soon(self._orphan, proc, parent, name=f"orphan {proc.pid}")
 
     async def _hung_up(self, proc: Process) -> None:

@@ -98,15 +98,21 @@ class PsView:
             await self._tell(Word.COVER, pid)
 
     def _wanted(self) -> dict[int, Away]:
-        found: dict[int, Away] = {
-            away.proc.pid: away
-            for away in self._ghosts.all()
-            if away.real and away.proc.away and away.proc.status is None and not away.ghost.gone
-            and away.proc.pid not in self._homing
-        }
+        found: dict[int, Away] = {}
         most = self._limit * _BACK_AT if self._crowded else self._limit
-        self._crowded = len(found) > most
-        return {} if self._crowded else found
+        for away in self._ghosts.all():
+            if self._can_be_covered(away):
+                found[away.proc.pid] = away
+                if len(found) > most:  # however many more there are
+                    self._crowded = True
+                    return {}
+        self._crowded = False
+        return found
+
+    def _can_be_covered(self, away: Away) -> bool:
+        proc = away.proc
+        here = away.real and not away.ghost.gone and proc.pid not in self._homing
+        return here and proc.away and proc.status is None
 
     async def before_home(self, proc: Process) -> None:
         """The process is about to come home: from now on /proc shows itself. Until `home`."""

@@ -61,6 +61,7 @@ class Ctl(IntEnum):
     INTERRUPTED = 41
     ADOPTED = 42
     STRUCK = 43
+    CHILD_STOPPED = 44
     ATTACH = 64
     DETACH = 65
     FRONTED = 66

@@ -59,6 +59,7 @@ enum ctl_type {
 	C_CHILD = 40,       /* a: pid of a kept child, b: CLD_... , c: exit code or signal */
 	C_INTERRUPTED = 41, /* something that is no signal has stopped the ghost for a moment: a debugger? */
 	C_BORN = 39,        /* a: pid, b: errno or 0, c: this ghost has a SIGCONT of the user's yet to tell of */
+	C_CHILD_STOPPED = 44, /* a: pid of a child's ghost, which may be SIGSTOP's doing; of many at once, one may be told of */
 	C_STRUCK = 43,      /* a: how many got it; b: why others did not, ESRCH where nothing else was in the way */
 	C_ADOPTED = 42,     /* a: number of the stream it has, 0: none that is open; b: it holds it */
 	/* slave -> iorelay */
