@@ -70,11 +70,11 @@ class Subject:
         clock, used = self.line().split()
         return int(clock) / 1e9, int(used) / 1e9
 
-    def move(self, node: int) -> float:
+    def move(self, node: int, how: str = "") -> float:
         """Moves it by a write; the seconds from the opening of the file to its being closed."""
         start = time.perf_counter()
         fd = os.open(self._it.mount / f"nodes/{node}/migrate", os.O_WRONLY)
-        os.write(fd, b"%d\n" % self.pid)
+        os.write(fd, f"{self.pid} {how}\n".encode())
         os.close(fd)
         return time.perf_counter() - start
 
