@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgpack
 
 from engine import image as img
-from engine import lending, nameless
+from engine import lending, nameless, outsiders
 from engine.descriptors import paths, rebuild
 from engine.descriptors.inspection import kind_of, probes_of
 from engine.descriptors.kin import FIRST_KEY, SHM, Object, is_without_place
@@ -222,7 +222,8 @@ def _may_be_memory(vma: Vma) -> bool:
 
 
 def _take_memory(pids: Sequence[int], found: Shared) -> None:
-    holders: dict[tuple[int, int, int], dict[int, Vma]] = {}
+    holders: dict[outsiders.Inode, dict[int, Vma]] = {}
+    judged: dict[outsiders.Inode, outsiders.Mapped] = {}
     for pid in pids:
         for vma in procfs.parse_maps(procfs.read(f"/proc/{pid}/maps")):
             if vma.shared and _may_be_memory(vma):
@@ -242,6 +243,9 @@ def _take_memory(pids: Sequence[int], found: Shared) -> None:
             found.objects[what] = key
         for pid in by:
             found.maps[pid].append([*what, found.objects[what]])
+        judged[vma.major, vma.minor, vma.inode] = outsiders.Mapped(vma, file)
+    for inode, text in outsiders.find(judged, set(pids)):
+        found.refusals.append(f"process {_name(next(iter(holders[inode])))}: {text}")
 
 
 def _named(vmas: Iterable[Vma], what: Object) -> bytes:

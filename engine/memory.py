@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
-from engine import lending, nameless
+from engine import lending, nameless, outsiders
 from engine.descriptors.kin import Kin
-from engine.descriptors.model import is_open_elsewhere
 from engine.freeze import Frozen
 from engine.image import MappedFile, Region
 from engine.linux import pagemap, process_vm, procfs
@@ -221,29 +220,15 @@ class Survey:
         return len(self.files) - 1
 
     def _refuse_shared(self) -> None:
-        """Shared anonymous memory moves only when nobody else has it."""
-        if not self.shared:
-            return
-        mine = {(v.major, v.minor, v.inode) for v in self.shared}
-        marks, apart = (
-            [f" {major:02x}:{minor:02x} {inode} ".encode() for major, minor, inode in some]
-            for some in (mine, mine - self._handed)
-        )
+        """Shared memory moves only when nobody else has it, but for what the others that move are handed as well."""
+        own: dict[outsiders.Inode, outsiders.Mapped] = {}
         for vma in self.shared:
-            index = self._index.get((vma.major, vma.minor, vma.inode, True), -1)
-            if index >= 0 and vma.path.startswith("/memfd:"):
-                file = self.files[index]
-                if is_open_elsewhere(self._kin.pids | {self._frozen.pid}, vma.path, file.device, file.inode):
-                    self._refuse(f"it maps {os.fsdecode(file.path)}, which another process has open")
-        for name in os.listdir("/proc"):
-            if not name.isdigit() or int(name) == self._frozen.pid:
-                continue
-            try:
-                raw = procfs.read(f"/proc/{name}/maps")
-            except OSError:
-                continue
-            if any(mark in raw for mark in (apart if int(name) in self._kin.pids else marks)):
-                self._refuse(f"it shares memory with process {name}")
+            key = (vma.major, vma.minor, vma.inode)
+            if key not in self._handed and key not in own:
+                index = self._index.get((*key, True), -1)
+                own[key] = outsiders.Mapped(vma, self.files[index] if index >= 0 else None)
+        for _, text in outsiders.find(own, {self._frozen.pid}):
+            self._refuse(text)
 
     def runs(self, carried: Container[tuple[int, int]] = (), later: Spans | None = None) -> list[tuple[int, int]]:
         """(address, length) of all pages to carry, in address order.

@@ -144,6 +144,7 @@ class Source:
         `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
         `host`, `port`, `token`, `pack`: where the image goes as soon as `inspect` has answered, unasked; `send` goes on
         from there.
+        `children`: say also what `family` says.
         """
         if self._frozen is not None:
             raise OSError(16, f"{ORDER}: a process is frozen already")
@@ -157,7 +158,8 @@ class Source:
         self._frozen_at = time.monotonic()
         self._frozen = freeze(int(request["pid"]), wait=not writing)
         self._settled = not writing
-        return self.inspect(request, fds) if request.get("inspect") else {}
+        seen = self.inspect(request, fds) if request.get("inspect") else {}
+        return seen | self.family(request, fds) if request.get("children") else seen
 
     def foresee(self, request: Reply, fds: list[int]) -> Reply:
         """Before the `freeze` of a process whose memory is to go after it: what takes the longer the larger it is."""

@@ -15,6 +15,7 @@ from engine.batch import Copies, Original
 from engine.destination import Destination
 from engine.keeper import Giver, Keeper, bear_ghost
 from engine.linux import packets
+from engine.linux.mman import warm_up
 from engine.operation import FDS, Reply, report, sentence
 from engine.source import Source
 from engine.stream import Aborted
@@ -31,7 +32,7 @@ def serve(control: socket.socket) -> bool:
     keeper, giver = Keeper(control), Giver(control)
     original, copies = Original(control), Copies()
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
-        "hello": lambda request, fds: {"pid": os.getpid()},
+        "hello": _hello,
         "look": source.look,
         "obstacles": source.obstacles,
         "family": source.family,
@@ -102,6 +103,13 @@ def serve(control: socket.socket) -> bool:
         for one in (source, destination, keeper, giver, original):
             clean = not _try(one.undo) and clean
     return clean
+
+
+def _hello(request: Reply, fds: list[int]) -> Reply:
+    """Answer; `warm`: and be ready for work that is in a hurry."""
+    if request.get("warm"):
+        warm_up()
+    return {"pid": os.getpid()}
 
 
 def _try(work: Callable[[], object]) -> bool:

@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints all that keeps a process from moving, each with what can be done about it. Exit code: 0 "
         "when nothing does, else 1. Needs no root: the process's user may ask.",
     )
+    check.add_argument("--tree", action="store_true", help="with all that descend from it")
     check.add_argument("pid", metavar="PID", type=_pid, help="the process")
     check.set_defaults(body=_check_move, root=False)
     return parser
@@ -203,7 +204,7 @@ def _status(_args: argparse.Namespace, mount: str) -> int:
 def _check_move(args: argparse.Namespace, mount: str) -> int:
     from bpfs.cli.checkmove import check_move
 
-    return check_move(mount, args.pid)
+    return check_move(mount, args.pid, args.tree)
 
 
 def _down(_args: argparse.Namespace, mount: str) -> int:

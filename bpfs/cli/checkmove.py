@@ -1,4 +1,4 @@
-"""`bpcluster check-move PID`: what keeps a process from moving, and what its user can do about each."""
+"""`bpcluster check-move [--tree] PID`: what keeps a process from moving, and what its user can do about each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _ADVICE: Final = [
     (re.compile(pattern), advice)
     for pattern, advice in (
         (r"living children", "move it before it starts them, or when they have ended"),
-        (r"which stays, has its fd", "start such children with files of their own (</dev/null >log), or move it first"),
+        (r"which stays, has its fd", "move it with its children: echo \"PID tree\" > nodes/N/migrate"),
         (r"traced|debugger", "end the debugger (strace, gdb) or detach it"),
         (r"seccomp", "run it without the sandbox: a filter cannot be read back from the kernel"),
-        (r"shares memory with process", "stop the other process, or start both on the node"),
+        (r"shares memory with process|another process has open",
+         "stop the other process, or, where one descends from the other, echo \"PID tree\" > nodes/N/migrate for that"),
+        (r"(memory|descriptor table|working directory) in common", "wait until it runs another program, or has ended"),
+        (r"that it shares with process", "have each of them open its own"),
+        (r"is on (the master|node)", "move that one there first, or home"),
         (r"vfork|runs in its memory", "wait until the child runs another program, or has ended"),
         (r"System V", "detach the segment (shmdt), or use a file or mmap(MAP_SHARED) instead"),
         (r"socket", "close it, or have it closed on the way: echo \"PID close\" > nodes/N/migrate"),
@@ -54,8 +58,13 @@ def advice(obstacle: str) -> str:
     return next((text for pattern, text in _ADVICE if pattern.search(obstacle)), "")
 
 
-def check_move(mount: str, pid: int) -> int:
+def check_move(mount: str, pid: int, tree: bool = False) -> int:
     """Prints the obstacles. Returns the exit code: 0 when there are none, else 1.
+
+    Args:
+        mount: the cluster's.
+        pid: of the process.
+        tree: it is to move with all that descend from it.
 
     Raises:
         BpfsError: no such process, or no cluster.
@@ -63,15 +72,16 @@ def check_move(mount: str, pid: int) -> int:
     if not Path(mount, "status").exists():
         raise BpfsError(ENOENT, f"there is no cluster at {mount}")
     try:
-        found = Path(mount, "procs", str(pid), "cantmove").read_text().splitlines()
+        found = Path(mount, "procs", str(pid), "canttree" if tree else "cantmove").read_text().splitlines()
     except FileNotFoundError:
         raise BpfsError(ESRCH, f"there is no process {pid}") from None
     if not found:
-        print(f"process {pid} can move")
+        print(f"process {pid} can move" + (" with its tree" if tree else ""))
         return 0
     for obstacle in found:
         print(obstacle)
         if text := advice(obstacle):
+            text = text.replace("PID close", "PID close tree") if tree else text
             print(f"    {text.replace('PID', str(pid))}")
     sys.stdout.flush()
     return 1

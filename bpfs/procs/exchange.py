@@ -1,9 +1,9 @@
-"""Two engines at work on one thing at once, and whose error counts."""
+"""Engines at work on one thing at once, and whose error counts."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 import trio
@@ -48,6 +48,30 @@ async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Await
         if index in errors:
             raise errors[index]
     return left[0], right[0]
+
+
+async def all_of(works: Iterable[Callable[[], Awaitable[A]]]) -> list[A]:
+    """Runs all at once, to the end of all. Returns what they give, in their order.
+
+    Raises:
+        BpfsError: that of the first that failed, in their order.
+    """
+    works = list(works)
+    results: dict[int, A] = {}
+    errors: dict[int, BpfsError] = {}
+
+    async def one(index: int, work: Callable[[], Awaitable[A]]) -> None:
+        try:
+            results[index] = await work()
+        except BpfsError as error:
+            errors[index] = error
+
+    async with trio.open_nursery() as nursery:
+        for index, work in enumerate(works):
+            nursery.start_soon(one, index, work)
+    if errors:
+        raise errors[min(errors)]
+    return [results[index] for index in range(len(works))]
 
 
 async def transfer(

@@ -94,6 +94,9 @@ class ProcFiles:
         async def cantmove(proc: Process) -> str:
             return "".join(f"{line}\n" for line in await procs.obstacles(proc))
 
+        async def canttree(proc: Process) -> str:
+            return "".join(f"{line}\n" for line in await procs.tree_obstacles(proc))
+
         async def rusage(proc: Process) -> str:
             return await procs.rusage(proc)
 
@@ -122,6 +125,13 @@ class ProcFiles:
                 "cantmove",
                 "why it cannot move now, a line an obstacle; empty if it can",
                 read=cantmove,
+                access=owned(0o400),
+                sized=False,
+            ),
+            File(
+                "canttree",
+                "why it cannot move with its tree now, a line an obstacle of any of them; empty if they can",
+                read=canttree,
                 access=owned(0o400),
                 sized=False,
             ),

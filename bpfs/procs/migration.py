@@ -30,6 +30,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -66,6 +67,21 @@ Stop = Callable[..., Awaitable[dict[str, Any]]]
 
 Release = Callable[[BpfsError], Awaitable[object]]
 """Lets a stopped source go on (or end) because of this error."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """A process that stands still with others, and has been looked at.
+
+    Attributes:
+        since: when the first of them was stopped, by time.perf_counter().
+        summary: what the source's engine said.
+        dst: an engine of the destination.
+    """
+
+    since: float
+    summary: dict[str, Any]
+    dst: Engine
 
 
 class Migration(ABC):
@@ -143,22 +159,27 @@ class Migration(ABC):
             if self.owed and self.keep is not None:
                 self.keep(Lazy(self.proc, self.owed, self.source, src, dst, engines.pop_all()))
 
-    async def run_stopped(self, src: Engine, release: Release, ready: Engine | None = None, since: float = 0.0) -> None:
+    async def run_stopped(
+        self, src: Engine, release: Release, ready: Engine | None = None, seen: Seen | None = None
+    ) -> None:
         """Moves a process that `src` has stopped already; `release` undoes that where the move fails.
 
         Args:
             ready: the destination's engine where `make_ready` has been done with it; else it is done now.
-            since: when it was stopped, by time.perf_counter(); 0: just now.
+            seen: where it has been looked at as well.
         """
-        self.figures.began = self.figures.frozen = since or time.perf_counter()
+        self.figures.began = self.figures.frozen = seen.since if seen is not None else time.perf_counter()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.quiet())
-            dst = ready if ready is not None else await stack.enter_async_context(self.destination.engine())
+            dst = ready or (seen.dst if seen is not None else None)
+            if dst is None:
+                dst = await stack.enter_async_context(self.destination.engine())
             summary: dict[str, Any] = {}
 
             async def stop(**_: Any) -> dict[str, Any]:
                 if not summary:
-                    summary.update(await self._inspected(await src.call("inspect", **self.looking)))
+                    found = seen.summary if seen is not None else await src.call("inspect", **self.looking)
+                    summary.update(await self._inspected(found))
                 return summary
 
             async def look() -> Externals:

@@ -242,12 +242,8 @@ class Procs:
 
     async def obstacles(self, proc: Process) -> list[str]:
         """Why the process cannot move now, in words; it is stopped for a moment to look."""
-        if proc.copying or proc.state is ProcState.MIGRATING:
-            return ["it is moving already"]
-        if why := bound(proc):
+        if why := _cannot(proc):
             return [why]
-        if proc.owed is not None:
-            return [f"its memory is not all there: {proc.owed.progress}"]
         place = self.place(proc.place)
         async with place.engine() as engine:
             try:
@@ -259,6 +255,11 @@ class Procs:
                 return [error.sentence]
         return list(reply["refusals"])
 
+    async def tree_obstacles(self, proc: Process) -> list[str]:
+        """Why it cannot move with all that descend from it; they are stopped for a moment to look."""
+        why = _cannot(proc)
+        return [why] if why else await self._trees.obstacles(proc)
+
     async def rusage(self, proc: Process) -> str:
         """`key value` lines about what the process used. Raises BpfsError."""
         return usage.render(await self.ghosts.status_files(proc, ("stat", "status")))
@@ -266,3 +267,12 @@ class Procs:
     async def mapped(self, proc: Process) -> str:
         """A line a file that the process maps: whose it is where it runs, and its name. Raises BpfsError."""
         return mapped.render(await self.ghosts.status_files(proc, ("maps", "mountinfo")))
+
+
+def _cannot(proc: Process) -> str:
+    """What the master knows to be in the way of a process, in words; empty: nothing."""
+    if proc.copying or proc.state is ProcState.MIGRATING:
+        return "it is moving already"
+    if proc.owed is not None:
+        return f"its memory is not all there: {proc.owed.progress}"
+    return bound(proc)

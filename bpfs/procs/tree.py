@@ -1,57 +1,38 @@
 """A process moves together with its descendants: `PID tree`. All of them, or none.
 
-They are stopped from the top down, so that none of them can fork any more when its children are asked for. What they
-share is gathered by the engine that holds the first (engine/kin.py), made once at the destination, and handed to each.
-Else each moves as it would alone, with an engine of its own on both sides: company.py has the meetings.
+What they share is gathered by the engine that holds the first (engine/kin.py), made once at the destination, and handed
+to each. Else each moves as it would alone, with an engine of its own on both sides: members.py has them stand still,
+company.py has the meetings.
 """
 
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from bpfs.errors import BpfsError
-from bpfs.procs.away import BORN_WITHIN
 from bpfs.procs.company import Company, Handed
-from bpfs.procs.exchange import refuse, transfer
-from bpfs.procs.migration import Migration
+from bpfs.procs.exchange import all_of, refuse, together, transfer
+from bpfs.procs.members import Member, Members
+from bpfs.procs.migration import Migration, Seen
 from bpfs.procs.phases import Figures
 from bpfs.procs.places import HAND_OUT, HANDLES, Engine, Place
-from bpfs.procs.process import MASTER, Process, ProcState
-from bpfs.procs.rights import admits, bound, may_control, writes_itself
+from bpfs.procs.process import MASTER, Process
+from bpfs.procs.rights import admits, may_control
 from bpfs.procs.routes import Surroundings, route
 from bpfs.procs.stdio import External
-from bpfs.tree.base import Caller, WriteRequest
+from bpfs.tree.base import WriteRequest
 from engine.facts import unlike
 
 if TYPE_CHECKING:
     from bpfs.procs.service import Procs
 
-LARGEST = 250  # processes; each takes two engine workers, of some 10 MB, while it moves
 SWEPT = 1.0  # seconds for what failed on a node to be gone
-GONE = (errno.ESRCH, errno.EPERM)  # of a freeze: it has ended, or is a zombie
-
-
-@dataclass(slots=True)
-class Member:
-    """One process of a tree, which stands still.
-
-    Attributes:
-        writer: the write that asked for the move, where it waits in that.
-        kin: its part of what all share.
-    """
-
-    proc: Process
-    engine: Engine
-    hostpid: int
-    writer: WriteRequest | None
-    kin: dict[str, Any] = field(default_factory=dict)
 
 
 class Trees:
@@ -73,166 +54,108 @@ class Trees:
         if self._around.is_strict(node):
             raise BpfsError(errno.EOPNOTSUPP, f"jobs of node {node} are strict, and those move one by one")
         source, destination = self._procs.place(root.place), self._procs.place(node)
+
+        def admit(proc: Process) -> None:
+            may_control(request.caller, proc)
+            admits(self._procs.nodes.get(node), request.caller, proc)
+
         async with AsyncExitStack() as stack:
-            tree = _Tree(self._procs, self._around, source, destination, request, close, stack)
+            members = Members(self._procs, source, destination, request, admit, stack)
+            tree = _Tree(self._procs, self._around, members, source, destination, close)
             try:
-                await tree.freeze(root)
+                await members.foresee(root)
+                await members.freeze(root)
                 await tree.share()
             except BaseException as error:
                 known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
                 self._procs.refused(root.pid, node, known)  # before a script that moves itself reads it
                 with trio.CancelScope(shield=True):
-                    await tree.thaw(known.code)
+                    await members.thaw(known.code)
                 raise
             await tree.go()
+
+    async def obstacles(self, root: Process) -> list[str]:
+        """Why a process cannot move with its tree now, in words; all of them are stopped for a moment to look."""
+        source = self._procs.place(root.place)
+        async with AsyncExitStack() as stack:
+            members = Members(self._procs, source, None, None, lambda _: None, stack)
+            try:
+                await members.foresee(root)
+                await members.freeze(root)
+                found = await find_kin(members, self._around, not root.away, [])
+                looking = {"family": True, "at_home": not root.away, "contents": self._around.contents}
+                return found + await look_at(members, lambda member: looking | {"kin": member.kin})
+            except BpfsError as error:
+                return [error.sentence]
+            finally:
+                with trio.CancelScope(shield=True):
+                    await members.thaw(0)
+
+
+async def find_kin(members: Members, around: Surroundings, at_home: bool, differences: object) -> list[str]:
+    """Has each know what it shares with the others. Returns what of that cannot move, in words. Raises BpfsError."""
+    pids = [member.hostpid for member in members.all]
+    shared = await members.kin.here.call(
+        "find_kin", pids=pids, contents=around.contents, at_home=at_home, unlike=differences
+    )
+    for member in members.all:
+        fds, maps, relayed = (shared[what][member.hostpid] for what in ("fds", "maps", "relayed"))
+        member.kin = {"pids": pids, "fds": fds, "memory": maps, "relayed": relayed}
+    return list(shared["refusals"])
+
+
+async def look_at(members: Members, looking: Callable[[Member], dict[str, Any]]) -> list[str]:
+    """Has all be looked at by their engines. Returns what is in the way, and in whose. Raises BpfsError."""
+
+    async def look(member: Member) -> None:
+        member.summary = await member.engine.call("inspect", **looking(member))
+
+    await all_of(partial(look, member) for member in members.all)
+    return [f"process {member.proc.pid}: {why}" for member in members.all for why in member.summary["refusals"]]
 
 
 class _Tree:
     """One tree on its way."""
 
     def __init__(
-        self, procs: Procs, around: Surroundings, source: Place, destination: Place, request: WriteRequest, close: bool,
-        stack: AsyncExitStack,
-    ) -> None:  # fmt: skip
-        self._procs, self._around, self._stack = procs, around, stack
-        self._source, self._destination = source, destination
-        self._request, self._close = request, close
-        self._members: list[Member] = []
-        self._marked: list[Process] = []
+        self, procs: Procs, around: Surroundings, members: Members, source: Place, destination: Place, close: bool
+    ) -> None:
+        self._procs, self._around, self._members = procs, around, members
+        self._source, self._destination, self._close = source, destination, close
         self._companions: Company
         self._moves: list[tuple[Member, Migration]] = []
-        self._since = 0.0  # when they were stopped
-
-    # -- all stand still -----------------------------------------------------------------------------------------
-
-    async def freeze(self, root: Process) -> None:
-        """Stops the tree, from its top down; who is born meanwhile is met as its parent's child. Raises BpfsError."""
-        self._since = time.perf_counter()
-        todo = [root]
-        while todo:
-            proc = todo.pop(0)
-            if len(self._members) == LARGEST:
-                raise BpfsError(errno.E2BIG, f"process {root.pid} has more than {LARGEST - 1} descendants")
-            try:
-                member = await self._stop(proc)
-            except BpfsError as error:
-                if proc is root or error.code not in GONE or not await self._has_ended(proc):
-                    raise BpfsError(error.code, f"process {proc.pid} of the tree: {error.sentence}") from None
-                self._unmark(proc)
-                continue
-            todo += await self._children(member)
-
-    async def _stop(self, proc: Process) -> Member:
-        caller = self._request.caller
-        await self._check(proc, caller)
-        self._mark(proc)
-        hostpid = await self._source.hostpid(proc)
-        writer = self._request if writes_itself(caller, proc) else None
-        member = Member(proc, await self._stack.enter_async_context(self._source.engine()), hostpid, writer)
-        await member.engine.call("freeze", pid=hostpid, writing=writer is not None)
-        self._members.append(member)
-        if writer is not None:
-            await writer.answer()
-        return member
-
-    async def _check(self, proc: Process, caller: Caller) -> None:
-        may_control(caller, proc)
-        if proc.place != self._source.number:
-            where = "the master" if proc.place == MASTER else f"node {proc.place}"
-            raise BpfsError(errno.EOPNOTSUPP, f"it is on {where}")
-        if proc.strict or proc.wants_strict:
-            raise BpfsError(errno.EOPNOTSUPP, "it is a strict job, and those move one by one")
-        if proc.state is ProcState.MIGRATING:
-            raise BpfsError(errno.EBUSY, f"it is moving already: {proc.progress}")
-        if proc.busy:
-            raise BpfsError(errno.EBUSY, f"it is busy: {proc.busy}")
-        admits(self._procs.nodes.get(self._destination.number), caller, proc)
-        if why := bound(proc):
-            raise BpfsError(errno.EOPNOTSUPP, why)
-
-    def _mark(self, proc: Process) -> None:
-        proc.busy = "it moves with its tree"
-        self._procs.table.add(proc)
-        self._marked.append(proc)
-
-    def _unmark(self, proc: Process) -> None:
-        if proc in self._marked:
-            self._marked.remove(proc)
-            proc.busy = ""
-            if not proc.away and len(proc.history) == 1:
-                self._procs.table.forget(proc)
-
-    async def _has_ended(self, proc: Process) -> bool:
-        try:
-            status = (await self._procs.ghosts.status_files(proc, ("status",)))["status"]
-        except BpfsError:
-            return True
-        return not status or b"\nState:\tZ" in status or b"\nState:\tX" in status
-
-    async def _children(self, member: Member) -> list[Process]:
-        """Its children that run: those that have ended stay, and what stands for them there ends in the same way."""
-        found = []
-        for pid, pgid, sid, uid in (await member.engine.call("family"))["children"]:
-            if not member.proc.away:
-                with suppress(BpfsError):  # it has ended
-                    found.append(self._procs.table.find(pid))
-                continue
-            child = await self._known(pid)
-            if child is not None:  # what a node tells of its jobs may come late
-                who = child.identity
-                child.identity = replace(who, ppid=int(member.proc.pid), pgid=pgid, sid=sid, uid=uid)
-                found.append(child)
-        return found
-
-    async def _known(self, pid: int) -> Process | None:
-        """The process that a child is; None where it has just ended. What a node tells of its jobs may come late."""
-        table, ghosts = self._procs.table, self._procs.ghosts
-        with trio.move_on_after(BORN_WITHIN):
-            while True:
-                proc, away = table.known(pid), ghosts.stand_in(pid)
-                if proc is not None and away is not None and proc.place == self._source.number:
-                    return proc
-                await trio.sleep(BORN_WITHIN / 100)
-        proc = table.known(pid)
-        if proc is not None and proc.place == self._source.number:
-            raise BpfsError(errno.EOPNOTSUPP, f"its child {pid} has no ghost on the master")
-        return proc
-
-    async def thaw(self, code: int) -> None:
-        """Lets all of them run on; a write that asked for this fails with `code`."""
-        for member in self._members:
-            with suppress(BpfsError):  # its engine has died, or it has
-                await member.engine.call("release", errno=code if member.writer is not None else 0)
-        for proc in list(self._marked):
-            self._unmark(proc)
 
     # -- what they share -------------------------------------------------------------------------------------------
 
     async def share(self) -> None:
-        """Has what they share made at the destination, and all made ready for their moves. Raises BpfsError."""
-        first, pids = self._members[0], [member.hostpid for member in self._members]
-        shared = await first.engine.call(
-            "find_kin", pids=pids, contents=self._around.contents, at_home=not first.proc.away,
-            unlike=unlike(self._source.facts, self._destination.facts),
-        )  # fmt: skip
-        refuse(shared["refusals"])
-        for member in self._members:
-            fds, maps, relayed = (shared[what][member.hostpid] for what in ("fds", "maps", "relayed"))
-            member.kin = {"pids": pids, "fds": fds, "memory": maps, "relayed": relayed}
-        engine = await self._stack.enter_async_context(self._destination.engine())
+        """Has what they share made at the destination, and all looked at. Raises BpfsError."""
+        members = self._members
+        differences = unlike(self._source.facts, self._destination.facts)
+        refusals = await find_kin(members, self._around, self._source.number == MASTER, differences)
+        assert members.kin.there is not None
+        self._companions = self._company(members.kin.there)
+        self._moves = [(member, self._route(member, self._companions)) for member in members.all]
+        looking = {id(member): move.looking for member, move in self._moves}
+
+        async def look() -> None:
+            refuse(refusals + await look_at(members, lambda member: looking[id(member)]))
+
+        await together(self._give, look)
+
+    async def _give(self) -> None:
+        here, there = self._members.kin.here, self._members.kin.there
+        assert there is not None
         address = self._destination.address(self._source)
-        reply = await engine.call("listen", address=address)
-        (root,) = self._destination.target(first.proc.pid).values()
+        reply = await there.call("listen", address=address)
+        (root,) = self._destination.target(self._members.all[0].proc.pid).values()
         await transfer(
-            lambda: first.engine.call("give_kin", host=address, port=reply["port"], token=reply["token"]),
-            lambda: engine.call("take_kin", root=root),
+            lambda: here.call("give_kin", host=address, port=reply["port"], token=reply["token"]),
+            lambda: there.call("take_kin", root=root),
             Figures(0.0),
         )
-        self._companions = self._company(engine)
-        self._moves = [(member, self._route(member, self._companions)) for member in self._members]
 
     def _company(self, engine: Engine) -> Company:
-        kin = {int(member.proc.pid): member.kin for member in self._members}
+        kin = {int(member.proc.pid): member.kin for member in self._members.all}
         relayed = {pid: dict(mine["relayed"]) for pid, mine in kin.items()}
 
         @asynccontextmanager
@@ -271,21 +194,25 @@ class _Tree:
         errors: list[BpfsError] = []
 
         async def carry(member: Member, move: Migration) -> None:
+            assert member.seat.there is not None
+            seen = Seen(self._members.since, member.summary, member.seat.there)
             try:
-                await self._procs.carry_out(
-                    move, lambda: move.run_stopped(member.engine, self._release(member, company), since=self._since)
-                )
+                async with member.seat.stack:
+                    release = self._release(member, company)
+                    await self._procs.carry_out(move, lambda: move.run_stopped(member.engine, release, seen=seen))
             except BpfsError as error:
                 errors.append(error)
                 company.fail(BpfsError(error.code, f"process {member.proc.pid}: {error.sentence}"))
                 for _, other in moves:
                     other.cancel()
 
-        for proc in list(self._marked):
-            self._unmark(proc)
+        self._members.unmark()
         async with trio.open_nursery() as nursery:
             for member, move in moves:
                 nursery.start_soon(carry, member, move)
+        with suppress(BpfsError), trio.CancelScope(shield=True):
+            assert self._members.kin.there is not None
+            await self._members.kin.there.call("discard")  # who holds what they share would be in the next move's way
         if errors:
             await self._sweep()
             raise company.error or errors[0]
@@ -294,7 +221,7 @@ class _Tree:
         """Where engines have died, what they had begun stands for nobody on the node, and would be in the way."""
         if self._destination.number == MASTER:
             return
-        pids = [member.proc.pid for member in self._members]
+        pids = [member.proc.pid for member in self._members.all]
         where: dict[str, Any] = {**self._destination.target(pids[0])}
         with suppress(BpfsError), trio.move_on_after(SWEPT):
             async with self._destination.engine() as engine:
@@ -311,9 +238,8 @@ class _Tree:
 
     def _release(self, member: Member, company: Company) -> Callable[[BpfsError], Awaitable[object]]:
         async def release(error: BpfsError) -> None:
-            code = (company.error or error).code
             try:
-                await member.engine.call("release", errno=code if member.writer is not None else 0)
+                await self._members.release(member, (company.error or error).code)
             except BpfsError:
                 if member.proc.pledged:
                     await self._source.wake(member.proc)  # its engine has died: nobody else lets it run on

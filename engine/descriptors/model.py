@@ -11,9 +11,10 @@ A table entry is one *open file description* (shared by dup and fork) as a msgpa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
@@ -163,17 +164,17 @@ def _is_at(path: bytes, status: Status) -> bool:
         return False  # closed meanwhile
 
 
-def is_open_elsewhere(pids: Set[int], path: str, device: int, inode: int) -> bool:
-    """Whether a process other than `pids` and this one has an object open; reads all of /proc/*/fd."""
-    own = os.getpid()
-    for link in _links_elsewhere(pids, set()).get(os.fsencode(path), ()):
-        try:
-            info = os.stat(link)
-        except OSError:
-            continue  # closed meanwhile
-        if (info.st_dev, info.st_ino) == (device, inode) and not link.startswith(b"/proc/%d/" % own):
-            return True
-    return False
+def open_elsewhere(pids: Set[int], objects: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Which of these objects (link, device, inode) a process other than `pids` and this one has open; reads all of
+    /proc/*/fd."""
+    own, links = b"/proc/%d/" % os.getpid(), _links_elsewhere(pids, set())
+    for path, device, inode in objects:
+        for link in links.get(os.fsencode(path), ()):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                info = os.stat(link)
+                if (info.st_dev, info.st_ino) == (device, inode) and not link.startswith(own):
+                    yield path, device, inode
+                    break
 
 
 def _links_elsewhere(pids: Set[int], duplicates: set[int]) -> dict[bytes, list[bytes]]:

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from engine.linux import procfs
 from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import echo, place, processes_of
-from tests.cluster.virtual import children, cluster, wait_until
+from tests.cluster.virtual import TOP, children, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
@@ -58,9 +59,9 @@ print("end", number == 2 * rounds, counts == (rounds + 1, rounds + 1), *codes, f
 sys.exit(7)
 """
 
-# All that multiprocessing has, while the main program sleeps now and then.
+# All that multiprocessing has, while the main program sleeps now and then; until a line comes.
 POOL = """
-import multiprocessing, os, time
+import multiprocessing, os, select, time
 def add(todo, done, total):
     while (number := todo.get()) is not None:
         with total.get_lock(): total.value += number
@@ -68,22 +69,27 @@ def add(todo, done, total):
 def square(number):
     time.sleep(0.005)
     return number * number
+def squares(): return pool.map_async(square, range(40), chunksize=4)
 if __name__ == "__main__":
     todo, done, total = multiprocessing.Queue(), multiprocessing.Queue(), multiprocessing.Value("q", 0)
     workers = [multiprocessing.Process(target=add, args=(todo, done, total)) for _ in range(2)]
     for worker in workers: worker.start()
     with multiprocessing.Pool(2) as pool:
-        squares = pool.map_async(square, range(200), chunksize=4)
+        under_way = squares()
         print("ready", flush=True)
-        for number in range(1, 101):
-            todo.put(number)
-            time.sleep(0.005)
-        assert squares.get(60) == [number * number for number in range(200)]
+        count = 0
+        while not select.select([0], [], [], 0.005)[0]:
+            count += 1
+            todo.put(count)
+            if under_way.ready():
+                assert under_way.get() == [number * number for number in range(40)]
+                under_way = squares()
+        assert under_way.get(60) == [number * number for number in range(40)]
     for worker in workers: todo.put(None)
-    got = [done.get() for _ in range(100)]
+    got = [done.get() for _ in range(count)]
     for worker in workers: worker.join()
-    print(total.value, sorted(n for n, _ in got) == list(range(1, 101)), {pid for _, pid in got} == {os.getpid()},
-          [worker.exitcode for worker in workers])
+    print(total.value == count * (count + 1) // 2, sorted(n for n, _ in got) == list(range(1, count + 1)),
+          {pid for _, pid in got} == {os.getpid()}, [worker.exitcode for worker in workers])
 """
 
 # Moves itself, with a part of it that reads on in the same file and writes to the same place.
@@ -163,15 +169,18 @@ def test_multiprocessing(it, tmp_path):
     (tmp_path / "pool.py").write_text(POOL)
     with running(sys.executable, str(tmp_path / "pool.py")) as pool:
         move(it, pool.pid, 1, 2, -1)
-        assert pool.stdout.read().split(maxsplit=1) == ["5050", "True True [0, 0]\n"]
-        assert pool.wait(60) == 0
+        assert pool.communicate("\n", timeout=60)[0] == "True True True [0, 0]\n"
+        assert pool.returncode == 0
 
 
 def test_make(it, tmp_path):
+    """Its last recipes wait until all moves are done."""
     rule = "%:\n\t@echo begin $*; seq $* | tail -1 > $@; sleep 0.1; cat $@; echo end $*\n"
+    rule += "\t@[ $* -ge 118 ] && until [ -e moved ]; do sleep 0.02; done; true\n"
     (tmp_path / "Makefile").write_text(f"all: {' '.join(map(str, range(101, 125)))}\n{rule}")
     with running("make", "-j3", "-C", str(tmp_path)) as make:
         move(it, make.pid, 0, 1, -1)
+        (tmp_path / "moved").touch()
         out = make.stdout.read()
         assert make.wait(60) == 0
     for number in range(101, 125):
@@ -208,6 +217,47 @@ def test_none_moves_where_one_cannot(it):
         assert [place(it, pid) for pid in (parent.pid, first, second)] == ["0"] * 3
         parent.stdin.close()
         assert parent.wait(60) == 0
+
+
+# Two children that have a socket each.
+SOCKETS = """
+import os, signal, socket, sys
+ready = os.pipe()
+print(os.getpid(), flush=True)
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    if not os.fork():
+        one = socket.socket(type=kind)
+        one.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM: one.listen()
+        os.write(ready[1], b"1")
+        signal.pause()
+for _ in range(2): os.read(ready[0], 1)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_all_that_is_in_the_way_of_any_is_named(it):
+    with running(sys.executable, "-c", SOCKETS) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        first, second = children(parent.pid)
+        done = echo(it, f"{parent.pid} tree", "nodes/0/migrate")
+        assert "Operation not supported" in done.stderr
+        said = it.read("nodes/0/migrate").splitlines()[-1]
+        found = it.read(f"procs/{parent.pid}/canttree").splitlines()
+        assert len(found) == 2 and said.endswith("; ".join(found))
+        tcp, udp = sorted(found)
+        assert re.fullmatch(rf"process {first}: fd \d+ is a listening TCP socket.*", tcp)
+        assert re.fullmatch(rf"process {second}: fd \d+ is a UDP socket.*", udp)
+        assert it.read(f"procs/{parent.pid}/cantmove") == ""  # alone it could
+        wait_until(lambda: not any(procfs.is_stopped(pid) for pid in (parent.pid, first, second)), "they go on")
+        command = [sys.executable, "-m", "bpfs.cli.bpcluster", "check-move", "--tree", "--mount", str(it.mount)]
+        told = subprocess.run([*command, str(parent.pid)], capture_output=True, text=True, check=False, cwd=TOP)
+        assert (told.returncode, told.stderr) == (1, "")
+        assert told.stdout.splitlines()[::2] == found and told.stdout.count(f'"{parent.pid} close tree"') == 2
+        done = echo(it, f"{parent.pid} close tree", "nodes/0/migrate")
+        assert done.returncode == 0, done.stderr
+        assert it.read(f"procs/{parent.pid}/canttree") == ""
 
 
 ROUTES = {"leave": (-1, 0), "hop": (0, 1), "return": (1, -1)}
