@@ -415,9 +415,11 @@ class Source:
     def pledge(self, request: Reply, fds: list[int]) -> Reply:
         """From now on the frozen process will not run on if we die: it stops (SIGSTOP), until somebody decides.
 
-        `release` and `become_ghost` take that back.
+        `release` and `become_ghost` take that back. ESRCH: it has ended meanwhile.
         """
         frozen = self._held()
+        if procfs.has_ended(frozen.live):
+            raise ProcessGone(frozen.pid)
         if not frozen.group_stopped:
             os.kill(frozen.pid, signal.SIGSTOP)
             self._pledged = True

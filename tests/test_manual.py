@@ -18,7 +18,7 @@ COMMANDS = sorted(name for name in PAGES if name.endswith((".1", ".8")) and not 
 
 
 VERBS = {
-    "bpcluster": [["up"], ["status"], ["down"]],
+    "bpcluster": [["up"], ["status"], ["down"], ["check-move"]],
     "bpboot": [["image"]],
     "bpckpt": [["save"], ["restart"], ["info"], ["verify"], ["merge"]],
 }

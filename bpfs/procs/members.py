@@ -150,7 +150,7 @@ class Members:
             self._check(proc)
             self._mark(proc)
             member = Member(proc, await self._seat(proc.pid), await self._source.hostpid(proc), self._writer(proc))
-            return await self._children(member, await self._hold(member))
+            return await self._children(member, await self._seize(member))
         except BpfsError as error:
             if is_root or error.code not in GONE or not await self._has_ended(proc):
                 raise BpfsError(error.code, f"process {proc.pid} of the tree: {error.sentence}") from None
@@ -166,7 +166,7 @@ class Members:
         request = self._request
         return request if request is not None and writes_itself(request.caller, proc) else None
 
-    async def _hold(self, member: Member) -> list[tuple[int, int, int, int]]:
+    async def _seize(self, member: Member) -> list[tuple[int, int, int, int]]:
         """Returns the children: pid, group, session, user."""
         waits = member.writer is not None
         reply = await member.engine.call("freeze", pid=member.hostpid, writing=waits, children=not waits)

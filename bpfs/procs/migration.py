@@ -425,6 +425,7 @@ class Migration(ABC):
                 if self.company is not None:
                     self.proc.pledged = True
                     await src.call("pledge")
+                    self.check_alive()
                     await self.company.agree()
                     await faults.hold("agreed")
                 reply = await self._hand_over(src, dst)

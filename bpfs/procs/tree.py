@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from bpfs.errors import BpfsError
+from bpfs.procs import faults
 from bpfs.procs.company import Company, Handed
 from bpfs.procs.exchange import all_of, refuse, together, transfer
 from bpfs.procs.members import Member, Members
 from bpfs.procs.migration import Migration, Seen
-from bpfs.procs.phases import Figures
+from bpfs.procs.phases import Figures, Phase
 from bpfs.procs.places import HAND_OUT, HANDLES, Engine, Place
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.rights import admits, may_control
@@ -65,6 +66,7 @@ class Trees:
             try:
                 await members.foresee(root)
                 await members.freeze(root)
+                await faults.hold(Phase.FREEZE.value)
                 await tree.share()
             except BaseException as error:
                 known = error if isinstance(error, BpfsError) else BpfsError(errno.EINTR, "the move was called off")
@@ -201,6 +203,8 @@ class _Tree:
                     release = self._release(member, company)
                     await self._procs.carry_out(move, lambda: move.run_stopped(member.engine, release, seen=seen))
             except BpfsError as error:
+                if company.agreed and error.code == errno.ESRCH and member is not self._members.all[0]:
+                    return  # it was killed at the last moment: all who live have moved
                 errors.append(error)
                 company.fail(BpfsError(error.code, f"process {member.proc.pid}: {error.sentence}"))
                 for _, other in moves:

@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
 
 import pytest
 
 from engine.linux import procfs
-from tests.cluster.held import Interrupted, holding, kill_workers
-from tests.cluster.moving import echo, place, processes_of
+from tests.cluster.moving import echo, place
+from tests.cluster.ring import RING, check_ring, move, running
 from tests.cluster.virtual import TOP, children, cluster, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
-
-# A token goes round in a ring of three processes, through pipes and a socket pair; each adds to what all map. Whoever
-# ran twice, or not at all, would show: the token is lost then, doubled, or counted wrongly. One more child has ended
-# long ago, and is waited for at the end.
-RING = """
-import mmap, os, select, socket, struct, sys
-shared = mmap.mmap(-1, 4096)
-one, two = os.pipe(), os.pipe()
-back, home = socket.socketpair()
-def turn(read, write, at):
-    number = struct.unpack("q", read(8))[0]
-    shared[at:at + 8] = struct.pack("q", struct.unpack("q", shared[at:at + 8])[0] + 1)
-    if number >= 0: number += 1
-    write(struct.pack("q", number))
-    return number
-def child(read, write, at, code):
-    pid = os.fork()
-    if pid == 0:
-        os.close(0)
-        while turn(read, write, at) >= 0: pass
-        os._exit(code)
-    return pid
-first = child(lambda n: os.read(one[0], n), lambda b: os.write(two[1], b), 8, 5)
-second = child(lambda n: os.read(two[0], n), back.send, 16, 6)
-dead = os.fork()
-if dead == 0: os._exit(9)
-os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
-number = rounds = 0
-while not select.select([0], [], [], 0)[0]:
-    os.write(one[1], struct.pack("q", number))
-    number = struct.unpack("q", home.recv(8))[0]
-    rounds += 1
-    if rounds % 100 == 0: print(rounds, os.getpid(), first, second, flush=True)
-os.write(one[1], struct.pack("q", -1))
-home.recv(8)
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in (first, second, dead)]
-counts = struct.unpack("qq", shared[8:24])
-print("end", number == 2 * rounds, counts == (rounds + 1, rounds + 1), *codes, flush=True)
-sys.exit(7)
-"""
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 # All that multiprocessing has, while the main program sleeps now and then; until a line comes.
 POOL = """
@@ -121,38 +77,9 @@ sys.stdin.read()
 
 
 @pytest.fixture(scope="module")
-def it(session_folder, gates):
-    with holding(gates), cluster(session_folder / "trees", "--lease", "3", nodes=3) as made:
+def it(session_folder):
+    with cluster(session_folder / "trees", nodes=3) as made:
         yield made
-
-
-@contextmanager
-def running(*command: str):
-    """A program that has written its first line; it ends with all that descends from it."""
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None and process.stdout.readline()
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def move(it, pid: int, *nodes: int) -> None:
-    for node in nodes:
-        done = echo(it, f"{pid} tree", f"nodes/{node}/migrate")
-        assert done.returncode == 0, done.stderr + it.read(f"nodes/{node}/migrate")
-
-
-def check_ring(it, process: subprocess.Popen[str], *pids: int) -> None:
-    """It has gone round all the time, exactly once."""
-    out, _ = process.communicate("\n", timeout=60)
-    assert out.splitlines()[-1] == "end True True 5 6 9"
-    assert process.returncode == 7
-    for pid in pids:
-        wait_until(lambda pid=pid: not processes_of(it, pid), f"left over: {processes_of(it, pid)}")
 
 
 def test_a_ring_goes_on_turning(it):
@@ -258,45 +185,3 @@ def test_all_that_is_in_the_way_of_any_is_named(it):
         done = echo(it, f"{parent.pid} close tree", "nodes/0/migrate")
         assert done.returncode == 0, done.stderr
         assert it.read(f"procs/{parent.pid}/canttree") == ""
-
-
-ROUTES = {"leave": (-1, 0), "hop": (0, 1), "return": (1, -1)}
-
-
-CASES = itertools.product(ROUTES, ["source", "destination"], ["inspect", "transfer", "agreed"])
-SOME = [
-    ("leave", "source", "transfer"), ("return", "destination", "transfer"), ("leave", "source", "agreed"),
-    ("hop", "source", "agreed"), ("return", "source", "agreed"), ("leave", "destination", "agreed"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("route", "side", "phase"), CASES if "BPFS_ROUNDS" in os.environ else SOME)
-def test_engine_workers_die(it, gates, route, side, phase):
-    """Before all have agreed nothing has happened; afterwards all have moved, or, with the only copies, ended."""
-    with running(sys.executable, "-c", RING) as ring:
-        family = [ring.pid, *children(ring.pid)[:2]]
-        held = Interrupted(it, gates, ring, ROUTES[route], phase, "tree")
-        at = getattr(held, side)
-        kill_workers(it.pid("master") if at == -1 else it.slave(at))
-        done = held.go_on()
-        if phase == "agreed" and side == "destination":
-            assert ring.wait(60) == -signal.SIGKILL
-            return
-        assert (done == 0) == (phase == "agreed"), held.said + it.log("master")[-3000:]
-        where = held.destination if done == 0 else held.source
-        wait_until(lambda: {place(it, pid) for pid in family} == {str(where)}, f"they should be at {where}")
-        check_ring(it, ring, *family)
-
-
-@pytest.mark.parametrize("phase", ["transfer", "agreed"])
-def test_the_destination_dies(it, gates, phase):
-    with running(sys.executable, "-c", RING) as ring:
-        family = [ring.pid, *children(ring.pid)[:2]]
-        held = Interrupted(it, gates, ring, (-1, 2), phase, "tree")
-        os.kill(it.slave(2), signal.SIGKILL)
-        assert held.go_on() != 0
-        if phase == "agreed":
-            assert ring.wait(60) == -signal.SIGKILL
-        else:
-            check_ring(it, ring, *family)
-        it.wait_state(2, "up")
