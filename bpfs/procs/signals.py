@@ -15,7 +15,7 @@ from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER
 from bpfs.procs import ghost as control
 from bpfs.procs.away import NODE_TIMEOUT, SI_KERNEL, SI_QUEUE, SI_USER, Away, carefully, tell
-from bpfs.procs.process import Process
+from bpfs.procs.process import Process, ProcState
 from bpfs.tree.base import Caller
 from bpfs.wire import messages
 from engine.linux import pidfd
@@ -147,7 +147,9 @@ class Signals:
 
     async def _signal_at_home(self, report: messages.JobReport) -> None:
         sender = self._ghosts.stand_in(report.sender)
-        if sender is not None and sender.real and sender.ghost.state() not in "TX":
+        # One that has ended since (a shell that kills its child, and exits) has a ghost that reads no more.
+        lives = sender is not None and sender.real and sender.proc.state is not ProcState.ENDED
+        if sender is not None and lives and sender.ghost.state() not in "TX":
             await sender.ghost.send_signal(report.pid, report.status, report.code, report.value)
             return
         process = os.pidfd_open(report.pid)

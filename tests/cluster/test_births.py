@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.linux import procfs
 from tests.cluster.moving import echo, place
 from tests.cluster.virtual import children, cluster, comm, kill, wait_until
 
@@ -221,3 +222,20 @@ def test_ghosts_of_children_end_with_their_node(session_folder):
         kill(it.pid("n0"))
         assert job.wait(60) == -signal.SIGKILL
         wait_until(lambda: stat(child)[0] == stat(other)[0] == "X", "the children's ghosts should end")
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_what_a_process_has_signalled_as_its_last_act_arrives(it, attempt):
+    script = f"""
+        for i in 1 2 3 4 5 6; do sleep 1000 <&- >&- 2>&- & all="$all $!"; done
+        echo $all; echo $$ > {it.mount}/nodes/1/migrate || exit 99
+        kill $all; exit 3"""
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True) as shell:
+        sleeping = [int(pid) for pid in shell.stdout.readline().split()]
+        try:
+            assert shell.wait(60) == 3
+            for pid in sleeping:
+                wait_until(lambda pid=pid: procfs.has_ended(f"/proc/{pid}"), f"process {pid} should end")
+        finally:
+            for pid in sleeping:
+                kill(pid)
