@@ -41,6 +41,7 @@ def run(prog: str, body: Callable[[Sequence[str] | None], int], argv: Sequence[s
 
     A reader that went away and ^C end the command as they end any other program: by their signal, without a word.
     """
+    _open_closed()
     try:
         code = body(argv)
         sys.stdout.flush()
@@ -50,13 +51,33 @@ def run(prog: str, body: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except KeyboardInterrupt:
         return _die_of(signal.SIGINT)
     except OSError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("[Errno"):  # the kernel's, and not a sentence of ours
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        print(f"{prog}: {text}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return EXIT_ERROR
+
+
+def _open_closed() -> None:
+    # Who was started with closed descriptors may run; only what he has to say comes to nothing, as an error.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _drop_output() -> None:
+    # What is left of it would fail once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _die_of(number: signal.Signals) -> int:
     # The shell has to see the signal, or a loop around this command would go on after ^C.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     return 128 + number

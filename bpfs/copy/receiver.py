@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EINVAL, EIO, EISDIR, ENOTDIR, EOPNOTSUPP
@@ -107,6 +108,7 @@ class Receiver:
         temporary = f"{os.path.dirname(path)}/.bpcp-{os.getpid()}"
         os.symlink(fields["target"], temporary)
         try:
+            _expect_replaceable(path)
             self._dress(temporary, fields)
             os.rename(temporary, path)
         except OSError as error:
@@ -156,6 +158,7 @@ class _File:
         self._hash = hashlib.sha256()
         self._temporary = f".bpcp-{os.getpid()}"  # only while it takes another file's place
         with self._naming_it():
+            _expect_replaceable(path)  # and once more before it is done
             self._folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
             try:
                 self._fd = self._open()
@@ -187,8 +190,7 @@ class _File:
         with self._naming_it():
             if self._hash.digest() != digest:
                 raise OSError(EIO, "its checksum is wrong: it was damaged on the way")
-            if os.path.isdir(self._path) and not os.path.islink(self._path):
-                raise OSError(EISDIR, os.strerror(EISDIR))
+            _expect_replaceable(self._path)
             os.ftruncate(self._fd, size)
             dress(self._fd, self._fields)
             self._name(os.path.basename(self._path))
@@ -222,3 +224,15 @@ class _File:
             yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._path) from None
+
+
+def _expect_replaceable(path: str) -> None:
+    """Raises OSError where something has the name that a file must not take the place of, a device for example."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise OSError(EISDIR, os.strerror(EISDIR))
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise OSError(EINVAL, "is a device, a socket or a pipe, which no file replaces")

@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.benchmarks.bench_idle import TICK
 from tests.benchmarks.bench_small import over_ssh
 from tests.benchmarks.frame import Row
+from tests.benchmarks.sshd import sshd
 from tests.cluster.virtual import TOP, VirtualCluster, cluster
 
 NODES = 64
@@ -77,8 +78,20 @@ def everywhere(it: VirtualCluster, login: float) -> Iterator[Row]:
         base = min(timed(local, it.mount, MANY_ROUNDS))
     note = "pdsh -R exec: all of them here" if pdsh else "pdsh is not installed"
     yield Row(f"bpsh -a uptime, {NODES} nodes, least of {MANY_ROUNDS}", min(many), "s", base, note)
-    yield Row("... median", statistics.median(many), "s")
+    base = over_pdsh(it.mount)
+    note = "pdsh over ssh to this machine" if base else "not compared: no sshd, or no pdsh"
+    yield Row("... median", statistics.median(many), "s", base, note)
     yield Row("... processor time of the whole cluster", cost, "s", cost and login * NODES, "ssh, one after another")
+
+
+def over_pdsh(mount: Path) -> float:
+    """Median seconds of pdsh, with as many logins by ssh at once; 0.0 where there is no such thing."""
+    pdsh = shutil.which("pdsh")
+    with sshd() as words:
+        if words is None or pdsh is None:
+            return 0.0
+        command = [pdsh, "-R", "exec", "-f", str(NODES), "-w", f"[0-{NODES - 1}]", *words, "uptime"]
+        return statistics.median(timed(command, mount, FEW_ROUNDS))
 
 
 def growing() -> Iterator[Row]:

@@ -34,6 +34,7 @@ StrictModes no
 UsePAM no
 PidFile none
 PrintMotd no
+MaxStartups 200
 """
 
 

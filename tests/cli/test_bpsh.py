@@ -453,6 +453,15 @@ def test_stopped_and_continued_with_all_its_commands(plain_tree: Path, option: s
         wait_for(lambda: "T" not in states(everybody))
 
 
+@pytest.mark.parametrize("arguments", ["0-1 echo a", "-g 0-1 echo a", "--json 0 echo a", "--help", "--expand 0"])
+def test_output_that_is_lost_is_an_error(plain_tree: Path, arguments: str) -> None:
+    run = subprocess.run(
+        ["sh", "-c", f'exec "$0" {arguments} >/dev/full', BPSH], env={**os.environ, "BPFS": str(plain_tree)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, "bpsh: standard output: No space left on device\n")
+
+
 def test_when_it_is_killed_the_commands_are_hung_up(plain_tree: Path) -> None:
     with started(plain_tree, "0-1", "sh", "-c", "echo $$; exec sleep 1000") as bpsh:
         assert bpsh.stdout is not None

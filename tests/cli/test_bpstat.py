@@ -88,6 +88,16 @@ def test_errors_are_one_line(plain_tree: Path, arguments: list[str], sentence: s
     assert (run.returncode, run.stdout, run.stderr) == (1, "", sentence)
 
 
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [(">/dev/full", "bpstat: No space left on device\n"), (">&-", "bpstat: Bad file descriptor\n"), ("2>&- 9", "")],
+)
+def test_what_cannot_be_said_is_an_error(plain_tree: Path, how: str, sentence: str) -> None:
+    script = f'exec "$0" -m bpfs.cli.bpstat --mount "$1" {how}'
+    run = subprocess.run(["sh", "-c", script, sys.executable, plain_tree], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", sentence)
+
+
 @given(st.lists(st.integers(0, 999), min_size=1, unique=True), st.integers(11, 60))
 def test_wrapping_loses_nothing(numbers: list[int], width: int) -> None:
     spec = ",".join(map(str, numbers))

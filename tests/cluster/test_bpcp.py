@@ -229,6 +229,22 @@ def test_errors_name_file_and_node(copies: Copies, tmp_path: Path, words: list[s
     assert copies.everything(1) == ""
 
 
+def test_devices_and_their_like_are_not_replaced(copies: Copies, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    (tmp_path / "link").symlink_to("f")
+    copies.on(1, "mkfifo", f"{copies.place}/f", f"{copies.place}/link")
+    try:
+        for name in ("f", "link"):
+            run = copies.bpcp(*["-r"] * (name == "link"), tmp_path / name, f"1:{copies.place}/{name}")
+            assert (run.returncode, run.stderr) == (
+                1, f"bpcp: node 1: {copies.place}/{name}: is a device, a socket or a pipe, which no file replaces\n",
+            )  # fmt: skip
+        assert copies.on(1, "stat", "-c", "%F", f"{copies.place}/f", f"{copies.place}/link") == "fifo\n" * 2
+    finally:
+        copies.on(1, "rm", f"{copies.place}/f", f"{copies.place}/link")
+    assert copies.everything(1) == ""
+
+
 def test_a_lost_node_is_named_and_the_others_go_on(copies: Copies, tmp_path: Path) -> None:
     bpcp, data = started(copies, tmp_path)
     try:

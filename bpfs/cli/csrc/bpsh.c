@@ -306,16 +306,25 @@ static char *job_map(const char *map)
 	return spec;
 }
 
+/* What was printed is out; returns the exit code. */
+static int printed(void)
+{
+	if (!fflush(stdout) && !ferror(stdout))
+		return 0;
+	complain("standard output: %s", strerror(errno));
+	return EXIT_OUTPUT;
+}
+
 static void take_option(struct options *options, int option, const char **spec)
 {
 	switch (option) {
 	case 'h':
 		fputs(usage_text, stdout);
-		exit(0);
+		exit(printed());
 	case 'v':
 	case 'V':
 		puts("bpsh " BPFS_VERSION);
-		exit(0);
+		exit(printed());
 	case '1': *spec = "master"; break; /* the nodespec -1 */
 	case 'a': *spec = "allup"; break;
 	case 'A': *spec = "notdown"; break;
@@ -353,7 +362,7 @@ static int print_nodes(const struct options *options, const char *spec)
 	}
 	for (size_t i = 0; i < found.count; i++)
 		printf("%d\n", found.number[i]);
-	return 0;
+	return printed();
 }
 
 int main(int argc, char **argv)

@@ -9,6 +9,7 @@
 
 /* Exit codes of our own, as ssh(1) and sh(1) have them. */
 enum {
+	EXIT_OUTPUT = 1,    /* the commands went well, but what they said got lost */
 	EXIT_TIMEOUT = 124, /* --timeout, as timeout(1) */
 	EXIT_CANNOT_RUN = 126,
 	EXIT_NOT_FOUND = 127,

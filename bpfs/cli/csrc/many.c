@@ -268,5 +268,5 @@ int run_many(const struct options *options, const int *node, size_t count)
 		signal(interrupt_signal, SIG_DFL);
 		raise(interrupt_signal);
 	}
-	return worst;
+	return output_failed && !worst ? EXIT_OUTPUT : worst;
 }

@@ -13,6 +13,7 @@
 
 #define READ_SIZE 65536
 
+int output_failed;
 static int broken[3]; /* our standard output or error takes nothing any more */
 
 /* Writes all of it; a reader that is slow makes us slow, and with us, through their pipes, the commands. */
@@ -29,6 +30,7 @@ static int emit(int out, const char *text, size_t length)
 		} else if (errno != EINTR) {
 			if (errno != EPIPE && out != 2)
 				complain("standard output: %s", strerror(errno));
+			output_failed |= errno != EPIPE;
 			broken[out] = 1;
 		}
 	}

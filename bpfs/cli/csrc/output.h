@@ -22,6 +22,9 @@ void stream_pump(struct stream *stream, const struct options *options, int node)
 /* Takes all that can be read without waiting, and closes. */
 void stream_finish(struct stream *stream, const struct options *options, int node);
 
+/* Some of it could not be written, and nobody closed his end. */
+extern int output_failed;
+
 /* Writes all of it to standard output. */
 void print_bytes(const char *text, size_t length);
 
