@@ -16,9 +16,11 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from engine import placeholders
 from engine.bearing import Bearer, Bearing
@@ -27,6 +29,9 @@ from engine.placeholders import INIT, Command
 
 PROGRAM = Path(__file__).parent / "bin" / "nodeinit"
 REPORT = struct.Struct("=IiiiiIQQqii")  # struct report of csrc/nodeinit.h
+Spawn: TypeAlias = Callable[[Sequence[str], Mapping[str, str], Sequence[int]], int]
+"""Starts a program by arguments, environment and descriptors; a word `@0` stands for the number of the first."""
+
 _START_S = 20.0  # takes 3 ms; a loaded machine may need longer
 
 
@@ -113,18 +118,21 @@ class JobSpace:
         has_block: whether native forks get pids of the block (the kernel let us set ns_last_pid).
     """
 
-    def __init__(self, init: int, reports: socket.socket, has_block: bool) -> None:
+    def __init__(self, init: int, reports: socket.socket, has_block: bool, dropped: set[int]) -> None:
         self.init = init
         self.init_pidfd = process_vm.pidfd_open(init)
         self.reports = reports
         self.has_block = has_block
         self.has_clocks = os.readlink(f"/proc/{init}/ns/time") != os.readlink("/proc/self/ns/time")
         self._namespace = nsfs.open_pid_namespace(init)
-        self._dropped: set[int] = set()
+        self._dropped = dropped
         self._bearer = Bearer(init)
 
     @classmethod
-    def start(cls, block: range, root: str | None = None, clocks: Clocks | None = None) -> JobSpace:
+    def start(
+        cls, block: range, root: str | None = None, clocks: Clocks | None = None, spawn: Spawn | None = None,
+        dropped: set[int] | None = None,
+    ) -> JobSpace:  # fmt: skip
         """Make the namespaces and their pid 1. Blocks for about 3 ms.
 
         Call it from the main thread: the kernel kills nodeinit when the *thread* that started it ends.
@@ -133,6 +141,8 @@ class JobSpace:
             block: the pids for what jobs fork natively.
             root: a mount point that is to be the jobs' root, with an empty directory `proc` in it; None: ours.
             clocks: how far the jobs' clocks are ahead of ours, in a time namespace of their own; None: not at all.
+            spawn: starts a program whose end, and that of its children, is tied to another process than this one.
+            dropped: keeps pids of placeholders whose end is nobody's business, where that is to outlive this object.
 
         Raises:
             OSError: no permission, no nodeinit program, or the kernel refused.
@@ -143,7 +153,7 @@ class JobSpace:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                _run_starter(theirs, block, root, clocks)
+                _run_starter(theirs, block, root, clocks, spawn or _run)
             ours.settimeout(_START_S)
             # The starter's and nodeinit's own packet come in any order.
             first, second = _receive(ours, *_START), None
@@ -151,7 +161,7 @@ class JobSpace:
                 second = _receive(ours, *_START)
                 born, ready = sorted((first, second), key=lambda report: report.kind)
                 ours.setblocking(False)
-                return cls(born.pid, ours, bool(ready.code))
+                return cls(born.pid, ours, bool(ready.code), set() if dropped is None else dropped)
             except BaseException:
                 for report in (first, second):
                     if report is not None and report.kind is Kind.BORN:
@@ -160,6 +170,19 @@ class JobSpace:
         except BaseException:
             ours.close()
             raise
+
+    @classmethod
+    def adopt(cls, init: int, reports: socket.socket, has_block: bool, dropped: set[int]) -> JobSpace:
+        """Hold a job space that another process has held before.
+
+        Args:
+            dropped: placeholders whose end is nobody's business.
+
+        Raises:
+            OSError: it has ended.
+        """
+        reports.setblocking(False)
+        return cls(init, reports, has_block, dropped)
 
     def read_reports(self) -> list[Report]:
         """Everything that has come in, without waiting; deaths of placeholders that we dropped are left out."""
@@ -174,10 +197,11 @@ class JobSpace:
             if not packet:
                 return found
             report = Report.parse(packet)
-            if not self._is_ours(report):
+            if not self.is_ours(report):
                 found.append(report)
 
-    def _is_ours(self, report: Report) -> bool:
+    def is_ours(self, report: Report) -> bool:
+        """Whether a report that was just read tells of the death of a placeholder that we dropped."""
         if report.kind != Kind.CHILD or report.pid not in self._dropped:
             return False
         if report.code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
@@ -311,7 +335,8 @@ class JobSpace:
             return None
         # One that was killed before and is not dead yet is found again; its death is reported once.
         dropped = [pid for pid in swept if pid not in self._dropped]
-        self._dropped.update(dropped)
+        for pid in dropped:
+            self._dropped.add(pid)
         return dropped
 
     def act_for(self, pid: int, code: int, status: int, heard: int = 0) -> None:
@@ -387,19 +412,27 @@ class JobSpace:
         self.reports.close()
 
 
-def _run_starter(theirs: socket.socket, block: range, root: str | None, clocks: Clocks | None) -> None:
+def _run_starter(theirs: socket.socket, block: range, root: str | None, clocks: Clocks | None, spawn: Spawn) -> None:
     # nodeinit makes the namespaces itself: between fork and exec of a threaded program no Python may run.
-    arguments = [str(PROGRAM), str(theirs.fileno()), str(block.start), str(block.stop)]
+    arguments = [str(PROGRAM), "@0", str(block.start), str(block.stop)]
     # A placeholder that is run anew finds its socket by BPFS_CONTROL (engine/target.py).
-    environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}", "BPFS_CONTROL": str(theirs.fileno())}
+    environment = {"BPFS_COOKIE": f"{secrets.randbits(32) | 1:x}", "BPFS_CONTROL": "@0"}
     if root is not None:
         environment["BPFS_ROOT"] = root
     if clocks is not None:
         environment["BPFS_CLOCKS"] = clocks.offsets()
+    spawn(arguments, environment, [theirs.fileno()])
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]) -> int:
+    number = str(fds[0])
     subprocess.run(
-        arguments, env=environment, pass_fds=[theirs.fileno()], cwd="/", check=False, timeout=_START_S,
+        [number if word == "@0" else word for word in arguments],
+        env={name: number if word == "@0" else word for name, word in environment.items()},
+        pass_fds=fds, cwd="/", check=False, timeout=_START_S,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    return 0
 
 
 def _receive(reports: socket.socket, *wanted: Kind) -> Report:

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -131,52 +131,36 @@ class JobWatch:
         socket: non-blocking; a packet of records a message; its end means that jobwatch has died.
     """
 
-    def __init__(self, init: int, shared: Path | None) -> None:
+    def __init__(self, sock: socket.socket) -> None:
+        """Go on with what was begun over this socket, which is this object's now."""
+        self.socket = sock
+        self.socket.setblocking(False)
+
+    @classmethod
+    def begin(cls, init: int, shared: Path | None, spawn: Callable[..., object]) -> JobWatch:
         """Begin to watch the namespace whose pid 1 is `init`.
 
         Args:
             shared: of `open_shared`; None: start a jobwatch for this one alone, which ends with it.
+            spawn: starts a program, as `Spawn` of engine/jobspace.py.
 
         Raises:
             OSError: there is no jobwatch.
         """
-        self._own: subprocess.Popen[bytes] | None = None
-        self.socket = self._connect(shared) if shared is not None else self._open()
+        sock = _connect(shared) if shared is not None else _open(spawn)
         try:
             fds = [os.open(f"/proc/{init}/root/proc", os.O_PATH | os.O_CLOEXEC)]
             try:
                 fds.append(os.open(f"/proc/{init}/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-                self.socket.sendmsg([_LOOK.pack(0)], [rights])
+                sock.sendmsg([_LOOK.pack(0)], [rights])
             finally:
                 for fd in fds:
                     os.close(fd)
-            self.socket.setblocking(False)
+            return cls(sock)
         except BaseException:
-            self.close()
-            raise
-
-    def _connect(self, path: Path) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-        try:
-            sock.connect(f"/proc/self/fd/{folder}/{path.name}")
-        except OSError:
             sock.close()
             raise
-        finally:
-            os.close(folder)
-        return sock
-
-    def _open(self) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._own = _start(theirs)
-            except OSError:
-                ours.close()
-                raise
-        return ours
 
     def look(self, pid: int = 0) -> None:
         """Have a process looked at now; 0: all of them, for the next jobs are about to come."""
@@ -185,18 +169,30 @@ class JobWatch:
         except OSError:
             pass  # it is dead, or busy and looks anyway
 
-    def read(self) -> bytes | None:
-        """One packet of records; None: nothing is there; b"": jobwatch has died."""
-        try:
-            return self.socket.recv(PACKET_MAX)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
     def close(self) -> None:
         """Stop watching."""
         self.socket.close()
-        if self._own is not None:
-            self._own.wait()
-            self._own = None
+
+
+def _connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.close(folder)
+    return sock
+
+
+def _open(spawn: Callable[..., object]) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            spawn([str(PROGRAM), "@0"], {}, [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+    return ours

@@ -28,6 +28,7 @@ PROG = "bpcluster"
 _EPILOG = """\
 `up` returns when every node is up, or else names what failed and leaves nothing behind. `status` prints a line a
 node. `restart-master` kills the master's daemon, if it still runs, and starts it anew: nodes and processes live on.
+`restart-slave` does so for the daemon of a node.
 `down` ends everything that belongs to the cluster, also when its daemons have been killed. `check-move` tells of any
 cluster, virtual or not, what keeps a process from moving. Clusters with different mount points may run side by side.
 Exit code: 0, 1 when something failed or there is no cluster, 2 for a
@@ -49,6 +50,12 @@ def _count(text: str) -> int:
 def _pid(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or not 0 < int(text[:20]) <= 1 << 22:
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a process id")
+    return int(text)
+
+
+def _node(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text[:20]) >= 1000:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not the number of a node")
     return int(text)
 
 
@@ -144,6 +151,15 @@ def _parser() -> argparse.ArgumentParser:
         "runs there; returns when it is ready.",
     )
     anew.set_defaults(body=_restart_master)
+    slave = verbs.add_parser(
+        "restart-slave",
+        parents=[mount],
+        help="start the slave of a node anew",
+        description="Has the daemon of a node start anew, from the program as it is now. What runs there runs on; "
+        "returns when the node is back.",
+    )
+    slave.add_argument("node", metavar="N", type=_node, help="the number of the node")
+    slave.set_defaults(body=_restart_slave)
     down = verbs.add_parser("down", parents=[mount], help="end a cluster", description="Ends all that belongs to it.")
     down.set_defaults(body=_down)
     check = verbs.add_parser(
@@ -184,6 +200,13 @@ def _restart_master(_args: argparse.Namespace, mount: str) -> int:
     from bpfs.cli.virtual import restart_master
 
     restart_master(mount)
+    return 0
+
+
+def _restart_slave(args: argparse.Namespace, mount: str) -> int:
+    from bpfs.cli.virtual import restart_slave
+
+    restart_slave(mount, args.node)
     return 0
 
 

@@ -32,6 +32,7 @@ from bpfs.slave.options import SlaveOptions
 from bpfs.slave.supervisor import Supervisor
 from bpfs.wire.handshake import make_key
 from engine import jobwatch
+from engine.linux import procfs
 
 OPTIONS = "options"
 """In the run directory: what `up` was asked for, as JSON."""
@@ -246,6 +247,37 @@ def restart_master(mount: str) -> None:
     start_master(options, address)
 
 
+def restart_slave(mount: str, number: int) -> None:
+    """Has the slave of a node start anew, with what lives there; returns when the node is back.
+
+    Raises:
+        BpfsError: ENOENT, there is no such node; EIO, it does not come back.
+    """
+    rundir = RunDir(mount)
+    supervisor = rundir.recorded().get(f"n{number}")
+    if supervisor is None or not supervisor.alive:
+        raise BpfsError(ENOENT, f"there is no virtual node {number} at {mount}")
+    before = _slave(supervisor.pid)
+    os.kill(supervisor.pid, signal.SIGHUP)
+    deadline = time.monotonic() + UP_TIMEOUT
+    while _slave(supervisor.pid) in (0, before) or node_states(rundir).get(number, ("", ""))[0] not in _BACK:
+        if time.monotonic() > deadline:
+            raise BpfsError(EIO, f"node {number} does not come back: {_last_line(rundir.node_log(number))}")
+        time.sleep(0.02)
+
+
+_BACK = ("up", "unavailable")
+
+
+def _slave(supervisor: int) -> int:
+    """The pid of the slave proper; 0: there is none."""
+    for pid in procfs.children(supervisor):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text() == "bpslave\n":
+                return pid
+    return 0
+
+
 def _last_line(path: Path) -> str:
     with suppress(OSError, IndexError):
         return path.read_text(errors="replace").splitlines()[-1]
@@ -282,6 +314,7 @@ def _be_node(slave: SlaveOptions, mount: str, ready: Ready) -> None:
     os.setsid()
     socket.sethostname(f"n{slave.number}")
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_SHARED)  # with its jobs only
     # The master's tree is not the node's: with it, the node would outlive the master's mount, and hang on it.
     while is_mounted(mount):
         kernel.umount(mount)

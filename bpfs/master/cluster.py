@@ -59,7 +59,7 @@ class Cluster:
     def __post_init__(self) -> None:
         self.events.listen(self.logs.add_event)
         self.nodes = NodeTable(self.events, self.config.nodes)
-        self.admission = Admission(self.nodes, lambda: self.config, self.succession.takes_up)
+        self.admission = Admission(self.nodes, lambda: self.config, self.succession.takes_up, self.succession.is_own)
         self.stage = Stage(self.nodes, self.logs, lambda: self.config)
         power = Power(self.nodes, self.admission, lambda: self.config, self.stage.run_step, self.nursery)
         self.administrator = Administrator(self.nodes, self.admission, self.stage, power)

@@ -118,6 +118,8 @@ class Listener:
 
     async def _welcome(self, link: Link, join: Join, host: str) -> None:
         cluster = self._cluster
+        if join.returns:
+            await self._hear_out(join)
         try:
             node = cluster.admission.admit(join)
         except NotAdmitted as refusal:
@@ -128,6 +130,13 @@ class Listener:
             node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up, cluster.is_idle
         )
         return await session.run(self._welcome_text(node), cluster.handlers)
+
+    async def _hear_out(self, join: Join) -> None:
+        """What its last life has sent comes before the next one."""
+        node = self._cluster.nodes.find(join.wanted) if join.wanted is not None else None
+        if node is not None and node.session is not None:
+            with trio.move_on_after(TIMEOUT):
+                await node.session.wait_ended()
 
     def _welcome_text(self, node: Node) -> Welcome:
         config, block = self._cluster.config, self._cluster.blocks.of(node.number)
@@ -146,6 +155,7 @@ class Listener:
             onlost=config.onlost,
             onlost_after=config.onlost_after,
             generation=self._cluster.succession.generation,
+            heard=max(node.heard_reports, 0),
         )
 
     def _enter_refusal(self, number: int, text: str) -> None:

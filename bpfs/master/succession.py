@@ -50,6 +50,10 @@ class Succession:
         """No job is left to be taken up."""
         (rundir.path / FILE).unlink(missing_ok=True)
 
+    def is_own(self, join: Join) -> bool:
+        """Whether the jobs that a slave has kept are those of this very master."""
+        return join.resumes == self.identity and join.generation == self.generation
+
     def takes_up(self, join: Join) -> bool:
         """Whether the jobs that a slave has kept are those of a master before this one."""
         return join.resumes == self.identity and join.generation < self.generation

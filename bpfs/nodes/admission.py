@@ -48,7 +48,9 @@ class Admission:
     table: NodeTable
     config: Callable[[], Config]  # the configuration as it is now
     takes_up: Callable[[Join], bool] = lambda _: False
-    """Whether this master knows the jobs that a slave says it has kept."""
+    """Whether this master knows the jobs that a slave says it has kept, as an earlier one's."""
+    is_own: Callable[[Join], bool] = lambda _: False
+    """The same, as its own."""
     _known: dict[int, _Known] = field(default_factory=dict)
     _unbarred: dict[int, trio.Event] = field(default_factory=dict)
 
@@ -70,10 +72,9 @@ class Admission:
         if node.barred:
             raise NotAdmitted(BARRED, number, parked=True)
         if join.resumes:
-            # A node that this master has met has lost those jobs since, unless it is waited for.
-            if not self.takes_up(join) or (known.machine and not node.doubtful):
+            same = self._may_resume(join, node, known)
+            if not same:
                 raise NotAdmitted("this master did not expect the processes that it has", number)
-            same = True
         if node.session is not None and not same:
             raise NotAdmitted(f"node {number} is connected already, from {node.address}", number)
         # A slave kills its jobs before it connects again: when the very same one comes, they are gone.
@@ -83,6 +84,12 @@ class Admission:
         known.identity = (join.hostname, join.macs)
         known.real = join.real
         return node
+
+    def _may_resume(self, join: Join, node: Node, known: _Known) -> bool:
+        if join.returns and known.machine == join.machine and self.is_own(join):
+            return node.doubtful and node.heard_reports >= 0
+        # A node that this master has met has lost those jobs since, unless it is waited for.
+        return self.takes_up(join) and (not known.machine or node.doubtful)
 
     def known(self, number: int) -> tuple[str, tuple[str, ...]]:
         """Host name and hardware addresses of a number's last slave; empty where there was none."""

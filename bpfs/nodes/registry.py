@@ -7,7 +7,7 @@ it, posts an event and calls the listeners, so that nobody can change a node sil
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from errno import EEXIST, EHOSTDOWN, EINVAL, ENOENT, ENOSPC
 from typing import TYPE_CHECKING, NewType
@@ -53,7 +53,9 @@ class Node:
     init: int = 0  # HostPid of its job space's init, as the workers there see it
     session: Session | None = None  # the conversation with its slave, as long as there is one
     runs_on: bool = False  # lost, with jobs that may run to their end there all the same (`onlost continue`)
-    doubtful: bool = False  # linkless, but jobs of the last incarnation may still run: wait for `wait_fenced`
+    doubtful: bool = False  # jobs of the last incarnation may still run, nobody knows: wait for `wait_fenced`
+    kept: frozenset[int] = frozenset()  # pids of the jobs with which its slave came back; since then all is as ever
+    heard_reports: int = -1  # number of the last report of the last link; -1: its slave is not to come back with jobs
     _fenced: trio.Event = field(default_factory=trio.Event)
 
     @property
@@ -82,7 +84,7 @@ class Node:
         return self.session
 
     async def wait_fenced(self) -> None:
-        """Wait until no job of the last incarnation can be alive; at once where none can."""
+        """Wait until no job of the last incarnation can be alive, or its slave is back with them (`kept`)."""
         while self.doubtful:
             await self._fenced.wait()
 
@@ -225,18 +227,18 @@ class NodeTable:
     def set_doubtful(self, node: Node) -> None:
         """The link is gone, and nobody knows whether the node's jobs are."""
         if not node.doubtful:
-            node.doubtful = True
+            node.doubtful, node.kept = True, frozenset()
             node._fenced = trio.Event()
 
     def set_fenced(self, node: Node) -> None:
         """From now on no job of the node's last incarnation can be alive."""
-        node.doubtful = False
+        node.doubtful, node.kept, node.heard_reports = False, frozenset(), -1
         node._fenced.set()
         self._tell(node, "fenced", f"node {node.number} fenced")
 
-    def set_certain(self, node: Node) -> None:
-        """The node is back with the jobs it had."""
-        node.doubtful = False
+    def set_certain(self, node: Node, kept: Iterable[int]) -> None:
+        """The node is back with these of the jobs it had."""
+        node.doubtful, node.kept = False, frozenset(kept)
         node._fenced.set()
 
     def _tell(self, node: Node, what: str, text: str | None) -> None:

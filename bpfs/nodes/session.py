@@ -74,6 +74,8 @@ class Session:
         self.real = join.real
         self.facts = join.facts
         self._resumes = bool(join.resumes)
+        self._told_before = join.told  # number of the last report before this link
+        self._finished = False  # its start is
         self._reports = 0  # that have come: JobReport, JobEvents
         self._taken = 0  # of which nothing is left to be done
         self._table = table
@@ -102,9 +104,8 @@ class Session:
         }
         bound |= {kind: self._count(bound[kind]) for kind in (JobReport, JobEvents) if kind in bound}
         node.session, node.real, node.runs_on = self, self.real, False
-        if node.doubtful and self._resumes:
-            table.set_certain(node)
-        elif node.doubtful:
+        # Of one that comes back with its jobs nobody knows what they are before it has told.
+        if node.doubtful and not self._resumes:
             table.set_fenced(node)
         try:
             table.set_state(node, NodeState.BOOT, Cause.JOINED, "the slave makes its job space")
@@ -118,6 +119,10 @@ class Session:
             pass  # within the welcome; the end below is the same
         finally:
             self._end()
+
+    async def wait_ended(self) -> None:
+        """Wait until all that came over the link has been heard, and the node is known to be without it."""
+        await self._ended.wait()
 
     @property
     def heard(self) -> float:
@@ -162,6 +167,7 @@ class Session:
         if failure:
             table.set_state(node, NodeState.ERROR, Cause.FAULT, failure)
             return
+        self._finished = True
         state = NodeState.UNAVAILABLE if node.reserved else NodeState.UP
         table.set_state(node, state, Cause.READY, RESERVED)
         _log.info("node %d is %s, at %s", node.number, state.value, node.address)
@@ -208,11 +214,20 @@ class Session:
         self.link.close(f"silent for {self._config.silence:g} s")
 
     def _end(self) -> None:
-        node, table = self.node, self._table
         self.link.close("the master ends the session")
+        if self.node.session is self:
+            self._leave()
+        # Else a new one has taken over, and has dealt with the node.
         self._ended.set()
-        if node.session is not self:
-            return  # a new one has taken over, and has dealt with the node
+
+    def _leave(self) -> None:
+        node, table = self.node, self._table
+        if self._reports:
+            node.heard_reports = self._told_before + self._reports
+        elif not self._resumes:
+            node.heard_reports = 0
+        if not (self._finished or self._resumes):
+            node.heard_reports = -1
         node.heard_last = self.heard
         node.session, node.init = None, 0
         reason = self._left or self.link.reason
@@ -236,7 +251,8 @@ class Session:
         while node.doubtful:
             left = self.link.heard + self._config.silence - now()
             if left <= 0:
-                self._table.set_fenced(node)
+                if node.session is None:  # else its slave is back, and about to tell what it has
+                    self._table.set_fenced(node)
                 return
             with trio.move_on_after(left):
                 await node.wait_fenced()

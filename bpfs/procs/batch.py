@@ -201,8 +201,9 @@ class Copy(Leave):
                 made = await place.link.request(message, place.link.patience)
                 connection = await expected.wait_connected(CONNECT_TIMEOUT)
             except LinkClosed as error:
-                # It may run there. That it does not any more has to be sure before anybody is told that it failed.
-                await place.node.wait_fenced()
+                # It may run there. That it does not any more has to be sure before anybody is told that it failed. A
+                # node that comes back with it is told to kill it before that is certain (takeover.py).
+                await place.outlives(proc.pid)
                 raise BpfsError(errno.EHOSTDOWN, f"node {place.number} was lost: {error.sentence}") from error
             except BpfsError as error:
                 if error.code == errno.ETIMEDOUT:

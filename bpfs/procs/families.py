@@ -12,7 +12,7 @@ import trio
 from bpfs.errors import BpfsError
 from bpfs.nodes.registry import MASTER
 from bpfs.procs import ghost as control
-from bpfs.procs.away import BORN_WITHIN, NODE_TIMEOUT, Away, tell
+from bpfs.procs.away import BORN_WITHIN, Away, tell
 from bpfs.procs.groups import Groups
 from bpfs.procs.ledger import Part
 from bpfs.procs.parents import Parents
@@ -107,8 +107,8 @@ class Families:
             itself = self._ghosts.stand_in(child.pid)
             if itself is not None and itself.proc.place == away.proc.place:
                 return  # they are together, and need nobody between them
-            link = self._ghosts.nodes.get(away.proc.place).live_session().link
             heard = itself.stopped_after if itself is not None else self.heard.get(child.pid, 0)
             if child.code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
                 self.heard.pop(child.pid, None)
-            await link.request(messages.StandIn(child.pid, child.code, child.status, heard), NODE_TIMEOUT)
+            message = messages.StandIn(child.pid, child.code, child.status, heard)
+            await self._ghosts.signals.ask(away.proc.place, message)

@@ -50,8 +50,7 @@ class Groups:
         """Has what stands for the child follow it."""
         async with parent.calm():
             try:
-                link = self._ghosts.nodes.get(parent.proc.place).live_session().link
-                await link.request(messages.StandInLeads(pid, session), _TIMEOUT)
+                await self._ghosts.signals.ask(parent.proc.place, messages.StandInLeads(pid, session))
             except BpfsError:
                 self._told.pop(pid, None)  # it has moved, or its node has gone
                 raise

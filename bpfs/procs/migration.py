@@ -289,6 +289,11 @@ class Migration(ABC):
     async def arrived(self, reply: dict[str, Any]) -> None:
         """The copy runs, as the engine replied: stdio flows to and from its new place."""
 
+    async def found_there(self, error: BpfsError) -> dict[str, Any] | None:
+        """The copy's engine said this when it was to run. What it would have said where the copy runs all the same: its
+        node was lost, and is back with it; else None."""
+        return None
+
     async def lost(self) -> None:
         """The copy died before it ran: clears up before its ghost ends as killed."""
         return
@@ -438,16 +443,21 @@ class Migration(ABC):
             try:
                 reply = await dst.call("resume")
             except BpfsError as error:
-                # The only copy died with its worker or its node.
-                self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
-                if self.keep is not None:
-                    self.proc.why = error.sentence
-                await self.lost()
-                raise
+                reply = await self.found_there(error)
+                if reply is None:
+                    await self._bury(error)
+                    raise
         self.owed = int(reply.get("owed", 0))
         self.proc.hostpid = int(reply["hostpid"])
         self.figures.running, self.figures.ran_after = time.perf_counter(), float(reply["ran_after"])
         await self.arrived(reply)
+
+    async def _bury(self, error: BpfsError) -> None:
+        # The only copy died with its worker or its node.
+        self.proc.doom = self.proc.doom or ExitStatus(signal=signal.SIGKILL)
+        if self.keep is not None:
+            self.proc.why = error.sentence
+        await self.lost()
 
     async def _hand_over(self, src: Engine, dst: Engine) -> dict[str, Any] | None:
         """Ends the source, whose engine then tells the destination's that the copy may run.

@@ -124,13 +124,20 @@ class NodePlace:
 
     def __init__(self, node: Node) -> None:
         """Raises BpfsError EHOSTDOWN."""
-        session = node.live_session()
+        session = self._session = node.live_session()
         self.number = int(node.number)
         self.node = node
         self.link: Link = session.link
         self.door = session.door
         self.facts = session.facts
         self.master_address: str = self.link.local_address
+
+    async def outlives(self, pid: int) -> bool:
+        """Whether a process lives there after the link was lost: waits until the node is back with its jobs, or none of
+        them can be alive."""
+        await self._session.wait_ended()
+        await self.node.wait_fenced()
+        return pid in self.node.kept
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:

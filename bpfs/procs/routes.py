@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -193,6 +194,11 @@ class ToNode(Migration):
                for external in self._externals or [] if int(external["key"]) in attached.places}  # fmt: skip
         ends = own | await company.ends_for(self.proc.pid)
         landing.fds, landing.externals = list(ends.values()), {key: index for index, key in enumerate(ends)}
+
+    async def found_there(self, error: BpfsError) -> dict[str, Any] | None:
+        if error.code != errno.EHOSTDOWN or not await self.destination.outlives(self.proc.pid):
+            return None
+        return {"hostpid": 0, "ran_after": 0.0, "files": [], HANDLES: []}
 
     async def stay(self) -> None:
         await self._detach()
@@ -621,8 +627,11 @@ async def vanish(migration: Migration, src: Engine, go: bool) -> None:
     except BpfsError as error:
         if error.code != errno.EHOSTDOWN:
             raise
-        _log.warning("process %d: waiting until node %d is fenced: %s", proc.pid, place.number, error)
-        await place.node.wait_fenced()
+        if not await _has_gone_since(proc, place, error):
+            if migration.company is None:
+                proc.doom = proc.doom or proc.unclaimed
+                raise
+            await _end_copy(migration, NodePlace(place.node))
     finally:
         proc.leaving = False
 
@@ -641,11 +650,26 @@ async def _kill_copy(migration: Migration, place: NodePlace, src: Engine, go: bo
         elif await _runs(proc, place):
             if company is None:
                 raise
-            async with place.engine() as engine:  # all have agreed: it stands still, and ends by another's hand
-                await engine.call("freeze", pid=await place.hostpid(proc))
-                await engine.call("inspect", **migration.looking)
-                await engine.call("vanish", **leaving)
+            await _end_copy(migration, place)
         _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
+
+
+async def _end_copy(migration: Migration, place: NodePlace) -> None:
+    """All have agreed: it stands still, and ends by another's hand."""
+    async with place.engine() as engine:
+        await engine.call("freeze", pid=await place.hostpid(migration.proc))
+        await engine.call("inspect", **migration.looking)
+        await engine.call("vanish", init=place.node.init, leaving=migration.along)
+
+
+async def _has_gone_since(proc: Process, place: NodePlace, error: BpfsError) -> bool:
+    """Whether the link was lost after the copy was killed, or no copy can be alive by now. One that ended by itself has
+    run on before."""
+    _log.warning("process %d: waiting until node %d is back, or fenced: %s", proc.pid, place.number, error)
+    if await place.outlives(proc.pid):
+        proc.hostpid = 0
+        return False
+    return proc.unclaimed is None or proc.unclaimed.signal == signal.SIGKILL
 
 
 def vanishing(migration: Migration) -> dict[str, Any]:
@@ -669,10 +693,7 @@ async def has_vanished(migration: Migration, error: BpfsError | None, whole: boo
     except BpfsError as lost:
         if lost.code != errno.EHOSTDOWN:
             raise
-        if whole:
-            _log.warning("process %d: waiting until node %d is fenced: %s", proc.pid, place.number, lost)
-            await place.node.wait_fenced()
-        return whole
+        return whole and await _has_gone_since(proc, place, lost)
     if gone:
         _log.warning("process %d: its copy on node %d is gone, and so is the worker", proc.pid, place.number)
     return gone

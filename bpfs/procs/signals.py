@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError
+from bpfs.errors import BpfsError, LinkClosed
 from bpfs.nodes.registry import MASTER
 from bpfs.procs import ghost as control
 from bpfs.procs.away import NODE_TIMEOUT, SI_KERNEL, SI_QUEUE, SI_USER, Away, carefully, tell
@@ -47,7 +47,7 @@ class Signals:
         """
         if proc.away:
             await self._ghosts.wait_born(proc)
-            await self.send(self._ghosts.of(proc), signo, SI_USER, caller.pid, caller.uid)
+            await self.send(self._ghosts.of(proc), signo, SI_USER, caller.pid, caller.uid, patient=False)
             return
         try:
             os.kill(proc.pid, signo)
@@ -84,16 +84,41 @@ class Signals:
 
     async def send(
         self, away: Away, signo: int, code: int = SI_USER, pid: int = 0, uid: int = 0, value: int = 0,
-        replied: Callable[[], None] | None = None,
+        replied: Callable[[], None] | None = None, patient: bool = True,
     ) -> None:  # fmt: skip
+        message = messages.Signal(away.proc.pid, signo, code, pid, uid, value)
         async with away.calm():
-            await self.send_now(away.proc, messages.Signal(away.proc.pid, signo, code, pid, uid, value), replied)
+            await self.send_now(away.proc, message, replied, patient)
+
+    async def ask(
+        self, place: int, message: messages.Message, replied: Callable[[], None] | None = None, patient: bool = True
+    ) -> None:
+        """Has a node do something, which may be done twice where its slave is started anew just then.
+
+        Args:
+            patient: wait for that slave, as long as the node may come back with its jobs.
+
+        Raises:
+            BpfsError: EHOSTDOWN; the node's own.
+        """
+        node = self._ghosts.nodes.get(place)
+        while True:
+            if patient:
+                await node.wait_fenced()
+            session = node.live_session()
+            try:
+                await session.link.request(message, NODE_TIMEOUT, replied)
+                return
+            except LinkClosed:
+                if not patient:
+                    raise
+                await session.wait_ended()
 
     async def send_now(
-        self, proc: Process, message: messages.Signal, replied: Callable[[], None] | None = None
+        self, proc: Process, message: messages.Signal, replied: Callable[[], None] | None = None, patient: bool = True
     ) -> None:
         if proc.place != MASTER:
-            await self._ghosts.nodes.get(proc.place).live_session().link.request(message, NODE_TIMEOUT, replied)
+            await self.ask(proc.place, message, replied, patient)
             return
         try:
             os.kill(proc.pid, message.sig)

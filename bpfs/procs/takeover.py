@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -18,6 +19,7 @@ from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.nodes.blocks import Blocks
 from bpfs.nodes.registry import MASTER, Node, NodeTable
+from bpfs.nodes.session import Session
 from bpfs.procs.away import UNCOUNTED, Away, carefully
 from bpfs.procs.entries import Bound, Entry, bound_of, restored
 from bpfs.procs.ghost import Ghost
@@ -122,10 +124,11 @@ class Takeover:
         self._ghosts.ledger.drop(Part.AWAY, pid)
 
     async def _expect(self, node: Node) -> None:
-        with trio.move_on_after(self._silence()):
-            await node.wait_fenced()
-        if node.doubtful:
-            self._nodes.set_fenced(node)
+        while node.doubtful:
+            with trio.move_on_after(self._silence()):
+                await node.wait_fenced()
+            if node.doubtful and node.session is None:
+                self._nodes.set_fenced(node)
 
     def _node_changed(self, node: Node, what: str) -> None:
         if what == "fenced":
@@ -136,19 +139,23 @@ class Takeover:
 
     def resumed(self, node: Node, message: messages.Resumed) -> None:
         """Handler of Resumed; what was reported before it is dealt with before it."""
-        self._ghosts.reports.after(lambda: self._compare(node, message))
+        self._ghosts.reports.after(partial(self._compare, node, node.session, message))
 
-    async def _compare(self, node: Node, message: messages.Resumed) -> None:
+    async def _compare(self, node: Node, session: Session | None, message: messages.Resumed) -> None:
         number = int(node.number)
         alive, stopped = set(message.alive), set(message.stopped)
         self._alive[number] = alive
-        for pid in alive:
+        for pid in sorted(alive):
             if not self._has_owner(pid, node):
+                alive.discard(pid)
                 await carefully(pid, self._kill(number, pid))
         self._nursery.start_soon(self._drop_unknown, number, message, name=f"remains of moves on node {number}")
         for away in self._ghosts.away_on(number):
             if away.proc.pid not in self._torn:
                 await carefully(away.proc.pid, self._settle(away, alive, stopped))
+        if node.session is not session:
+            return  # lost again meanwhile
+        self._nodes.set_certain(node, alive)
         self._known[number].set()
 
     def _has_owner(self, pid: int, node: Node) -> bool:
@@ -156,7 +163,8 @@ class Takeover:
         the copy that nobody expects is the one that must not live."""
         proc = self._ghosts.table.known(pid)
         if proc is not None:
-            return proc.place == node.number or pid in self._torn
+            expected = self._ghosts.reports.is_expected(pid, int(node.number))
+            return proc.place == node.number or pid in self._torn or expected
         return pid in self._blocks.of(node.number) and pid not in self._ownerless
 
     async def _drop_unknown(self, number: int, message: messages.Resumed) -> None:
@@ -180,6 +188,8 @@ class Takeover:
 
     async def _settle(self, away: Away, alive: set[int], stopped: set[int]) -> None:
         proc = away.proc
+        if proc.state is ProcState.MIGRATING:
+            return  # the migration waits to hear of it
         if proc.pid not in alive:
             self._nursery.start_soon(carefully, proc.pid, self._miss(away), name=f"end of process {proc.pid}")
         elif proc.pid in stopped and proc.state is ProcState.RUNNING:

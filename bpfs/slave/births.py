@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
 from bpfs import log
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
-from bpfs.wire.messages import JobEvents
+from bpfs.slave.spool import Source
 from engine.jobwatch import JobWatch
 
 _log = log.get("births")
 
 
 class BirthWatch:
-    """The job space of this life, watched."""
+    """The job space, watched."""
 
     def __init__(self, watch: JobWatch, link: Line) -> None:
         self._watch = watch
@@ -24,10 +26,15 @@ class BirthWatch:
         self._closed = False
 
     @classmethod
-    def start(cls, init: int, shared: Path | None, link: Line) -> BirthWatch | None:
-        """Begin; None, with a line in the log, where there is no jobwatch: jobs live and fork all the same."""
+    def start(cls, init: int, shared: Path | None, link: Line, keeper: Keeper) -> BirthWatch | None:
+        """Begin, or go on where a life before has begun; None, with a line in the log, where there is no jobwatch: jobs
+        live and fork all the same."""
+        for _, kept in keeper.of("watch"):
+            return cls(JobWatch(socket.socket(fileno=kept.fds[0])), link)
         try:
-            return cls(JobWatch(init, shared), link)
+            watch = JobWatch.begin(init, shared, lambda *what: keeper.keep(("jobwatch", 0), keeper.spawn(*what)))
+            keeper.keep(("watch", 0), None, [watch.socket.fileno()])
+            return cls(watch, link)
         except OSError as error:
             _log.error("what jobs fork here stays unknown to the master: no jobwatch: %s", error)
             return None
@@ -37,12 +44,14 @@ class BirthWatch:
         while not self._closed:
             try:
                 await trio.lowlevel.wait_readable(self._watch.socket)
+                slot = self._link.receive(self._watch.socket, Source.EVENTS)
+            except BlockingIOError:
+                continue
             except (trio.ClosedResourceError, OSError):
                 return
-            packet = self._watch.read()
-            if packet:
-                self._link.notify_nowait(JobEvents(packet))
-            elif packet is not None and not self._closed:
+            if slot is not None:
+                self._link.tell(slot)
+            elif not self._closed:
                 _log.error("what jobs fork here stays unknown to the master from now on: jobwatch has died")
                 return
 

@@ -17,21 +17,37 @@ from bpfs.engines import WorkerChannel, Workers
 from bpfs.errors import BpfsError
 from bpfs.fdinfo import inode_and_offset
 from bpfs.slave.births import BirthWatch
+from bpfs.slave.keeper import Keeper
 from bpfs.wire.messages import EngineCall, EngineClose, EngineOpen, EngineReply, FdClose, FdIsWhere, FdWhere
 
 
 class HeldFds:
     """Descriptors that the slave holds for the master, by handle. Handles are never used twice."""
 
-    def __init__(self) -> None:
-        self._fds: dict[int, int] = {}
-        self._next = itertools.count(1)
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._fds = {handle: kept.fds[0] for handle, kept in keeper.of("fd")}
+        self._kept = set(self._fds)
+        self._next = itertools.count((keeper.life << 32) + 1)
 
-    def hold(self, fd: int) -> int:
-        """Keep a descriptor; gives its handle."""
+    def hold(self, fd: int, lasting: bool = True) -> int:
+        """Keep a descriptor; gives its handle.
+
+        Args:
+            lasting: it is a job's, and the next life shall hold it; else it is of use in a move only.
+        """
         handle = next(self._next)
         self._fds[handle] = fd
+        if lasting:
+            self._keeper.keep(("fd", handle), None, [fd])
+            self._kept.add(handle)
         return handle
+
+    def _drop(self, handle: int) -> int:
+        if handle in self._kept:
+            self._kept.remove(handle)
+            self._keeper.drop(("fd", handle))
+        return self._fds.pop(handle, -1)
 
     def take(self, handle: int) -> int:
         """Give a descriptor out: it is the caller's.
@@ -39,7 +55,7 @@ class HeldFds:
         Raises:
             BpfsError: EBADF.
         """
-        fd = self._fds.pop(handle, -1)
+        fd = self._drop(handle)
         if fd < 0:
             raise BpfsError(EBADF, f"the node holds no descriptor {handle}")
         return fd
@@ -47,7 +63,7 @@ class HeldFds:
     def close(self, message: FdClose | None = None) -> None:
         """Handler, and the end: close these, or all."""
         for handle in message.fds if message is not None else list(self._fds):
-            fd = self._fds.pop(handle, -1)
+            fd = self._drop(handle)
             if fd >= 0:
                 os.close(fd)
 

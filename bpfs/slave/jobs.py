@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from errno import EFBIG, EINVAL, EIO, ESRCH
 from functools import partial
@@ -14,7 +16,9 @@ import trio
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.slave.births import BirthWatch
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
+from bpfs.slave.spool import Slot, Source
 from bpfs.wire.messages import (
     JOBS_AT_ONCE,
     MM_FILES,
@@ -22,7 +26,6 @@ from bpfs.wire.messages import (
     DropPlaceholder,
     HostPidIs,
     HostPidOf,
-    JobReport,
     JobsStatus,
     JobsStatusAre,
     JobStatus,
@@ -32,7 +35,7 @@ from bpfs.wire.messages import (
     StandIn,
     StandInLeads,
 )
-from engine.jobspace import Clocks, JobSpace, Kind
+from engine.jobspace import Clocks, JobSpace, Kind, Report
 from engine.linux import pidfd, procfs
 
 _log = log.get("jobs")
@@ -42,6 +45,23 @@ STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTO
 DIRECT = STOPS | {signal.SIGKILL}  # these keep their order whoever sends them, and nobody sees the sender of most
 SWEEP_AFTER = 0.25  # seconds from a job's end until placeholders are looked over: the next one may need the very same
 TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 MiB
+
+
+class _Dropped(set[int]):
+    """Placeholders whose end is nobody's business; the next life is to know of them."""
+
+    def __init__(self, keeper: Keeper, known: Iterable[int] = ()) -> None:
+        super().__init__(known)
+        self._keeper = keeper
+
+    def add(self, pid: int) -> None:
+        self._keeper.keep(("dropped", pid))
+        super().add(pid)
+
+    def discard(self, pid: object) -> None:
+        assert isinstance(pid, int)
+        self._keeper.drop(("dropped", pid))
+        super().discard(pid)
 
 
 class Jobs:
@@ -62,7 +82,9 @@ class Jobs:
         self.births: BirthWatch | None = None
 
     @classmethod
-    def start(cls, block: range, link: Line, root: str | None = None, clocks: Clocks | None = None) -> Jobs:
+    def start(
+        cls, block: range, link: Line, keeper: Keeper, root: str | None = None, clocks: Clocks | None = None
+    ) -> Jobs:
         """Make the job space, with `root` as its root where it is not to have ours, and with the master's clocks where
         they are not ours either; takes about 3 ms.
 
@@ -70,12 +92,33 @@ class Jobs:
             BpfsError: with a sentence.
         """
         try:
-            space = JobSpace.start(block, root, clocks)
+            space = JobSpace.start(block, root, clocks, keeper.spawn, _Dropped(keeper))
             if clocks is not None and not space.has_clocks:
                 _log.warning("the kernel has no time namespaces: monotonic clocks of processes that come here jump")
+            keeper.keep(("space", space.has_block), space.init, [space.reports.fileno()])
             return cls(space, block, link)
         except (OSError, RuntimeError) as error:
             raise BpfsError(EIO, f"no job space can be made: {error}") from None
+
+    @classmethod
+    def adopt(cls, block: range, link: Line, keeper: Keeper) -> Jobs:
+        """Take up the job space of the life before.
+
+        Raises:
+            BpfsError: it has ended.
+        """
+        ((has_block, kept),) = keeper.of("space")
+        reports = socket.socket(fileno=kept.fds[0])
+        dropped = _Dropped(keeper, [pid for pid, _ in keeper.of("dropped")])
+        try:
+            jobs = cls(JobSpace.adopt(int(kept.value), reports, bool(has_block), dropped), block, link)
+            jobs.take_reports()
+            jobs._unswept = True
+            for pid in dropped.difference(jobs.space.placeholders()):
+                dropped.discard(pid)  # it has ended, and its pid may be a job's one day
+            return jobs
+        except OSError as error:
+            raise BpfsError(EIO, f"the job space has ended: {error}") from None
 
     @property
     def init(self) -> int:
@@ -94,26 +137,12 @@ class Jobs:
                 await trio.lowlevel.wait_readable(self._space.reports)
             except (trio.ClosedResourceError, OSError):
                 break
-            reports = self._space.read_reports()
-            for report in reports:
-                self._link.notify_nowait(
-                    JobReport(
-                        kind=int(report.kind),
-                        pid=report.pid,
-                        reporter=report.reporter,
-                        code=report.code,
-                        status=report.status,
-                        uid=report.uid,
-                        utime_us=report.utime_us,
-                        stime_us=report.stime_us,
-                        maxrss_kb=report.maxrss_kb,
-                        value=report.value,
-                        sender=report.sender,
-                    )
-                )
-            if not reports and self._is_dead():
+            told = self.take_reports()
+            if told is None:
                 return "the init of the job space has died"
-            children = [report.pid for report in reports if report.kind is Kind.CHILD]
+            for slot in told:
+                self._link.tell(slot)
+            children = [report.pid for slot in told if (report := Report.parse(slot.data)).kind is Kind.CHILD]
             if children:
                 self._unswept = True
                 if self.ordered.issuperset(children):
@@ -144,13 +173,20 @@ class Jobs:
             if self._unswept:  # a process is being born
                 self._sweep_soon.set()
 
-    def _is_dead(self) -> bool:
-        try:
-            return not self._space.reports.recv(1, 0x42)  # MSG_PEEK | MSG_DONTWAIT
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+    def take_reports(self) -> list[Slot] | None:
+        """All reports that have come in, without waiting; None where there is none, and its init has died."""
+        taken: list[Slot] = []
+        while True:
+            try:
+                slot = self._link.receive(self._space.reports, Source.REPORT)
+            except BlockingIOError:
+                return taken
+            if slot is None:
+                return taken or None
+            if self._space.is_ours(Report.parse(slot.data)):
+                self._link.drop(slot)
+            else:
+                taken.append(slot)
 
     def kill(self) -> None:
         """Send SIGKILL to every job, and wait for none."""

@@ -8,8 +8,8 @@ from contextlib import suppress
 import trio
 
 from bpfs.errors import LinkClosed
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
-from bpfs.slave.supervisor import Reporter
 from bpfs.wire.link import now
 from bpfs.wire.messages import Heartbeat, HeartbeatSeen, Welcome
 
@@ -18,13 +18,13 @@ class Lease:
     """Counts from when an answered heartbeat was *sent*: so the master, which counts from later, never gives up
     earlier."""
 
-    def __init__(self, link: Line, welcome: Welcome, sent: float, reporter: Reporter) -> None:
+    def __init__(self, link: Line, welcome: Welcome, sent: float, keeper: Keeper) -> None:
         """Args:
         sent: when, by `now()`, we sent what the welcome answers.
         """
         self._link = link
         self._welcome = welcome
-        self._reporter = reporter
+        self._keeper = keeper
         self._sent: dict[int, float] = {}
         self._count = 0
         self._extend(sent)
@@ -37,7 +37,10 @@ class Lease:
 
     def _extend(self, sent: float) -> None:
         self.end = sent + self._welcome.lease
-        self._reporter.note(self.end, self._welcome)
+        told = self._welcome
+        # Jobs may outlive it where they are to run on.
+        fence = 0.0 if told.onlost == "continue" else self.end
+        self._keeper.note_lease(fence, self.end, told.node, told.onlost, told.onlost_after)
 
     def seen(self, message: HeartbeatSeen) -> None:
         """Handler: the master has answered."""

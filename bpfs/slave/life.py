@@ -3,18 +3,21 @@ life.
 
 Whatever ends it (the lease, a fence, a signal), the way out is the same: leave the nursery, kill the jobs, exit with a
 code that says what next. What is left after that, the supervisor kills. The end of the link alone ends no life: within
-the lease a new master may come that takes up its predecessor's jobs.
+the lease a new master may come that takes up its predecessor's jobs. Only kill -9 leaves the jobs alive: what the next
+life needs to take them up, the supervisor has by then (keeper.py).
 """
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from errno import EINVAL
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -29,6 +32,7 @@ from bpfs.slave.connect import GivenUp, Seeker, make_join
 from bpfs.slave.enginehost import EngineHost, HeldFds
 from bpfs.slave.images import Images
 from bpfs.slave.jobs import Jobs
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.lease import Lease
 from bpfs.slave.line import Line
 from bpfs.slave.makejob import JobMaker
@@ -36,12 +40,13 @@ from bpfs.slave.names import NamesFile
 from bpfs.slave.options import SlaveOptions
 from bpfs.slave.relay import Relay, open_relay
 from bpfs.slave.remote_tree import mounted
+from bpfs.slave.spool import Spool, make_memory
 from bpfs.slave.stdio import StdioHost
 from bpfs.slave.strict import StrictJobs
-from bpfs.slave.supervisor import End, Reporter
+from bpfs.slave.supervisor import READY, End
 from bpfs.slave.view import NodeView, no_cache
 from bpfs.wire.handshake import RefusedByMaster
-from bpfs.wire.link import Link
+from bpfs.wire.link import Link, now
 from bpfs.wire.messages import (
     CacheCall,
     ClockIs,
@@ -102,16 +107,19 @@ class Slave:
         welcome: Welcome,
         workers: Workers,
         join: Join,
+        keeper: Keeper,
+        spool: Spool,
         clocks: Clocks | None = None,
     ) -> None:
         self.options = options
-        self.link = Line(link)
+        self.keeper = keeper
+        self.link = Line(link, spool)
         self.welcome = welcome
         self.clocks = clocks
         self.number = welcome.node
         self._join = join
         self.workers = workers
-        self.held = HeldFds()
+        self.held = HeldFds(keeper)
         self.engines = EngineHost(workers, self.held)
         self.images = Images(link)
         self.jobs: Jobs | None = None
@@ -150,7 +158,7 @@ class Slave:
         self.handlers[HeartbeatSeen] = lease.seen
         try:
             async with AsyncExitStack() as stack:
-                relay = await stack.enter_async_context(open_relay())
+                relay = await stack.enter_async_context(open_relay(keeper=self.keeper))
                 # Before the job space, whose mounts are copies of ours.
                 await self._mount_tree(stack)
                 nursery = await stack.enter_async_context(trio.open_nursery())
@@ -172,7 +180,11 @@ class Slave:
                         nursery.start_soon(self.strict.run, name="strict jobs")
                     door = await self.images.open(nursery)
                     self._ready = Ready(self.jobs.init, machine.is_real_node(), door)
-                    self.link.notify_nowait(self._ready)
+                    if self._join.returns:
+                        await self._take_up(self.jobs)
+                    else:
+                        self.link.notify_nowait(self._ready)
+                    self._note_master()
         except* BpfsError as group:  # the link was closed, or iorelay died
             if not self._stopping:  # else it is a consequence
                 _log.warning("starting afresh: %s", first_error(group))
@@ -191,7 +203,7 @@ class Slave:
             _log.error("no tree on this node: %s", error)
 
     def _serve_stdio(self, relay: Relay, nursery: trio.Nursery) -> None:
-        stdio = self.stdio = StdioHost(relay, self.held, self.options, self.link)
+        stdio = self.stdio = StdioHost(relay, self.held, self.options, self.link, self.keeper)
         self.handlers |= {RelayAttach: stdio.attach, RelayDetach: stdio.detach}
         nursery.start_soon(stdio.watch, name="streams")
 
@@ -199,12 +211,14 @@ class Slave:
         if not self.options.empty:
             self.handlers[CacheCall] = no_cache
             return
-        view = NodeView(self.options, self.link)
+        view = NodeView(self.options, self.link, self.keeper)
         self.handlers[CacheCall] = view.call
         try:
             await nursery.start(view.run, name="view")
             self.view = view
         except BpfsError as error:
+            if self._join.returns:
+                raise
             _log.error("%s", error)
             self.link.notify_nowait(Fault(error.sentence))
 
@@ -214,8 +228,13 @@ class Slave:
         root = str(self.view.root) if self.view is not None else None
         block = range(self.welcome.block_first, self.welcome.block_last + 1)
         try:
-            jobs = self.jobs = Jobs.start(block, self.link, root, self.clocks)
+            if self._join.returns:
+                jobs = self.jobs = Jobs.adopt(block, self.link, self.keeper)
+            else:
+                jobs = self.jobs = Jobs.start(block, self.link, self.keeper, root, self.clocks)
         except BpfsError as error:
+            if self._join.returns:
+                raise  # nothing is left to be taken up
             _log.error("%s", error)
             self.link.notify_nowait(Fault(error.sentence))
             return
@@ -235,16 +254,17 @@ class Slave:
             maker = JobMaker(jobs, self.stdio, self.engines, self.workers, self.held, self.images)
             self.handlers[MakeJob] = maker.make
         self.engines.before = jobs.sweep
-        births = BirthWatch.start(jobs.init, self.options.watch, self.link)
+        births = BirthWatch.start(jobs.init, self.options.watch, self.link, self.keeper)
         self.births = jobs.births = self.engines.births = births
         try:
-            self.strict = StrictJobs(jobs.space, self.link)
+            self.strict = StrictJobs(jobs.space, self.link, self.keeper)
         except OSError as error:
             _log.error("this node takes no strict jobs: %s", error)
 
     def _kill_jobs(self) -> None:
         """Kill all jobs; returns when none lives. Waits for nothing that this very task would have to do."""
         self._stopping = True
+        self.keeper.clear()
         self.engines.close_all()
         if self.jobs is not None:
             self.jobs.kill()
@@ -296,23 +316,41 @@ class Slave:
     async def _find_next(self, lease: Lease, jobs: Jobs) -> None:
         """Wait for a master that takes up the jobs; the lease ends all waiting."""
         old = self.welcome
-        join = replace(self._join, wanted=self.number, resumes=old.cluster, generation=old.generation)
+        join = replace(self._join, wanted=self.number, resumes=old.cluster, generation=old.generation, returns=False)
+        join = replace(join, told=self.link.told)
         link, welcome, sent, _ = await Seeker(self.options, join).find()
         if self._stopping:
             link.close("the slave ends")
             return
         self.welcome = welcome
-        alive, stopped = jobs.present()
-        broken = self.stdio.broken if self.stdio is not None else ()
-        self.link.take_over(link, set(alive))
         lease.renew(welcome, sent)
         self._doubtful.clear()
-        if self._ready is not None:
-            self.link.notify_nowait(self._ready)
-        self.link.notify_nowait(Resumed(alive, stopped, tuple(broken), tuple(self.held)))
+        self._tell_present(jobs, link, None)
+        self._note_master()
         if self._sample is not None:
             self.link.notify_nowait(self._sample)
         _log.info("another master has taken up the jobs of node %d", self.number)
+
+    async def _take_up(self, jobs: Jobs) -> None:
+        """Go on with the jobs of a life that was killed."""
+        if self.stdio is not None:
+            await self.stdio.take_up()
+        left = master_of(self.keeper)
+        self._tell_present(jobs, self.link.link, self.welcome.heard if left.is_same(self.welcome) else None)
+        _log.info("took up %d jobs of node %d", len(jobs.space.processes()), self.number)
+
+    def _tell_present(self, jobs: Jobs, link: Link, heard: int | None) -> None:
+        alive, stopped = jobs.present()
+        broken = self.stdio.broken if self.stdio is not None else ()
+        self.link.take_over(link, set(alive), heard)
+        if self._ready is not None:
+            self.link.notify_nowait(self._ready)
+        self.link.notify_nowait(Resumed(alive, stopped, tuple(broken), tuple(self.held)))
+
+    def _note_master(self) -> None:
+        """From now on another life may go on with the jobs."""
+        told = self.welcome
+        self.keeper.keep((READY, 0), [told.node, told.cluster, told.generation])
 
     def _undo(self, jobs: Jobs) -> None:
         """Undo what was under way between two masters."""
@@ -394,24 +432,64 @@ async def _tell_figure(message: Figure) -> FigureIs:
     return FigureIs(await trio.to_thread.run_sync(figure, message.name, abandon_on_cancel=True))
 
 
-def live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None) -> int:
+def _spool(keeper: Keeper) -> Spool:
+    for _, kept in keeper.of("spool"):
+        return Spool(kept.fds[0])
+    memory = make_memory()
+    try:
+        keeper.keep(("spool", 0), None, [memory])
+        return Spool(memory)
+    finally:
+        os.close(memory)
+
+
+class Left(NamedTuple):
+    """The master of a life before."""
+
+    node: int
+    cluster: bytes
+    generation: int
+
+    def is_same(self, welcome: Welcome) -> bool:
+        """Whether this is its word, and not that of a master after it."""
+        return (self.cluster, self.generation) == (welcome.cluster, welcome.generation)
+
+
+def master_of(keeper: Keeper) -> Left:
+    """Who was the master of the life before."""
+    ((_, kept),) = keeper.of(READY)
+    return Left(*kept.value)
+
+
+def live(options: SlaveOptions, keeper: Keeper, identity: bytes, number: int | None) -> int:
     """Live once; gives the exit code for the supervisor."""
     kernel.set_title(f"bpslave: node {'?' if number is None else number} of {options.host} port {options.port}")
     daemon.raise_limits()
     zygote = Zygote.start()
     try:
-        return int(trio.run(_live, options, reporter, identity, number, zygote))
+        return int(trio.run(_live, options, keeper, identity, number, zygote))
     finally:
         zygote.close()
 
 
-async def _live(options: SlaveOptions, reporter: Reporter, identity: bytes, number: int | None, zygote: Zygote) -> End:
-    join = make_join(number, identity, options.empty)
-    seeker = Seeker(options, join)
+async def _live(options: SlaveOptions, keeper: Keeper, identity: bytes, number: int | None, zygote: Zygote) -> End:
+    join, spool = make_join(number, identity, options.empty), _spool(keeper)
+    if keeper.kept:
+        node, cluster, generation = master_of(keeper)
+        join = replace(join, wanted=node, resumes=cluster, generation=generation, returns=True, told=spool.last)
+    slave: Slave | None = None
     try:
-        link, welcome, sent, clocks = await seeker.find()
+        with trio.move_on_after(keeper.lease_end - now() if keeper.kept else math.inf):
+            link, welcome, sent, clocks = await Seeker(options, join).find()
+            _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
+            slave = Slave(options, link, welcome, Workers(zygote), join, keeper, spool, clocks)
+            lease = Lease(slave.link, welcome, sent, keeper)
     except GivenUp as given_up:
         return THEN[given_up.how]
-    _log.info("welcome as node %d, lease %g s", welcome.node, welcome.lease)
-    slave = Slave(options, link, welcome, Workers(zygote), join, clocks)
-    return await slave.run(Lease(slave.link, welcome, sent, reporter))
+    except RefusedByMaster as refusal:
+        _log.warning("refused with the jobs of the last life: %s", refusal)
+        return End.AFRESH
+    if slave is None:
+        _log.warning("no master took up the jobs of the last life within the lease")
+        return End.AFRESH
+    return await slave.run(lease)

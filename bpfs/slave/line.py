@@ -1,44 +1,42 @@
-"""The slave's line to its master: one link after another, for a master that was started anew finds its jobs again.
+"""The slave's line to its master: one link after another, for a master that was started anew finds its jobs again, and
+so does a bpslave.
 
-What is asked over the line fails while there is no link. What jobs did is not lost: reports wait for the next link, and
-those that the last master may have had no time for are told once more.
+What is asked over the line fails while there is no link. What jobs did is not lost: reports wait for the next link
+(spool.py). A master that has gone on tells which of them it has had; another one is told once more what its
+predecessor may have had no time for.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
+import socket
 from collections.abc import Container
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from errno import ENOBUFS
+from typing import Any
 
+from bpfs import log
 from bpfs.errors import LinkClosed
+from bpfs.slave.spool import Slot, Source, Spool
 from bpfs.wire.link import Handlers, Link
 from bpfs.wire.messages import JobEvents, JobReport, Message
-from engine.jobspace import Kind
+from engine.jobspace import Kind, Report
 from engine.jobwatch import without_ends
-
-MOST_KEPT = 50_000
-"""Reports kept at most: some 10 MB. A master that is so far behind has a storm of forks to deal with, and has dealt
-with what is older than that."""
 
 _ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
-
-@dataclass(slots=True)
-class _Report:
-    message: Message
-    sent: bool
+_log = log.get("wire")
 
 
 class Line:
     """What the parts of a slave talk to."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, spool: Spool) -> None:
+        """Args:
+        spool: reports that are not known to have been dealt with.
+        """
         self._link = link
-        self._reports: deque[_Report] = deque(maxlen=MOST_KEPT)  # those not known to have been dealt with, oldest first
-        self._told = 0  # reports over this link
-        self._taken = 0  # of those the master has dealt with
+        self._spool = spool
+        self._before = spool.last  # number of the last report before this link
 
     @property
     def link(self) -> Link:
@@ -58,64 +56,122 @@ class Line:
         await self._link.notify(message)
 
     def notify_nowait(self, message: Message) -> None:
-        """As `Link.notify_nowait`; a report of jobs never fails: it waits for the next link.
+        """As `Link.notify_nowait`."""
+        self._link.notify_nowait(message)
+
+    @property
+    def told(self) -> int:
+        """The number of the last report that was told."""
+        return self._spool.last
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def receive(self, sock: socket.socket, source: Source) -> Slot | None:
+        """Take a packet of reports from a socket; it is to be told or dropped then. None at the socket's end.
 
         Raises:
-            LinkClosed: the link is gone.
+            BlockingIOError: there is none.
         """
-        if not isinstance(message, JobReport | JobEvents):
-            self._link.notify_nowait(message)
+        try:
+            return self._spool.receive(sock, source)
+        except OSError as error:
+            if error.errno != ENOBUFS:
+                raise
+        self._make_room()
+        return self._spool.receive(sock, source)
+
+    def _make_room(self) -> None:
+        # A master that is so far behind has a storm of forks to deal with, and has dealt with what is older than that.
+        _log.warning("%d reports to the master are given up: it has not dealt with any of them", len(self._spool))
+        for slot in self._spool:
+            self._spool.drop(slot)
+
+    def report(self, packet: bytes, source: Source) -> None:
+        """Tell the master something that has come another way."""
+        self.tell(self._spool.put(packet, source))
+
+    def tell(self, slot: Slot, alive: Container[int] = ()) -> None:
+        """Have the master told, over this link or the next; not of ends of these."""
+        if self._link.reason:
             return
-        report = _Report(message, False)
-        self._reports.append(report)
-        if not self._link.reason:
-            self._send(report)
+        self._spool.last += 1
+        slot.told = self._spool.last  # before it can have been heard
+        try:
+            self._link.notify_nowait(_message(slot, alive))
+        except LinkClosed:
+            slot.told = 0
+
+    def drop(self, slot: Slot) -> None:
+        """It is nothing that the master has to hear of."""
+        self._spool.drop(slot)
 
     def taken(self, count: int) -> None:
         """The master has dealt with so many reports of this link."""
-        while self._taken < count and self._reports and self._reports[0].sent:
-            self._reports.popleft()
-            self._taken += 1
-        self._taken = max(self._taken, count)
+        for slot in self._spool:
+            if not 0 < slot.told <= self._before + count:
+                break
+            self._spool.drop(slot)
 
-    def take_over(self, link: Link, alive: Container[int]) -> None:
-        """Go on over a new link, to another master: tell it what its predecessor may not know.
-
-        Of what was told already only what does no harm when it is told twice: ends, and what jobs are like by now.
+    def take_over(self, link: Link, alive: Container[int], heard: int | None) -> None:
+        """Go on over a new link: tell what the master does not know.
 
         Args:
             alive: pids of all jobs. One that is told to have ended was a copy of it whose move failed.
+            heard: number of the last report that this very master has had; None: it is another one. Then, of what
+                was told already, only what does no harm when it is told twice is told: ends, and what jobs are like.
         """
-        self._link = link
-        self._told = self._taken = 0
-        kept = [report for report in self._reports if not report.sent or _may_come_twice(report.message)]
-        self._reports.clear()
-        last = {report.message.pid: report for report in kept if _is_end(report.message)}
-        for report in kept:
-            message = report.message
-            if isinstance(message, JobEvents):
-                report.message = JobEvents(without_ends(message.records, alive))
-            elif _is_end(message) and (message.pid in alive or last[message.pid] is not report):
-                continue
-            self._reports.append(report)
-            self._send(report)
+        self._link, self._before = link, self._spool.last
+        for slot in self._spool:
+            if slot.told and (slot.told <= heard if heard is not None else not _may_come_twice(slot)):
+                self._spool.drop(slot)
+        if heard is None:
+            self._leave_out_ends(alive)
+        for slot in self._spool:
+            slot.told = 0
+        for slot in self._spool:
+            self.tell(slot, alive if heard is None else ())
+
+    def _leave_out_ends(self, alive: Container[int]) -> None:
+        ends = [slot for slot in self._spool if _is_end(slot)]
+        last = {_report(slot).pid: slot for slot in ends}
+        for slot in ends:
+            if _report(slot).pid in alive or last[_report(slot).pid] is not slot:
+                self._spool.drop(slot)
 
     def close(self, reason: str) -> None:
         """End the link."""
         self._link.close(reason)
 
-    def _send(self, report: _Report) -> None:
-        try:
-            self._link.notify_nowait(report.message)
-        except LinkClosed:
-            return
-        report.sent = True
-        self._told += 1
+
+def _report(slot: Slot) -> Report:
+    return Report.parse(slot.data)
 
 
-def _may_come_twice(message: Message) -> bool:
-    return isinstance(message, JobEvents) or _is_end(message)
+def _may_come_twice(slot: Slot) -> bool:
+    return slot.source is Source.EVENTS or _is_end(slot)
 
 
-def _is_end(message: Message) -> TypeGuard[JobReport]:
-    return isinstance(message, JobReport) and message.kind == Kind.CHILD and message.code in _ENDS
+def _is_end(slot: Slot) -> bool:
+    if slot.source is not Source.REPORT:
+        return False
+    report = _report(slot)
+    return report.kind == Kind.CHILD and report.code in _ENDS
+
+
+def _message(slot: Slot, alive: Container[int]) -> Message:
+    if slot.source is Source.EVENTS:
+        return JobEvents(without_ends(slot.data, alive))
+    report = _report(slot)
+    return JobReport(
+        kind=int(report.kind),
+        pid=report.pid,
+        reporter=report.reporter,
+        code=report.code,
+        status=report.status,
+        uid=report.uid,
+        utime_us=report.utime_us,
+        stime_us=report.stime_us,
+        maxrss_kb=report.maxrss_kb,
+        value=report.value,
+        sender=report.sender,
+    )

@@ -12,11 +12,11 @@ import fcntl
 import hmac
 import os
 import secrets
+import signal
 import socket
-import subprocess
 import termios
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EIO, ETIMEDOUT
 from pathlib import Path
@@ -26,6 +26,7 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
+from bpfs.slave.keeper import Alone, Keeper
 from bpfs.wire.mux import (
     MAX_PACKET,
     ChanKind,
@@ -74,7 +75,14 @@ class Front:
     order: int
 
 
-Event = StreamEnded | StreamBroke | Front
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Answers `list_streams`: number of each stream, and whether it is broken."""
+
+    streams: dict[int, bool]
+
+
+Event = StreamEnded | StreamBroke | Front | Listed
 
 
 @dataclass(slots=True)
@@ -240,10 +248,8 @@ class _Expected:
 class Relay:
     """One a node; see `open_relay`."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], control: socket.socket, listener: trio.SocketListener | None
-    ) -> None:
-        self._process = process
+    def __init__(self, pid: int, control: socket.socket, listener: trio.SocketListener | None) -> None:
+        self._pid = pid
         self._socket = trio.socket.from_stdlib_socket(control)
         self._listener = listener
         self._expected: dict[int, _Expected] = {}
@@ -253,7 +259,7 @@ class Relay:
     @property
     def pid(self) -> int:
         """Of iorelay."""
-        return self._process.pid
+        return self._pid
 
     @property
     def port(self) -> int:
@@ -283,6 +289,10 @@ class Relay:
         finally:
             connection.close()
             ends.close_relay()
+
+    async def list_streams(self) -> None:
+        """Have it tell which streams there are: `Listed` comes after all that was told before."""
+        await self._send(Packet(Ctl.LIST))
 
     async def fronted(self, order: int) -> None:
         """A `Front` has been carried out, or cannot be."""
@@ -363,6 +373,7 @@ class Relay:
             raise BpfsError(EIO, f"iorelay is dead: {error.strerror}") from None
 
     async def _read(self) -> None:
+        listed: dict[int, bool] = {}
         while True:
             try:
                 data = await self._socket.recv(MAX_PACKET)
@@ -379,29 +390,29 @@ class Relay:
                 await self._send_event.send(StreamBroke(packet.a))
             elif packet.type == Ctl.FRONT:
                 await self._send_event.send(Front(packet.a, packet.b, packet.c))
-
-
-def _start(control: socket.socket) -> subprocess.Popen[bytes]:
-    fd = control.fileno()
-    return subprocess.Popen([EXECUTABLE, str(fd)], stdin=subprocess.DEVNULL, pass_fds=[fd], cwd="/")
+            elif packet.type == Ctl.HAS:
+                listed[packet.a] = bool(packet.b)
+            elif packet.type == Ctl.LISTED:
+                await self._send_event.send(Listed(listed))
+                listed = {}
 
 
 @asynccontextmanager
-async def open_relay(address: str | None = None) -> AsyncIterator[Relay]:
-    """Starts iorelay; it ends with the context, and with this process however that ends.
+async def open_relay(address: str | None = None, keeper: Keeper | None = None) -> AsyncIterator[Relay]:
+    """Starts iorelay, or takes up that of the life before; it ends with the context, and with who has started it.
 
     Args:
         address: listen for ghosts there (`Relay.expect`); None: connections are made by others (`Relay.attach`).
+        keeper: has it started, and kept; None: it ends with this process.
 
     Raises:
         BpfsError: EIO out of the context when iorelay dies.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = _start(theirs)
+    pid, ours = _adopt(keeper) or _start(keeper)
+    process = os.pidfd_open(pid)
     try:
         listener = (await trio.open_tcp_listeners(0, host=address))[0] if address is not None else None
-        relay = Relay(process, ours, listener)
+        relay = Relay(pid, ours, listener)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(relay._read)
             if listener is not None:
@@ -412,13 +423,29 @@ async def open_relay(address: str | None = None) -> AsyncIterator[Relay]:
         ours.close()
         with trio.CancelScope(shield=True):
             if not await _ended(process, 2.0):
-                process.kill()
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
                 await _ended(process, 10.0)
+        os.close(process)
 
 
-async def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    # Polled: bpslave may be the init of its namespace, and reap it before us.
+def _adopt(keeper: Keeper | None) -> tuple[int, socket.socket] | None:
+    for _, kept in keeper.of("relay") if keeper is not None else ():
+        return int(kept.value), socket.socket(fileno=kept.fds[0])
+    return None
+
+
+def _start(keeper: Keeper | None) -> tuple[int, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        pid = (keeper or Alone()).spawn([str(EXECUTABLE), "@0"], {}, [theirs.fileno()])
+    if keeper is not None:
+        keeper.keep(("relay", 0), pid, [ours.fileno()])
+    return pid, ours
+
+
+async def _ended(process: int, seconds: float) -> bool:
     with trio.move_on_after(seconds):
-        while process.poll() is None:
-            await trio.sleep(0.002)
-    return process.returncode is not None
+        await trio.lowlevel.wait_readable(process)
+        return True
+    return False

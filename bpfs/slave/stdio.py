@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EINVAL
@@ -13,10 +14,11 @@ import trio
 
 from bpfs.errors import BpfsError, LinkClosed, ProtocolError
 from bpfs.slave.enginehost import HeldFds
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
 from bpfs.slave.noghost import NoGhost
 from bpfs.slave.options import SlaveOptions
-from bpfs.slave.relay import Ends, Front, Relay, StreamBroke, StreamEnded, make_channel_ends
+from bpfs.slave.relay import Ends, Front, Listed, Relay, StreamBroke, StreamEnded, make_channel_ends
 from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
 from bpfs.wire.mux import ChanKind, Channel
 from bpfs.wire.streams import open_stream
@@ -37,8 +39,15 @@ class _Terminal:
 class Terminals:
     """The controlling terminals of this node, by session."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._terminals: dict[int, _Terminal] = {}
+        for session, kept in keeper.of("terminal"):
+            self._terminals[session] = _Terminal(kept.fds[0])
+        for stream, kept in keeper.of("stream"):
+            session = int(kept.value[0])
+            if session in self._terminals:
+                self._terminals[session].streams.add(stream)
 
     def master(self, session: int) -> int:
         """The master side of a session's terminal; -1: it has none yet."""
@@ -54,6 +63,7 @@ class Terminals:
         if not session or ends.master < 0:
             return
         if session not in self._terminals:
+            self._keeper.keep(("terminal", session), None, [ends.master])
             self._terminals[session] = _Terminal(ends.master)
             ends.master = -1
         self._terminals[session].streams.add(stream)
@@ -67,6 +77,7 @@ class Terminals:
         known.streams.remove(stream)
         if not known.streams:
             del self._terminals[session]
+            self._keeper.drop(("terminal", session))
             os.close(known.master)
 
 
@@ -78,15 +89,23 @@ class StdioHost:
         broken: streams whose connection has ended, and which are held here all the same.
     """
 
-    def __init__(self, relay: Relay, held: HeldFds, options: SlaveOptions, link: Line) -> None:
+    def __init__(self, relay: Relay, held: HeldFds, options: SlaveOptions, link: Line, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._relay = relay
         self._held = held
         self._options = options
         self._link = link
-        self._terminals = Terminals()
+        self._terminals = Terminals(keeper)
         self.init = 0
         self.broken: set[int] = set()
-        self._channels: dict[int, list[Channel]] = {}  # of each stream
+        # Of each stream.
+        self._channels = {stream: parse_channels(kept.value[1]) for stream, kept in keeper.of("stream")}
+        self._listed = trio.Event()
+
+    async def take_up(self) -> None:
+        """Learn what the life before did not live to hear, and have `broken` be of now."""
+        await self._relay.list_streams()
+        await self._listed.wait()
 
     async def attach(self, message: RelayAttach) -> RelayAttached:
         """Handler: make a job's ends, join them to a new stream to its ghost, hold the job's ends for the engine."""
@@ -110,13 +129,14 @@ class StdioHost:
         except OSError as error:
             raise BpfsError(error.errno or EINVAL, f"no pipes or terminals for the job: {error.strerror}") from None
         try:
+            self._keeper.keep(("stream", stream), [session if ends.master >= 0 else 0, message.channels])
             self._terminals.take(session, stream, ends)
             connection = await open_stream(self._options.host, self._options.port, message.token)
             await self._relay.attach(stream, connection, ends, session != 0, message.front)
             self.broken.discard(stream)
             self._channels.setdefault(stream, channels)
         except BaseException as error:
-            self._terminals.drop(stream)
+            self._forget(stream)
             ends.close()
             if not isinstance(error, OSError) or isinstance(error, BpfsError):
                 raise
@@ -126,7 +146,7 @@ class StdioHost:
     def _hold(self, ends: Ends) -> RelayAttached:
         found = name_ends(ends)
         keys = tuple(ends.job)
-        handles = tuple(self._held.hold(fd) for fd in ends.job.values())
+        handles = tuple(self._held.hold(fd, lasting=False) for fd in ends.job.values())
         ends.job.clear()
         return RelayAttached(handles, keys, found, ends.terminal or "")
 
@@ -155,12 +175,24 @@ class StdioHost:
                     with suppress(LinkClosed):
                         self._link.notify_nowait(RelayLost(event.stream, "the stream to the ghost broke"))
                 case StreamEnded():
-                    self.broken.discard(event.stream)
-                    self._channels.pop(event.stream, None)
-                    self._terminals.drop(event.stream)
+                    self._forget(event.stream)
+                case Listed():
+                    self._compare(event.streams)
                 case Front():
                     await self._put_in_front(event)
                     await self._relay.fronted(event.order)
+
+    def _forget(self, stream: int) -> None:
+        self.broken.discard(stream)
+        self._channels.pop(stream, None)
+        self._terminals.drop(stream)
+        self._keeper.drop(("stream", stream))
+
+    def _compare(self, streams: Mapping[int, bool]) -> None:
+        for stream in self._channels.keys() - streams.keys():
+            self._forget(stream)
+        self.broken = {stream for stream, is_broken in streams.items() if is_broken}
+        self._listed.set()
 
     async def _put_in_front(self, event: Front) -> None:
         session = self._terminals.session(event.stream)

@@ -16,8 +16,10 @@ import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
-from bpfs.wire.messages import GhostOf, JobCall, JobCallIs, JobEvents
+from bpfs.slave.spool import Source
+from bpfs.wire.messages import GhostOf, JobCall, JobCallIs
 from engine import jobwatch, strict
 from engine.callwatch import NOTES_SIZE, SLOTS, CallWatch, Kind, Question
 from engine.jobspace import JobSpace
@@ -50,15 +52,15 @@ class Rights:
 
 
 class StrictJobs:
-    """Of one life. Costs a socket, until the first of them comes."""
+    """Of a node. Costs a socket, until the first of them comes."""
 
-    def __init__(self, space: JobSpace, link: Line) -> None:
+    def __init__(self, space: JobSpace, link: Line, keeper: Keeper) -> None:
         """Raises OSError."""
-        self._space, self._link = space, link
-        self._numbers = itertools.count(1)
-        self._listeners: dict[int, int] = {}
-        self._slots: dict[int, int] = {}  # of the same numbers
-        self._notes = -1
+        self._space, self._link, self._keeper = space, link, keeper
+        self._numbers = itertools.count((keeper.life << 20) + 1)
+        self._listeners = {number: kept.fds[0] for number, kept in keeper.of("listener")}
+        self._slots = {number: int(kept.value) for number, kept in keeper.of("listener")}
+        self._notes = next((kept.fds[0] for _, kept in keeper.of("notes")), -1)
         self._watch: CallWatch | None = None
         self._nursery: trio.Nursery | None = None
         self._closed = False
@@ -73,6 +75,8 @@ class StrictJobs:
     async def run(self) -> None:
         """Take the listeners that the engine's workers bring, until `close`."""
         async with trio.open_nursery() as self._nursery:
+            if self._listeners:
+                self._start()
             while not self._closed:
                 try:
                     await trio.lowlevel.wait_readable(self._door)
@@ -116,6 +120,7 @@ class StrictJobs:
             os.close(listener)
             raise OSError(ENOSPC, f"{SLOTS} strict jobs have come to this node, and are there")
         number = next(self._numbers)
+        self._keeper.keep(("listener", number), slot, [listener])
         self._listeners[number], self._slots[number] = listener, slot
         if self._watch is not None:
             self._watch.listen(number, slot, listener)
@@ -126,6 +131,7 @@ class StrictJobs:
         if self._notes < 0:
             self._notes = os.memfd_create("callwatch", os.MFD_CLOEXEC)
             os.ftruncate(self._notes, NOTES_SIZE)
+            self._keeper.keep(("notes", 0), None, [self._notes])
         watch = CallWatch(self._space.init, self._notes)
         for number, listener in self._listeners.items():
             watch.listen(number, self._slots[number], listener)
@@ -137,6 +143,7 @@ class StrictJobs:
         listener = self._listeners.pop(number, None)  # none: one that has died had told it as well
         if listener is not None:
             del self._slots[number]
+            self._keeper.drop(("listener", number))
             os.close(listener)
 
     def _end(self, watch: CallWatch) -> None:
@@ -177,7 +184,7 @@ class StrictJobs:
             watch.answer(question.token, error)
 
     async def _born(self, question: Question) -> None:
-        self._link.notify_nowait(JobEvents(jobwatch.describe(self._space.init, question.pid)))
+        self._link.report(jobwatch.describe(self._space.init, question.pid), Source.EVENTS)
         await self._link.request(GhostOf(question.pid), ASK_S)
 
     async def _signal(self, question: Question) -> int | None:

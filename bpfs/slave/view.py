@@ -6,7 +6,8 @@
     CACHE/root       the jobs' root: a tmpfs that has each top directory of the view bound into it, with the node's own
                      /dev and /sys, the cluster's tree, and empty places to write: /tmp, /var/tmp, /run, /root, /home
 
-This process holds the descriptor of /dev/fuse, so the view outlives its daemon, which is started again when it dies.
+This process holds the descriptor of /dev/fuse, so the view outlives its daemon, which is started again when it dies;
+the supervisor has it as well, for the next life.
 Nothing in here opens a file of the view but in a thread: whoever waits for the daemon cannot start it.
 
 A node image turns it on with `bpslave --root empty --cache DIR`; it needs /dev/fuse, and of the image's own files only
@@ -31,6 +32,7 @@ import trio
 
 from bpfs import kernel, log
 from bpfs.errors import BpfsError
+from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
 from bpfs.slave.options import SlaveOptions
 from bpfs.view import protocol
@@ -53,14 +55,15 @@ _PLACES = (("tmp", 0o1777), ("var", 0o755), ("var/tmp", 0o1777), ("run", 0o755),
 
 
 class NodeView:
-    """The view of one life.
+    """The view of a node.
 
     Attributes:
         root: the directory that is to be the jobs' root.
     """
 
-    def __init__(self, options: SlaveOptions, link: Line) -> None:
+    def __init__(self, options: SlaveOptions, link: Line, keeper: Keeper) -> None:
         self._options = options
+        self._keeper = keeper
         self._link = link
         self._cache = options.cache
         self._view = self._cache / "view"
@@ -83,13 +86,18 @@ class NodeView:
             BpfsError: it cannot be made.
         """
         try:
-            tops = await self._ask_tops()
-            self._mount()
+            tops = await self._ask_tops() if not self._take_up() else None
+            if tops is not None:
+                self._mount()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._bring_streams, name="view streams")
                 nursery.start_soon(self._hear_answers, name="view answers")
                 await nursery.start(self._keep_daemon)
-                await trio.to_thread.run_sync(self._make_root, tops)
+                if tops is not None:
+                    await trio.to_thread.run_sync(self._make_root, tops)
+                    self._keeper.keep(("view", 0), self._limit, [self._fuse])
+                else:
+                    await trio.to_thread.run_sync(self._bind_tree)
                 task_status.started()
         except OSError as error:
             if isinstance(error, BpfsError):
@@ -135,6 +143,12 @@ class NodeView:
                     self._streams.send(b"none")
 
     # -- mount and daemon --------------------------------------------------------------------------
+
+    def _take_up(self) -> bool:
+        """Whether the life before has left its mount; then it is ours."""
+        for _, kept in self._keeper.of("view"):
+            self._fuse, self._limit = kept.fds[0], int(kept.value)
+        return self._fuse >= 0
 
     def _mount(self) -> None:
         self._unmount()
@@ -195,7 +209,9 @@ class NodeView:
     def _make_root(self, tops: list[tuple[str, str]]) -> None:
         root = self.root
         kernel.mount("bpfs-root", str(root), "tmpfs", kernel.MS_NODEV, "mode=755")
+        # A group of its own, so that the jobs' copy gets what the next life mounts.
         kernel.mount("none", str(root), "", kernel.MS_PRIVATE)
+        kernel.mount("none", str(root), "", kernel.MS_SHARED)
         (root / "proc").mkdir()
         for name in ("dev", "sys"):
             (root / name).mkdir()
@@ -205,12 +221,18 @@ class NodeView:
             (root / place).chmod(mode)
         for path, target in tops:
             self._place(path.lstrip("/"), target)
+        self._bind_tree()
+
+    def _bind_tree(self) -> None:
         mount = self._options.mount
-        if mount is not None:
-            point = root / mount.lstrip("/")
-            with suppress(FileExistsError):
-                point.mkdir(parents=True)
-            kernel.mount(mount, str(point), "", kernel.MS_BIND)
+        if mount is None:
+            return
+        point = self.root / mount.lstrip("/")
+        while _is_mount(point):
+            kernel.umount(str(point))
+        with suppress(FileExistsError):
+            point.mkdir(parents=True)
+        kernel.mount(mount, str(point), "", kernel.MS_BIND)
 
     def _place(self, name: str, target: str) -> None:
         point, source = self.root / name, self._view / name

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 16
+VERSION = 17
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
@@ -81,6 +81,8 @@ class Join(Message):
     arch: str  # as uname -m
     resumes: bytes = b""  # Welcome.cluster of the master whose jobs still live here; empty: none do
     generation: int = 0  # and its Welcome.generation
+    told: int = 0  # number of the last report (JobReport, JobEvents) over an earlier link: those over this one go on
+    returns: bool = False  # that master may be the one of now: it is the slave that was started anew
 
 
 @_message(4)
@@ -100,6 +102,7 @@ class Welcome(Message):
     onlost: str  # what a real node does when it has not found a master for ...
     onlost_after: float  # ... seconds: wait, reboot or halt; continue: what any node does when its lease is over
     generation: int = 0  # which of these masters this is
+    heard: int = 0  # number of the last report of an earlier link that this master has had; 0: it had none
 
 
 @_message(5)

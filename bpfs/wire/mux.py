@@ -65,9 +65,12 @@ class Ctl(IntEnum):
     ATTACH = 64
     DETACH = 65
     FRONTED = 66
+    LIST = 67
     ENDED = 96
     LOST = 97
     FRONT = 98
+    HAS = 99
+    LISTED = 100
 
 
 class ChanKind(IntEnum):

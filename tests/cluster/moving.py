@@ -98,3 +98,23 @@ def processes_of(it: VirtualCluster, pid: int) -> list[str]:
         except (OSError, KeyError, ValueError):
             continue
     return found
+
+
+@contextmanager
+def shell(script: str) -> Iterator[subprocess.Popen[str]]:
+    """A shell that has said "on"."""
+    process = subprocess.Popen(
+        ["bash", "-c", f"echo on; {script}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "on\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()

@@ -1,5 +1,5 @@
-"""A soak: random moves, signals, stops, checkpoints, ends, and losses of nodes and of the master, and a check that
-nothing is lost or doubled.
+"""A soak: random moves, signals, stops, checkpoints, ends, losses of nodes, deaths of slaves and of the master, and a
+check that nothing is lost or doubled.
 
 `python -m tests.cluster.soak --seconds 600 [--seed N]` by hand; a short form runs in the suite. Several drivers act at
 once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its status has to be
@@ -129,7 +129,7 @@ class Soak:
     def __init__(self, it: VirtualCluster, seed: int, folder: Path) -> None:
         self.it, self.seed, self.folder = it, seed, folder
         self.lost: list[tuple[float, int]] = []
-        self.crashes = 0
+        self.crashes = self.restarts = 0
         self.counts: dict[str, int] = {}
         self.wrong: list[str] = []
         self._lock = threading.Lock()
@@ -209,7 +209,7 @@ class Soak:
         with contextlib.suppress(ProcessLookupError):
             os.kill(job.pid, signal.SIGUSR1)
         job.wait(lambda: job.heard() >= job.sent, f"signal {job.sent} does not arrive")
-        if self.crashes:  # it may come twice, in that very moment
+        if self.crashes or self.restarts:  # it may come twice, in that very moment
             job.sent = max(job.sent, job.heard())
         elif job.heard() > job.sent:
             raise Wrong(f"{job}: a signal came twice")
@@ -232,7 +232,7 @@ class Soak:
                 file.write(f"{path}\n")
         except OSError as error:
             known = error.errno in (*HARMLESS, *NO_TREE)
-            if not known or not (self.lost or self.crashes or error.errno == errno.EBUSY):
+            if not known or not (self.lost or self.crashes or self.restarts or error.errno == errno.EBUSY):
                 raise Wrong(f"{job}: checkpoint: {error}") from error
         path.unlink(missing_ok=True)
         job.steps()
@@ -255,7 +255,7 @@ class Soak:
         job.wait(lambda: False, "it does not die")
 
     def lose(self, job: Job, rng: random.Random) -> None:
-        """A node dies."""
+        """A node dies, with its jobs."""
         if not self._losing.acquire(blocking=False):
             return
         try:
@@ -264,8 +264,24 @@ class Soak:
             if slave:
                 self.lost.append((time.monotonic(), node))
                 with contextlib.suppress(ProcessLookupError):
-                    kill(slave)
+                    self.it.lose(node)
             wait_until(lambda: self.it.slave(node) not in (0, slave), f"node {node} does not start afresh")
+            self.it.wait_state(node, "up")
+        finally:
+            self._losing.release()
+
+    def restart(self, job: Job, rng: random.Random) -> None:
+        """The slave of a node dies, and the next one takes up its jobs."""
+        if not self._losing.acquire(blocking=False):
+            return
+        try:
+            node = rng.randrange(NODES)
+            slave = self.it.slave(node)
+            self.restarts += 1
+            if slave:
+                with contextlib.suppress(ProcessLookupError):
+                    kill(slave)
+            wait_until(lambda: self.it.slave(node) not in (0, slave), f"no other slave of node {node} comes")
             self.it.wait_state(node, "up")
         finally:
             self._losing.release()
@@ -294,7 +310,7 @@ class Soak:
             try:
                 (self.it.mount / f"procs/{job.pid}/{name}").read_bytes()
             except OSError as error:
-                if not (self.lost or self.crashes) or error.errno not in (*HARMLESS, *NO_TREE):
+                if not (self.lost or self.crashes or self.restarts) or error.errno not in (*HARMLESS, *NO_TREE):
                     raise Wrong(f"{job}: {name}: {error}") from error
 
 
@@ -307,7 +323,7 @@ def _state(pid: int) -> str:
 
 ACTIONS = {
     Soak.move: 60, Soak.hear: 12, Soak.stop: 8, Soak.look: 6, Soak.checkpoint: 5, Soak.finish: 4, Soak.kill: 4,
-    Soak.lose: 1, Soak.crash: 1,
+    Soak.lose: 1, Soak.crash: 1, Soak.restart: 1,
 }  # fmt: skip
 
 

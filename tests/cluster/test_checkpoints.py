@@ -209,7 +209,7 @@ def test_a_process_whose_node_is_lost_comes_back_from_its_last_image(it, folder)
         checkpoint(it, process.pid, f"{folder}/ck every 1h")
         it.write(f"procs/{process.pid}/onloss", "restart")
         assert it.read(f"procs/{process.pid}/onloss") == "restart\n"
-        os.kill(it.slave(0), signal.SIGKILL)
+        it.lose(0)
         wait_until(lambda: place(it, process.pid) == "1", "it did not come back")
         assert process.poll() is None
         assert len(it.read(f"procs/{process.pid}/history").splitlines()) == 3

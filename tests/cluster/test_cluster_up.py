@@ -115,14 +115,16 @@ def test_an_interrupted_up_leaves_nothing(tmp_path):
 # -- kill -9 of anything ---------------------------------------------------------------------------
 
 
-def test_a_killed_slave_comes_back_afresh(tmp_path):
+@pytest.mark.parametrize("with_its_jobs", [True, False])
+def test_a_killed_slave_comes_back(tmp_path, with_its_jobs):
     with cluster(tmp_path / "m", nodes=2) as it:
-        slave, others = it.slave(1), it.slave(0)
-        kill(slave)
+        slave, inits, others = it.slave(1), it.inits(1), it.slave(0)
+        (kill if with_its_jobs else lambda _: it.lose(1))(slave)
         wait_until(lambda: it.slave(1) not in (0, slave), "a new slave should be there")
         it.wait_state(1, "up")
         assert living({slave: 0}) == [] and it.slave(0) == others and it.state(0) == "up"
-        assert "starting it afresh" in it.log("n1")
+        assert (it.inits(1) == inits) is with_its_jobs
+        assert ("starting it afresh" in it.log("n1")) is not with_its_jobs
 
 
 @pytest.mark.parametrize("victim", ["master", "node", "slave", "init", "all"])

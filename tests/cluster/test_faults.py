@@ -6,7 +6,6 @@ Or none, where the node that held the only copy died: then its ghost has ended a
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -146,7 +145,7 @@ def changing(it, gates, route, change):
 def test_the_destination_dies_meanwhile(it, gates, counter, route, phase):
     move = Interrupted(it, gates, counter, ends_of(route), phase)
     slave = it.slave(move.destination)
-    kill_workers(slave, slave)
+    kill_workers(slave, *it.vitals(move.destination))
     done = move.go_on()
     if phase == "held":
         assert done != 0
@@ -161,7 +160,7 @@ def test_the_destination_dies_meanwhile(it, gates, counter, route, phase):
 def test_the_source_dies_meanwhile(it, gates, counter, route, phase):
     move = Interrupted(it, gates, counter, ends_of(route), phase)
     slave = it.slave(move.source)
-    kill_workers(slave, slave)
+    kill_workers(slave, *it.vitals(move.source))
     assert move.go_on() == 0, move.said
     expect_one_copy(it, counter, move.destination)
     it.wait_state(move.source, "up")
@@ -181,7 +180,7 @@ def test_the_process_is_killed_meanwhile(it, gates, counter, route, phase):
 @pytest.mark.parametrize("route", ["leave", "hop"])
 def test_the_destination_dies(it, gates, counter, route, phase):
     move = Interrupted(it, gates, counter, ends_of(route), phase)
-    os.kill(it.slave(move.destination), signal.SIGKILL)
+    it.lose(move.destination)
     done = move.go_on()
     if phase in LATE and (done == 0 or counter.poll() is not None or phase == "resume"):
         assert counter.wait(60) == -signal.SIGKILL
@@ -195,7 +194,7 @@ def test_the_destination_dies(it, gates, counter, route, phase):
 @pytest.mark.parametrize("route", ["hop", "return"])
 def test_the_source_dies(it, gates, counter, route, phase):
     move = Interrupted(it, gates, counter, ends_of(route), phase)
-    os.kill(it.slave(move.source), signal.SIGKILL)
+    it.lose(move.source)
     done = move.go_on()
     if phase in LATE:
         assert done == 0

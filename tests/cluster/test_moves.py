@@ -303,7 +303,7 @@ def test_an_ordinary_user_moves_his_own_and_nobody_elses(it, counter):
 def test_a_lost_node_ends_its_processes_as_killed(it):
     process = subprocess.Popen(["sleep", "600"])
     move(it, process.pid, 2)
-    os.kill(it.slave(2), signal.SIGKILL)
+    it.lose(2)
     assert process.wait(60) == -signal.SIGKILL
     it.wait_state(2, "up")
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
 from tests.cluster.desk import PROMPT, desk
 from tests.cluster.held import Interrupted, holding
-from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of
+from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of, shell, tell
 from tests.cluster.virtual import VirtualCluster, bpcluster, children, cluster, kill, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
@@ -32,26 +31,6 @@ def start_master(it: VirtualCluster) -> None:
     done = bpcluster("restart-master", mount=it.mount)
     assert done.returncode == 0, done.stderr
     wait_until(lambda: it.read("status").split().count("up") == NODES, "all nodes are back")
-
-
-@contextmanager
-def shell(script: str) -> Iterator[subprocess.Popen[str]]:
-    """A shell that has said "on"."""
-    process = subprocess.Popen(
-        ["bash", "-c", f"echo on; {script}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "on\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def tell(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
 
 
 def test_a_master_that_is_told_to_leave_leaves_all(it):

@@ -104,7 +104,7 @@ def test_source_workers_die_after_a_kill(it, gates, ring, route):
 def test_the_destination_dies(it, gates, ring, route, phase):
     family = family_of(ring)
     held = Interrupted(it, gates, ring, ends_of(route), phase, "tree")
-    os.kill(it.slave(held.destination), signal.SIGKILL)
+    it.lose(held.destination)
     assert held.go_on() != 0
     if phase in LATE:
         expect_none(it, ring, family)
@@ -117,7 +117,7 @@ def test_the_destination_dies(it, gates, ring, route, phase):
 def test_the_source_dies(it, gates, ring, route, phase):
     family = family_of(ring)
     held = Interrupted(it, gates, ring, ends_of(route), phase, "tree")
-    os.kill(it.slave(held.source), signal.SIGKILL)
+    it.lose(held.source)
     done = held.go_on()
     assert (done == 0) == (phase in LATE), held.said
     if done == 0:

@@ -301,6 +301,26 @@ def test_the_daemon_may_die_under_load(it, exported):
     assert "starting it again" in it.log("n0")
 
 
+def test_the_slave_may_die(it):
+    """Its jobs keep their root, and what they have mapped; the tree is there again."""
+    script = f"echo on; read; /bin/true && seq 3 | sort -r && cat {it.mount}/procs/$$/node"
+    with subprocess.Popen(
+        [str(BPSH), "0", "/bin/bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, cwd="/", env={**os.environ, "BPFS": str(it.mount)},
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "on\n"
+        slave, inits = it.slave(0), it.inits(0)
+        kill(slave)
+        wait_until(lambda: it.slave(0) not in (0, slave), "another slave comes")
+        it.wait_state(0, "up")
+        assert it.inits(0) == inits
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.read() == "3\n2\n1\n0\n"
+        assert process.wait(60) == 0
+    assert shell(it, "uname -n") == "n0\n"
+
+
 def server(it: VirtualCluster) -> int:
     """The pid of the master's server of files."""
     (pid,) = (pid for pid in children(it.pid("master")) if comm(pid) == "bpfiles" and process_start(pid)[0] not in "ZX")

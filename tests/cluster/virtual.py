@@ -80,7 +80,18 @@ class VirtualCluster:
 
     def inits(self, number: int) -> list[int]:
         """The pid 1 of a node's job space."""
-        return [pid for pid in children(self.slave(number)) if comm(pid) == "nodeinit"]
+        return [pid for pid in children(self.pid(f"n{number}")) if comm(pid) == "nodeinit"]
+
+    def lose(self, number: int) -> None:
+        """A node dies, and its slave has nothing to take up."""
+        os.kill(self.slave(number), signal.SIGSTOP)
+        for one in self.vitals(number):
+            kill(one)
+
+    def vitals(self, number: int) -> list[int]:
+        """What all jobs of a node die with, and its slave. iorelay comes before them, whose ends it would tell."""
+        kin = children(self.pid(f"n{number}"))
+        return [pid for name in ("iorelay", "nodeinit", "bpslave") for pid in kin if comm(pid) == name]
 
     def leg(self, number: int) -> str:
         """A node's network interface on this side."""

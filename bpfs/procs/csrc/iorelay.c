@@ -1,7 +1,8 @@
 /* iorelay - one a node: the node's ends of all jobs' terminals, pipes and sockets, pumped over a stream a job to its
  * ghost.
  *
- * Driven by bpslave over a SEQPACKET socket (argv[1] is its number) and dies with it. What it holds of each channel:
+ * Driven by bpslave over a SEQPACKET socket (argv[1] is its number). It outlives it, and dies with the supervisor, which
+ * has started it, or when nobody has the other end of that socket. What it holds of each channel:
  *   one-way   the other end of a pipe, and an O_PATH descriptor of it, by which unread input can be taken back
  *             without a read end of ours that would hide from us that the job closed its own; when all has been
  *             written such a read end, for what is left at the job's end;
@@ -252,6 +253,14 @@ static bool attach(const struct ctl *m, size_t len, const int *fds, int nfds)
 	return true;
 }
 
+static void list_streams(void)
+{
+	for (struct stream *s = streams; s; s = s->next)
+		if (!s->dead)
+			report(C_HAS, s->id, !s->open, 0);
+	report(C_LISTED, 0, 0, 0);
+}
+
 static void control_event(struct port *p, uint32_t events)
 {
 	static struct ctl m;
@@ -278,6 +287,8 @@ static void control_event(struct port *p, uint32_t events)
 		return;
 	if (m.type == C_FRONTED)
 		line_fronted(m.a);
+	if (m.type == C_LIST)
+		list_streams();
 	for (int i = 0; i < n; i++)
 		close(fds[i]);
 	if (m.type != C_DETACH)
@@ -329,8 +340,8 @@ int main(int argc, char **argv)
 		static const char usage[] = "usage: iorelay CONTROL-DESCRIPTOR (started by bpslave)\n";
 		return write(2, usage, sizeof(usage) - 1) < 0 ? 2 : 2;
 	}
-	/* When bpslave dies the kernel kills this process before the jobs, whose parent was started later: else their ends
-	 * would be told to their ghosts, as if they had closed their files themselves. */
+	/* When the supervisor dies the kernel kills this process before the jobs, whose init was started later: else their
+	 * ends would be told to their ghosts, as if they had closed their files themselves. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGINT, SIG_IGN);

@@ -68,11 +68,14 @@ enum ctl_type {
 	                * Of a stream that is there already: only a new TCP socket for it */
 	C_DETACH = 65, /* a: stream id: close everything of it; answered by C_ENDED, whether or not it exists */
 	C_FRONTED = 66, /* a: c of a C_FRONT that has been carried out */
+	C_LIST = 67,    /* to a slave that was started anew: all streams, each in a C_HAS, and then C_LISTED */
 	/* iorelay -> slave */
 	C_ENDED = 96, /* a: stream id: the ghost said goodbye, all is closed */
 	C_LOST = 97,  /* a: stream id: the stream broke; the job's ends stay open until C_DETACH */
 	C_FRONT = 98, /* a: stream id, b: the group to be in the foreground of its terminal, 0: the session leader's; c: number
 	               * of this order; answered by C_FRONTED */
+	C_HAS = 99,   /* a: stream id, b: it is broken */
+	C_LISTED = 100,
 };
 
 /* What a child's ghost is born with. */
