@@ -262,8 +262,12 @@ class Destination:
             self._target, image, externals, ghost_fds, before, lends, self._strict, given
         )
         builder.begin()
-        img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
+        kind, state = img.read_frame(stream.receive, (img.STATE, img.LATER), img.MAX_META)
+        if kind == img.STATE:
+            img.add_state(image, state)
         builder.pages(stream.receive_part)
+        if kind == img.LATER:
+            img.add_state(image, img.read_frame(stream.receive, (img.STATE,), img.MAX_META)[1])
         if owed:  # not before these are there: writing them would wait for us
             self._filling = filling.begin(self._target, image, owed, stream)
         _, end = img.read_frame(stream.receive, (img.END,), img.MAX_SMALL)

@@ -278,9 +278,12 @@ def add_state(inspection: Inspection, image: Image) -> None:
 
 def write(
     inspection: Inspection, image: Image, send: Callable[[bytes | memoryview], object],
-    send_part: Callable[[memoryview], object] | None = None,
+    send_part: Callable[[memoryview], object] | None = None, pages_first: bool = False,
 ) -> tuple[int, float]:  # fmt: skip
     """Stream an image that may still lack its state, and the pages, these by `send_part`.
+
+    Args:
+        pages_first: the destination builds at once: it can fill the memory while the process is asked.
 
     Returns (bytes of pages, ms). Raises OSError.
     """
@@ -289,10 +292,14 @@ def write(
     if not image.threads and _doubtful(image.descriptors):
         add_state(inspection, image)
     send(img.frame(img.META, img.encode(image)))
+    frozen, total, later = inspection.frozen, 0, pages_first and not image.threads
+    if later:
+        send(img.frame(img.LATER, b""))
+        total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
     if not image.threads:  # while the destination is at work
         add_state(inspection, image)
     send(img.frame(img.STATE, img.encode_state(image)))
-    frozen = inspection.frozen
-    total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
+    if not later:
+        total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
     send(img.frame(img.END, total.to_bytes(8, "little")))
     return total, (time.monotonic() - began) * 1000

@@ -1,10 +1,13 @@
 """The image of a process: what is in it, and its bytes on a stream.
 
 Stream: frame(META) · frame(STATE) · raw pages, in the order of `Image.runs` · frame(END). META is what the
-destination can begin with while the source still asks the process for the rest, its STATE. Where memory went ahead in
-rounds (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META; where some comes later
-(engine/owed.py), frame(OWED) does, and after GO there are frames WANT, PIECE, TAKEN and LAST. A frame is the header
-`magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes of msgpack.
+destination can begin with while the source still asks the process for the rest, its STATE. To a destination that builds
+at once the pages may go before that is asked: frame(META) · frame(LATER) · pages · frame(STATE) · frame(END). Where
+memory went ahead in rounds (engine/precopy.py, engine/staging.py), these come first, and frame(KEEP) before META; where
+some comes later (engine/owed.py), frame(OWED) does, and after GO there are frames WANT, PIECE, TAKEN and LAST.
+
+A frame is the header `magic 4s | version u16 | kind u16 | length u32 | crc32 u32` (little endian) and `length` bytes
+of msgpack.
 The destination may answer with frame(LACKS) first, and gets a frame(CONTENT) and its bytes for each file
 (engine/lending.py). It answers with frame(HELD) or frame(ERROR). When the source is gone, it may say so
 itself by frame(GO): the copy runs then. Pages carry no checksum of their own: TCP has one, and END repeats their number
@@ -42,6 +45,7 @@ WANT: Final = 16  # from the destination: a page of these that is waited for
 PIECE: Final = 17  # a span, all of which has been dealt with then, and the spans in it whose pages follow
 TAKEN: Final = 18  # from the destination: these are where they belong
 LAST: Final = 19  # from the source: all has been sent; and back, when it is there
+LATER: Final = 21  # from the source, after META: STATE comes after the pages
 KIN: Final = 20  # what the processes of a tree share (engine/kin.py)
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size

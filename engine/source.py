@@ -34,7 +34,7 @@ from engine.stream import Stream, connect
 from engine.tracking import Unwatchable
 
 _HELD_TIMEOUT_S: Final = 60.0
-_WHERE: Final = ("host", "port", "token", "pack")  # of a request: where the image goes
+_WHERE: Final = ("host", "port", "token", "pack", "builds")  # of a request: where the image goes
 
 
 @dataclass(slots=True)
@@ -142,8 +142,8 @@ class Source:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
 
         `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
-        `host`, `port`, `token`, `pack`: where the image goes as soon as `inspect` has answered, unasked; `send` goes on
-        from there.
+        `host`, `port`, `token`, `pack`, `builds`: where the image goes as soon as `inspect` has answered, unasked;
+        `send` goes on from there.
         `children`: say also what `family` says.
         """
         if self._frozen is not None:
@@ -323,7 +323,8 @@ class Source:
         if self._inspection.later:
             stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
         try:
-            return dump.write(self._inspection, image, stream.send, stream.send_part)[0]
+            first = bool(request.get("builds"))
+            return dump.write(self._inspection, image, stream.send, stream.send_part, first)[0]
         except (BrokenPipeError, ConnectionResetError) as error:
             with contextlib.suppress(img.ImageError, ConnectionResetError):
                 _read_verdict(stream)  # it may have said why
@@ -334,7 +335,7 @@ class Source:
 
         fds: ghost program and control socket, where the process is going to become a ghost; `env` is the ghost's.
         `ahead`: to the destination that has the memory that was sent ahead; else that is of no use.
-        `pack`: the destination takes packed pages, where that is faster.
+        `pack`: the destination takes packed pages, where that is faster. `builds`: it makes a process of what comes.
         What `freeze` was told of where the image goes, it is on its way there already.
         `depart`: go on at once with `become_ghost` or `vanish`, whose arguments have come as well.
 

@@ -340,7 +340,9 @@ class Migration(ABC):
         )
 
     def _where(self, landing: Landing) -> dict[str, Any]:
-        return {"host": landing.host, "port": landing.port, "token": landing.token, "pack": self.packs}
+        return {
+            "host": landing.host, "port": landing.port, "token": landing.token, "pack": self.packs, "builds": True
+        }  # fmt: skip
 
     def _there(self) -> dict[str, Any]:
         """What the source's engine is told so that the image goes as soon as the process stands still."""
