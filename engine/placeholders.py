@@ -120,15 +120,22 @@ class World:
         """Count on a process that a step is going to make."""
         self._made[ids.pid] = ids
 
-    def _read(self, pid: int) -> Ids | None:
-        if self._is_absent(pid):
-            return None
-        text = self._text(f"{pid}/stat")
-        comm, found, rest = text.rpartition(b") ")
+    def group_and_session(self, pid: int) -> tuple[int, int] | None:
+        """Of a process that lives, without a look at whether it is a placeholder; None when it does not."""
+        seen = None if self._is_absent(pid) else self._stat(pid)
+        return (int(seen[1][2]), int(seen[1][3])) if seen else None
+
+    def _stat(self, pid: int) -> tuple[bytes, list[bytes]] | None:
+        comm, found, rest = self._text(f"{pid}/stat").rpartition(b") ")
         fields = rest.split(None, 4)
-        if not found or fields[0] in (b"Z", b"X"):
+        return (comm.rpartition(b"(")[2], fields) if found and fields[0] not in (b"Z", b"X") else None
+
+    def _read(self, pid: int) -> Ids | None:
+        seen = None if self._is_absent(pid) else self._stat(pid)
+        if not seen:
             return None
-        placeholder = pid != INIT and comm.rpartition(b"(")[2] in _NAMES and self._is_clone(pid)
+        comm, fields = seen
+        placeholder = pid != INIT and comm in _NAMES and self._is_clone(pid)
         return Ids(pid, int(fields[1]), int(fields[2]), int(fields[3]), placeholder)
 
     def _is_absent(self, pid: int) -> bool:
@@ -452,9 +459,13 @@ def _search(init: int, pid: int) -> int | None:
 
 def command(init: int, target: int, order: Command, pid: int = 0, uid: int = 0, more: int = 0) -> None:
     """Send one command to nodeinit or a placeholder (pids as the caller sees them). Raises OSError."""
+    _order(_cookie(init), target, order, pid, uid, more)
+
+
+def _order(cookie: int, target: int, order: Command, pid: int, uid: int, more: int = 0) -> None:
     handle = process_vm.pidfd_open(target)
     try:
-        pidfd.queue(handle, COMMAND_SIGNAL, _cookie(init) << 32 | order | pid, uid, more)
+        pidfd.queue(handle, COMMAND_SIGNAL, cookie << 32 | order | pid, uid, more)
     finally:
         os.close(handle)
 
@@ -555,20 +566,30 @@ def _cookie(init: int) -> int:
 
 def carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
     """Make placeholders, one after the other, while the namespace's lock is held. Raises OSError."""
-    world = World(init)  # without the plan's expectations
+    world, cookie = World(init), _cookie(init)  # without the plan's expectations
+
+    def ask(step: Step) -> None:
+        maker = outer_pid(init, namespace, step.maker)
+        if maker is None:
+            raise ProcessLookupError(3, f"process {step.maker} is gone from this node")
+        _order(cookie, maker, step.command, 0 if step.pid == step.maker else step.pid, uid)
+
+    def await_made(step: Step) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not _wait_made(world, step, _RETRY_S):
+            if time.monotonic() > deadline:
+                raise TimeoutError(110, f"placeholder {step.pid} did not appear on this node")
+            ask(step)  # again: a placeholder that had this pid before may not have been reaped yet
+
     try:
+        asked: list[Step] = []
         for step in steps:
-            maker = outer_pid(init, namespace, step.maker)
-            if maker is None:
-                raise ProcessLookupError(3, f"process {step.maker} is gone from this node")
-            deadline = time.monotonic() + _PATIENCE_S
-            while True:
-                command(init, maker, step.command, 0 if step.pid == step.maker else step.pid, uid)
-                # Again where it failed: a placeholder that had this pid before may not have been reaped yet.
-                if _wait_made(world, step, _RETRY_S):
-                    break
-                if time.monotonic() > deadline:
-                    raise TimeoutError(110, f"placeholder {step.pid} did not appear on this node")
+            while asked and step.maker in {one.pid for one in asked}:
+                await_made(asked.pop(0))
+            ask(step)
+            asked.append(step)
+        for step in asked:
+            await_made(step)
     finally:
         world.close()
 
@@ -576,7 +597,7 @@ def carry_out(init: int, namespace: int, steps: list[Step], uid: int) -> None:
 def _wait_made(world: World, step: Step, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     tries = 0
-    while not _is_made(world.get(step.pid), step):
+    while not _is_made(world.group_and_session(step.pid), step):
         if time.monotonic() > deadline:
             return False
         tries += 1
@@ -587,12 +608,13 @@ def _wait_made(world: World, step: Step, seconds: float) -> bool:
     return True
 
 
-def _is_made(ids: Ids | None, step: Step) -> bool:
-    if ids is None:
+def _is_made(seen: tuple[int, int] | None, step: Step) -> bool:
+    if seen is None:
         return False
+    group, session = seen
     if step.command & Command.SETSID:
-        return ids.sid == step.pid
-    return ids.pgid == step.pid if step.command & Command.SETPGID else True
+        return session == step.pid
+    return group == step.pid if step.command & Command.SETPGID else True
 
 
 def sweep(init: int) -> list[int] | None:
