@@ -81,8 +81,9 @@ HELPERS = {"bpfs": ("iorelay",), "engine": ("nodeinit", "jobwatch", "callwatch",
 """What in C a node runs, by package; the rest is the master's."""
 
 
-LOADED = ("liblz4.so.1",)
-"""Libraries that a node's programs load by name, and can do without: engine/packing.py."""
+LOADED = ("liblz4.so.1", "libgcc_s.so.1")
+"""Libraries that are loaded by name: by engine/packing.py, which can do without, and by the C library in pthread_exit,
+which aborts without."""
 
 
 def helpers() -> list[cpio.Entry]:

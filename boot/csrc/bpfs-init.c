@@ -34,6 +34,8 @@
 #define WATCHDOG_FIRST_S 300 /* in phase 1: nobody feeds it while kernels are switched and the next one looks at its hardware */
 #define SHORT_S 5           /* a program that lives shorter is started again after a pause that doubles */
 #define PAUSE_MAX_S 30
+#define LEAVE_S 20          /* that the program has to leave its master, when the console says reboot */
+#define SYNC_S 5            /* and that disks have for what is to be written */
 
 static const struct {
 	const char *type, *target, *options;
@@ -137,25 +139,54 @@ static pid_t start(const sigset_t *inherited)
 	return pid;
 }
 
-/* Until the program has ended, or for some seconds where there is none; gives its wait status. */
+static time_t now(void)
+{
+	struct timespec time; /* the master sets the other clock */
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec;
+}
+
+/* A child writes what is to be written: a file system of a server that is out of reach would hold us up for ever. */
+static void restart_machine(void)
+{
+	pid_t child = fork();
+	if (child == 0) {
+		sync();
+		_exit(0);
+	}
+	for (int i = 0; i < SYNC_S * 100 && child > 0 && waitpid(child, NULL, WNOHANG) == 0; i++)
+		nanosleep(&(struct timespec){0, 10000000}, NULL);
+	reboot(RB_AUTOBOOT);
+}
+
+/* Until the program has ended, or for some seconds where there is none; gives its wait status. Ctrl-Alt-Del has it end first:
+ * bpslave kills its jobs and leaves its master. The second one, or one where there is no program, does not wait for that. */
 static int watch(pid_t program, const sigset_t *signals, time_t seconds)
 {
-	time_t end = time(NULL) + seconds;
+	time_t end = now() + seconds;
+	int leaving = 0;
 	for (;;) {
-		int status, number;
+		int status;
 		pid_t pid;
-		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+			if (pid == program && leaving)
+				restart_machine();
 			if (pid == program)
 				return status;
+		}
 		feed();
-		if (program <= 0 && time(NULL) >= end)
+		if ((program <= 0 || leaving) && now() >= end) {
+			if (leaving)
+				restart_machine();
 			return 0;
-		struct timespec wait = {program > 0 ? FEED_S : 1, 0};
-		number = sigtimedwait(signals, NULL, &wait);
-		if (number == SIGINT) { /* Ctrl-Alt-Del */
+		}
+		struct timespec wait = {program > 0 && !leaving ? FEED_S : 1, 0};
+		if (sigtimedwait(signals, NULL, &wait) == SIGINT) {
 			say("told by the console to reboot");
-			sync();
-			reboot(RB_AUTOBOOT);
+			if (program <= 0 || leaving || kill(program, SIGTERM) < 0)
+				restart_machine();
+			leaving = 1;
+			end = now() + LEAVE_S;
 		}
 	}
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,7 +87,9 @@ class Machine:
             *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
             "-nographic", "-nodefaults", "-serial", "stdio", *medium, "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
+            "-qmp", f"unix:{lab.folder / f'qmp{number}'},server=on,wait=off",
         ]  # fmt: skip
+        self._control = lab.folder / f"qmp{number}"
         self.text = ""
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -106,6 +110,18 @@ class Machine:
             assert time.monotonic() < deadline, f"no {pattern!r} within {VM_DEADLINE:g} s: {self.text[-2000:]}"
             time.sleep(0.05)
         return found
+
+    def press(self, *keys: str) -> None:
+        """Presses keys of its keyboard together, by QEMU's names."""
+        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rw") as control:
+            sock.settimeout(VM_DEADLINE)
+            sock.connect(str(self._control))
+            pressed = {"keys": [{"type": "qcode", "data": key} for key in keys]}
+            for command in ({"execute": "qmp_capabilities"}, {"execute": "send-key", "arguments": pressed}):
+                control.write(json.dumps(command))
+                control.flush()
+                while "return" not in (answer := json.loads(control.readline())):
+                    assert "error" not in answer, answer
 
     @property
     def ended(self) -> bool:

@@ -153,6 +153,13 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         wait_until(lambda: first.ended, "the machine is still powered")
         assert lab.read("nodes/1/state") == "up\n"
 
+        # Somebody at the other's keyboard has it start again: it leaves its master first.
+        other = len(second.text)
+        second.press("ctrl", "alt", "delete")
+        second.wait_for("told by the console to reboot[\\s\\S]*reboot: Restarting system", other)
+        lab.wait_state(1, "down")
+        assert "silent" not in lab.read("nodes/1/reason")
+
 
 def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: Path) -> None:
     package = kernel_package("linux-image-amd64")
