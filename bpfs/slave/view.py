@@ -102,7 +102,8 @@ class NodeView:
         except OSError as error:
             if isinstance(error, BpfsError):
                 raise
-            raise BpfsError(EIO, f"no view of the master's files: {error.strerror} ({error.filename})") from None
+            where = f" ({error.filename})" if error.filename else ""
+            raise BpfsError(EIO, f"no view of the master's files: {error.strerror or error}{where}") from None
         finally:
             self.close()
 
