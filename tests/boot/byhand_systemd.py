@@ -238,6 +238,9 @@ def test_units_in_a_machine_with_systemd(lab: Lab, master: Master) -> None:
     on("bpsetup --interface eth1 --nodes 16 --first 10.54.0.10")
     on("bpboot image 1 --iso phase1.iso --pxe && bpboot image 2")
     on("dd if=phase1.iso of=/dev/vdb bs=4M")
+    on(
+        "printf 'lease 600\\npingtimeout 700\\n' >> /etc/beowulf/config"
+    )  # an emulated master needs half a minute to start
     on("cd /opt/bpfs && cp mountscripts/systemd/*.service /etc/systemd/system/")
     on("systemctl daemon-reload && systemctl enable --now bpmaster && ls /bpfs/nodes/-1")
     assert on("systemctl is-active bpmaster; findmnt -no FSTYPE /bpfs") == "active\nfuse.bpfs\n"
