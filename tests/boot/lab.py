@@ -189,16 +189,28 @@ class Lab:
         self.key.chmod(0o600)
         self.configure(self._lines)
 
-    def add_client(self, number: int) -> str:
-        """A network namespace on the bridge whose eth0 has a machine's hardware address; gives its name."""
+    def add_client(self, number: int, beside: str = "") -> str:
+        """A network namespace on the bridge whose eth0 has a machine's hardware address; gives its name.
+
+        Args:
+            beside: an address for the master's end: then it is on no bridge, but on an interface of its own.
+        """
         name = f"{self.name}c{number}"
         run("ip", "netns", "add", name)
         self._clients.append(name)
         leg = f"leg{number}"
         run(*self.inside, "ip", "link", "add", leg, "type", "veth", "peer", "name", "eth0", "netns", name)
         run("ip", "-n", name, "link", "set", "eth0", "address", mac(number))
-        run(*self.inside, "ip", "link", "set", leg, "master", "br0", "up")
+        if beside:
+            run(*self.inside, "ip", "addr", "add", beside, "dev", leg)
+        run(*self.inside, "ip", "link", "set", leg, *([] if beside else ["master", "br0"]), "up")
         return name
+
+    def drop_client(self, number: int) -> None:
+        """Takes a client away."""
+        run(*self.inside, "ip", "link", "del", f"leg{number}")
+        run("ip", "netns", "del", f"{self.name}c{number}")
+        self._clients.remove(f"{self.name}c{number}")
 
     def peers(self, number: int) -> list[str]:
         """Who passes files on, as a client hears it."""

@@ -18,7 +18,7 @@ from tests.cluster.virtual import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-KNOWN, STRANGER = 0, 7
+KNOWN, ELSEWHERE, STRANGER = 0, 1, 7
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,14 @@ def test_network_cards_are_told_what_they_can_boot(lab: Lab) -> None:
     assert lab.client(KNOWN, "rom", "system", "0.6").stdout == ""
     assert lab.client(STRANGER, "rom", "bios", "0.6").stdout == ""
     wait_until(lambda: mac(STRANGER) in lab.read("boot/unknown"), "the stranger is not listed")
+
+
+def test_nobody_is_answered_on_an_interface_that_was_not_named(lab: Lab) -> None:
+    lab.add_client(ELSEWHERE, beside="10.55.0.1/24")  # a machine that is a node, with a cable to the wrong switch
+    assert lab.client(ELSEWHERE, "ask", "1").stdout == ""
+    assert lab.client(ELSEWHERE, "rom", "bios", "1").stdout == ""
+    lab.drop_client(ELSEWHERE)
+    assert lab.client(KNOWN, "rom", "bios", "20").stdout == f"{ROMS['bios']}\n"
 
 
 def test_boot_programs_are_handed_out_by_tftp_and_http_and_nothing_else(lab: Lab) -> None:
