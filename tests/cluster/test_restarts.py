@@ -201,7 +201,7 @@ def test_periodic_checkpoints_and_onloss(it, session_folder):
         it.write(f"procs/{job.pid}/checkpoint", f"{session_folder}/job every 1h")
         kill(it.pid("master"))
         start_master(it)
-        kill(it.slave(0))
+        it.lose(0)
         wait_until(lambda: place(it, job.pid) == "1", "it comes back from its last image")
         for process in (job, local):
             it.write(f"procs/{process.pid}/checkpoint", "off")
