@@ -133,7 +133,7 @@ class Seeker:
 
     def _look_at_clock(self) -> None:
         options = self._options
-        if options.onlost == "wait" or (options.onlost == "continue" and self._join.resumes):
+        if options.onlost == "wait" or self._join.resumes:  # who still has jobs has its lease, which ends that
             return
         if self._join.real and now() - self._contact >= options.onlost_after:
             how = "reboot" if options.onlost == "continue" else options.onlost

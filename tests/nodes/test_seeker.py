@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
 from bpfs.master.listener import open_port
-from bpfs.slave.connect import FIRST_DELAY, GROWTH, LAST_DELAY, Found, Seeker, make_join, pauses
+from bpfs.slave.connect import FIRST_DELAY, GROWTH, LAST_DELAY, Found, GivenUp, Seeker, make_join, pauses
 from bpfs.slave.options import SlaveOptions
 from tests.nodes.simslave import KEY, master
 
@@ -51,6 +53,18 @@ async def test_attempts_are_spread() -> None:
             nursery.start_soon(turn_away, 6, paused)
     assert min(paused) >= 0.5
     assert min(paused) < 0.95  # of 50, each as likely as not
+
+
+@pytest.mark.parametrize("resumes", ["", "cluster"])
+async def test_a_machine_ends_for_want_of_a_master_only_when_it_has_killed_its_jobs(resumes: str) -> None:
+    with open_port("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+    join = replace(make_join(None, bytes(16)), real=True, resumes=resumes.encode())
+    seeker = Seeker(SlaveOptions("127.0.0.1", port, KEY, onlost="reboot", onlost_after=0.0), join)
+    with trio.move_on_after(60 if not resumes else 2 * FIRST_DELAY) as scope:
+        with pytest.raises(GivenUp, match="reboot"):
+            await seeker.find()
+    assert scope.cancelled_caught == bool(resumes)
 
 
 async def test_who_comes_late_is_found() -> None:
