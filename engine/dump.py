@@ -14,6 +14,7 @@ from engine.descriptors import inspect as inspect_descriptors
 from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT, Entry
 from engine.descriptors.relatives import kept_by_descendants
+from engine.foresight import Recheck
 from engine.freeze import Frozen, freeze, unseized
 from engine.image import Image
 from engine.linux import procfs, ptrace
@@ -35,6 +36,8 @@ class Inspection:
         left: those of `runs` that have not been sent ahead.
         keep: what the destination keeps of what has; None: nothing has been sent ahead.
         later: what is not sent with the image, but when the copy runs.
+        recheck: of what all this rests on; None: it needs none.
+        picked: those of `runs` that are sent; None: all.
     """
 
     frozen: Frozen
@@ -46,6 +49,8 @@ class Inspection:
     left: list[tuple[int, int]] = field(default_factory=list)
     keep: Keep | None = None
     later: Spans = field(default_factory=list)
+    recheck: Recheck | None = None
+    picked: list[tuple[int, int]] | None = None
     _children: list[int] = field(default_factory=list)
 
     @property
@@ -56,13 +61,13 @@ class Inspection:
     @property
     def owed(self) -> int:
         """Bytes that come later, about."""
-        present = owed.own_bytes(self.frozen) - sum(length for _, length in self.runs)
+        present = owed.own_bytes(self.frozen) - _bytes(self.runs)
         return max(min(present, size(self.later)), 1)
 
-    def leave_out(self, image: Image) -> None:
-        """Send without what has been sent ahead."""
-        self.runs = self.left
-        image.runs, image.total = pack_runs(self.runs), sum(length for _, length in self.runs)
+    def pick(self, image: Image, ahead: bool) -> None:
+        """Settle which pages are sent; `ahead`: to the destination that has what was sent ahead."""
+        self.picked = self.left if ahead and self.keep is not None else self.runs
+        image.runs, image.total = pack_runs(self.picked), _bytes(self.picked)
 
     def is_needed(self, init: int, leaving: Container[int] = ()) -> bool:
         """Whether relatives that stay need something in its place (`engine.placeholders.is_needed`)."""
@@ -78,7 +83,7 @@ class Inspection:
         with open(f"/proc/{self.frozen.pid}/cmdline", "rb", buffering=0) as file:
             cmdline = file.read().split(b"\0")[:-1]
         return self.outline() | {
-            "cmdline": cmdline, "bytes": sum(length for _, length in self.runs),
+            "cmdline": cmdline, "bytes": _bytes(self.runs), "left": _bytes(self.left),
             "pid": procfs.inner_pid(self.frozen.status),
             "highest_tid": max(procfs.inner_pid(self.frozen.status_of(thread)) for thread in self.frozen.threads),
         }  # fmt: skip
@@ -104,6 +109,10 @@ def _outline(process: Frozen, stat: procfs.Stat) -> dict[str, Any]:
         "pgid": stat.pgid, "sid": stat.sid, "stopped": process.group_stopped, "children": children_of(process),
         "rights": int(status["CapPrm"], 16),
     }  # fmt: skip
+
+
+def _bytes(runs: list[tuple[int, int]]) -> int:
+    return sum(length for _, length in runs)
 
 
 def inspect(
@@ -152,7 +161,10 @@ def inspect(
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     later = owed.choose(frozen, survey) if lazy else []
-    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later)
+    recheck = Recheck(frozen, survey.foreseen) if rounds is not None and survey.foreseen else None
+    seen = Inspection(
+        frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later, recheck=recheck
+    )
     if rounds is not None:
         seen.left, seen.keep = rounds.settle(survey, seen.runs)
     return seen
@@ -247,7 +259,7 @@ def describe(inspection: Inspection) -> Image:
         busy_signals=functools.reduce(operator.or_, busy),
         descriptors=inspection.descriptors.table,
         frozen_ns=0,  # known when it is written
-        total=sum(length for _, length in inspection.runs),
+        total=_bytes(inspection.runs),
     )
 
 
@@ -293,13 +305,14 @@ def write(
         add_state(inspection, image)
     send(img.frame(img.META, img.encode(image)))
     frozen, total, later = inspection.frozen, 0, pages_first and not image.threads
+    pages = inspection.runs if inspection.picked is None else inspection.picked
     if later:
         send(img.frame(img.LATER, b""))
-        total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
+        total = send_pages(frozen.pid, frozen.memory, pages, send_part or send)
     if not image.threads:  # while the destination is at work
         add_state(inspection, image)
     send(img.frame(img.STATE, img.encode_state(image)))
     if not later:
-        total = send_pages(frozen.pid, frozen.memory, inspection.runs, send_part or send)
+        total = send_pages(frozen.pid, frozen.memory, pages, send_part or send)
     send(img.frame(img.END, total.to_bytes(8, "little")))
     return total, (time.monotonic() - began) * 1000

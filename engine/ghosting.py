@@ -27,7 +27,7 @@ CAP_CHECKPOINT_RESTORE: Final = 40  # <linux/capability.h>
 _F_DUPFD: Final = 0
 _FD_CLOEXEC: Final = 1
 _F_SETFD: Final = 2
-_LARGE: Final = 16 << 20  # bytes of memory that take longer to give back than a look every 0.1 ms costs
+LARGE: Final = 16 << 20  # bytes of memory that take longer to give back than a look every 0.1 ms costs
 _AF_UNIX: Final = 1
 _SEQPACKET_CLOEXEC: Final = 5 | 0o2000000
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
@@ -135,7 +135,7 @@ class Exec:
         injection = frozen.open_injection()
         ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
         injection.others = [thread.tid for thread in frozen.threads[1:]]
-        if procfs.own_bytes(frozen.pid) >= _LARGE:
+        if procfs.own_bytes(frozen.pid) >= LARGE:
             injection.while_waiting = _when_replaced(frozen.pid, gone)
         try:
             self._calls.run_until_exec()

@@ -5,11 +5,11 @@ import ctypes
 import os
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Final
 
 from engine import lending, nameless, outsiders
 from engine.descriptors.kin import Kin
+from engine.foresight import still_said
 from engine.freeze import Frozen
 from engine.image import MappedFile, Region
 from engine.linux import pagemap, process_vm, procfs
@@ -47,13 +47,14 @@ class Survey:
         shared: spans of shared anonymous memory.
         bare_code: executable mappings without a file.
         clean: pages that have not been written since they were sent, as far as `watched`.
+        foreseen: what smaps said a moment ago, where this rests on that; else nothing.
         known: pages in what `runs` was to leave for later, where they cannot be told then; else None.
 
     Args:
         marks: reads our own record of its writes (engine/tracking.py), where there is one: all private pages, those
             written since they were last taken, and the others.
         digests: whether files are to be known by their content.
-        foreseen: its smaps, read a moment before it stood still: that takes 3 ms and more a GB.
+        foreseen: its smaps, read a moment before it stood still (engine/foresight.py).
         kin: what it shares with others that move with it.
     """
 
@@ -79,7 +80,8 @@ class Survey:
         self.known: Spans | None = None
         self._handed: set[tuple[int, int, int]] = set()  # of `shared`, what the others that move are handed as well
         scratch = frozen.injection.base if frozen.injection else 0
-        raw = (_unchanged(frozen, foreseen) if foreseen else b"") or procfs.read(f"{frozen.live}/smaps")
+        self.foreseen = still_said(frozen, foreseen) if foreseen else b""
+        raw = self.foreseen or procfs.read(f"{frozen.live}/smaps")
         self._vmas = frozen.vmas = procfs.parse_smaps(raw)
         self._page_sizes = procfs.huge_page_sizes(raw) if HUGE.encode() in raw else {}
         for vma in self._vmas:
@@ -279,24 +281,11 @@ Runs = list[tuple[int, int]]
 
 
 def _begin(marks: Callable[[], tuple[Runs, Runs]]) -> Future[tuple[Runs, Runs]]:
-    """Look through the page tables while smaps is read, which does the same for itself: 3 ms each a GB."""
+    """Look through the page tables while the mappings are looked at."""
     helper = ThreadPoolExecutor(1)
     result = helper.submit(marks)
     helper.shutdown(wait=False)
     return result
-
-
-def _unchanged(frozen: Frozen, smaps: bytes) -> bytes:
-    """What smaps said a moment ago, where the mappings are the same now, and as much of them is locked; else nothing.
-
-    Advice for a whole mapping, given in that moment, is all that could be missed: for a part of one, it makes it two.
-    """
-    before = procfs.parse_smaps(smaps)
-    now = procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))
-    scratch = frozen.injection.base if frozen.injection else 0
-    same = [replace(vma, flags=frozenset()) for vma in before] == [vma for vma in now if vma.start != scratch]
-    locked = sum(vma.end - vma.start for vma in before if "lo" in vma.flags)
-    return smaps if same and locked == int(frozen.status.get("VmLck", "0 kB").split()[0]) << 10 else b""
 
 
 def _uses_keys(raw: bytes) -> bool:

@@ -95,6 +95,7 @@ class Rounds:
         self.marks = watch.marks
         self._layout = Layout()
         self._sent: Spans = []  # whose pages the destination has, of whatever age
+        self.smaps = b""  # of the process, when the last round began
         self._first = 0
         self._before = 0  # bytes of the last round
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -161,7 +162,8 @@ class Rounds:
         return both(merge(dirty), self._layout.all)
 
     def _vmas(self) -> list[Vma]:
-        return procfs.parse_smaps(procfs.read(f"/proc/{self._pid}/smaps"))
+        self.smaps = procfs.read(f"/proc/{self._pid}/smaps")
+        return procfs.parse_smaps(self.smaps)
 
     def _is_staged(self, vma: Vma) -> bool:
         return is_plain(vma) and not touches(self._layout.refused, vma.start, vma.end)

@@ -21,7 +21,7 @@ from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT
 from engine.descriptors.relatives import outlast
 from engine.freeze import Frozen, abandon, freeze
-from engine.ghosting import Exec, Passed, become_placeholder, ghost_exec
+from engine.ghosting import LARGE, Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace, userfaultfd
 from engine.mapped import mapped_files
 from engine.obstacles import children_of
@@ -34,6 +34,7 @@ from engine.stream import Stream, connect
 from engine.tracking import Unwatchable
 
 _HELD_TIMEOUT_S: Final = 60.0
+_LEAST_URGENT: Final = 19  # as for nice(1)
 _WHERE: Final = ("host", "port", "token", "pack", "builds")  # of a request: where the image goes
 
 
@@ -70,6 +71,7 @@ class Source:
         self._foreseen = b""  # smaps of the process, a moment ago
         self._shared: kin.Shared | None = None  # of a tree that moves
         self.afterwards: Callable[[], object] | None = None
+        self._look: Callable[..., dump.Inspection] | None = None  # as `inspect` did
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
 
     def _held(self) -> Frozen:
@@ -273,12 +275,12 @@ class Source:
             self._settled = True
         if request.get("moving") and request.get("family") and "kin" not in request and not request.get("at_home"):
             outlast(frozen.pid)
-        self._inspection = dump.inspect(
-            frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
+        self._look = functools.partial(
+            dump.inspect, frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
             bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
-            bool(request.get("lazy")), self._foreseen,
-            Kin.told(request["kin"]) if "kin" in request else None,
+            bool(request.get("lazy")), kin=Kin.told(request["kin"]) if "kin" in request else None,
         )  # fmt: skip
+        self._inspection = self._look(foreseen=self._rounds.smaps if self._rounds is not None else self._foreseen)
         agreed = "expected" in request and _is_expected(request["expected"], self._inspection)
         if "expected" in request and not agreed:
             self._close_opened()
@@ -313,12 +315,14 @@ class Source:
 
     def _transmit(self, stream: Stream, request: Reply) -> int:
         """The image but for the verdict. Returns the bytes of its pages; raises OSError."""
+        self._look_again()
         assert self._inspection is not None
         image = self._image = self._image or dump.describe(self._inspection)
-        if request.get("pack") and not request.get("ahead") and image.total >= packing.WHOLE:
+        ahead = bool(request.get("ahead"))
+        self._inspection.pick(image, ahead)
+        if request.get("pack") and not ahead and image.total >= packing.WHOLE:
             _pack(stream)
-        if request.get("ahead") and self._inspection.keep is not None:
-            self._inspection.leave_out(image)
+        if ahead and self._inspection.keep is not None:
             stream.send(img.frame(img.KEEP, self._inspection.keep.packed()))
         if self._inspection.later:
             stream.send(img.frame(img.OWED, msgpack.packb([self._inspection.later, self._inspection.owed])))
@@ -329,6 +333,16 @@ class Source:
             with contextlib.suppress(img.ImageError, ConnectionResetError):
                 _read_verdict(stream)  # it may have said why
             raise error from None
+
+    def _look_again(self) -> None:
+        """Where `inspect` rested on what was not true any more. Raises OSError: it shows now that it cannot move."""
+        seen, look = self._inspection, self._look
+        if seen is None or look is None or seen.recheck is None or seen.recheck.agrees():
+            return
+        seen = self._inspection = look()
+        self._image = None
+        if seen.refusals:
+            raise OSError(95, "; ".join(seen.refusals))
 
     def send(self, request: Reply, fds: list[int]) -> Reply:
         """Stream the image to the destination's worker; wait until it holds.
@@ -494,6 +508,9 @@ class Source:
 
     def _kill(self, frozen: Frozen, gone: Callable[[], None]) -> None:
         with contextlib.suppress(ProcessLookupError):
+            if procfs.own_bytes(frozen.pid) >= LARGE:
+                for thread in frozen.threads:  # on its way out it is not to take a CPU from its own copy
+                    os.setpriority(os.PRIO_PROCESS, thread.tid, _LEAST_URGENT)
             os.kill(frozen.pid, signal.SIGKILL)
         faults.hold("vanish")
         # It will never run again. That its memory is given back, 30 ms a GB, need not be waited for.
@@ -541,7 +558,7 @@ class Source:
     def _forget(self) -> None:
         self._frozen, self._inspection, self._settled, self._pledged = None, None, False, False
         self._image = self._passed = self._ready = self.afterwards = None
-        self._seen, self._foreseen = ({}, {}), b""
+        self._seen, self._foreseen, self._look = ({}, {}), b"", None
         self._end_rounds()
         if not self._left:
             self._end_owing()

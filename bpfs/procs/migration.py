@@ -322,7 +322,8 @@ class Migration(ABC):
             await copy_ahead(self, src, dst)
             summary = await stop()
         landing = self.landing = await self.land(dst, summary)
-        small = summary["process"]["bytes"] <= STRAIGHT and not is_watched_closely()
+        left = summary["process"]["left" if self.ahead else "bytes"]
+        small = left <= STRAIGHT and not is_watched_closely()
         if self.goes_straight and small and not self.company:
             return landing
         await self._enter(Phase.TRANSFER)
@@ -346,9 +347,9 @@ class Migration(ABC):
 
     def _there(self) -> dict[str, Any]:
         """What the source's engine is told so that the image goes as soon as the process stands still."""
-        if self.landing is None or self.ahead or self.company or is_watched_closely():
+        if self.landing is None or self.company or is_watched_closely():
             return {}
-        return self._where(self.landing)
+        return self._where(self.landing) | {"ahead": self.ahead}
 
     @property
     def packs(self) -> bool:

@@ -10,6 +10,7 @@ import msgpack
 import pytest
 
 from engine import spans
+from engine.foresight import Recheck, still_said
 from engine.freeze import freeze
 from engine.image import ImageError
 from engine.linux import procfs, userfaultfd
@@ -17,6 +18,7 @@ from engine.mending import mend
 from engine.precopy import Layout
 from engine.staging import NORESERVE, PLAIN, Keep
 from engine.tracking import Unwatchable, begin, is_plain
+from tests.engine.moves import Mover
 
 PAGE = 4096
 
@@ -197,6 +199,75 @@ def test_memory_in_pieces_is_made_one_mapping(toy: Toy) -> None:
         frozen.release()
     assert mappings() == 1
     toy.do(f"exec({GROWN!r}, globals())")
+
+
+# MAP_NORESERVE, of a kind that no neighbour has, so that all of it is one mapping.
+APART = "n = mmap.mmap(-1, 2 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000); n.write(b'x' * 8192)"
+NO_FORK = "n.madvise(mmap.MADV_DONTFORK)"
+
+
+def advised(pid: int) -> list[int]:
+    """The sizes of mappings that no child is to have."""
+    vmas = procfs.parse_smaps(procfs.read(f"/proc/{pid}/smaps"))
+    return [vma.end - vma.start for vma in vmas if "dc" in vma.flags]
+
+
+def test_what_maps_does_not_tell_is_looked_at_again(toy: Toy) -> None:
+    toy.do(APART)
+    before = procfs.read(f"/proc/{toy.process.pid}/smaps")
+    toy.do("n[5] = 1")
+    same = procfs.read(f"/proc/{toy.process.pid}/smaps")
+    toy.do(NO_FORK)
+    frozen = freeze(toy.process.pid)
+    try:
+        assert still_said(frozen, before) == before, "maps shows advice by now"
+        assert not Recheck(frozen, before).agrees()
+        now = procfs.read(f"{frozen.live}/smaps")
+        assert Recheck(frozen, now).agrees()
+        frozen.open_injection()
+        assert still_said(frozen, now) == now
+        assert Recheck(frozen, now).agrees()
+    finally:
+        frozen.release()
+    toy.do("n.madvise(mmap.MADV_DOFORK)")
+    frozen = freeze(toy.process.pid)
+    try:
+        assert Recheck(frozen, before).agrees()
+        assert Recheck(frozen, same).agrees()
+    finally:
+        frozen.release()
+    toy.do("n.close()")
+    frozen = freeze(toy.process.pid)
+    try:
+        assert still_said(frozen, before) == b""
+    finally:
+        frozen.release()
+
+
+@needs_record
+@pytest.mark.parametrize("late", [NO_FORK, "n[7 * 4096] = 120"])
+def test_advice_of_the_last_moment_moves_as_well(toy: Toy, mover: Mover, late: str) -> None:
+    toy.do(APART)
+    pid = toy.process.pid
+    source, destination = mover.worker(), mover.worker()
+    ids = {"pid": pid, "ppid": 1, "pgid": pid, "sid": pid}
+    ready = destination.ask("prepare", place={"init": mover.space.init}, address="127.0.0.1", **ids)
+    where = {"host": "127.0.0.1", "port": ready["port"], "token": ready["token"]}
+    destination.start("stage", timeout_s=30)
+    assert source.ask("watch", pid=pid, **where)["watched"]
+    while not source.ask("copy", seconds=1)["done"]:
+        pass
+    destination.finish()
+    toy.do(late)
+    seen = source.ask("freeze", pid=pid, inspect=True, moving=True, ahead=True, **where)
+    with open("/dev/null", "r+b", buffering=0) as null:
+        externals = {external["key"]: 0 for external in seen["externals"]}
+        destination.start("receive", [null.fileno()], externals=externals, ahead=True, timeout_s=30)
+        sent = source.ask("send", ahead=True, **where)["bytes"]
+        destination.finish()
+    assert sent < seen["process"]["bytes"], "nothing was kept of what went ahead"
+    source.ask("vanish")
+    assert advised(destination.ask("resume")["hostpid"]) == ([2 << 20] if late is NO_FORK else [])
 
 
 def test_what_goes_ahead() -> None:
