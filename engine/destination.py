@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from engine import faults, filling, kin, placeholders
+from engine import faults, filling, kin, lending, placeholders
 from engine import image as img
 from engine.descriptors.ghost import take_from
 from engine.image import MappedFile
@@ -42,6 +42,7 @@ class Destination:
         self._owed = 0  # bytes of it, about
         self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
+        self._carried: list[lending.Borrowed] = []  # files that are not here
         self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
         self._held_at = 0.0  # when the copy was whole, by time.monotonic()
 
@@ -75,14 +76,34 @@ class Destination:
         return self._where()
 
     def gather(self, request: Reply, fds: list[int]) -> Reply:
-        """Have the `files` that the process maps at hand, while it still runs. Returns for how many of them that is so.
+        """Have the `files` that the process maps at hand, while it still runs. Returns which of them the place `lacks`.
 
         Raises:
             OSError: one that should be here cannot be had.
         """
         if self._target is None:
             raise OSError(22, f"{ORDER}: prepare first")
-        return {"here": gather([MappedFile(*file) for file in request["files"]], self._target.pid)}
+        here = gather([MappedFile(*file) for file in request["files"]], self._target.pid)
+        return {"lacks": [index for index, is_here in enumerate(here) if not is_here]}
+
+    def take_files(self, request: Reply, fds: list[int]) -> Reply:
+        """Take the content of `files`, which are not here, from the source's `give_files`."""
+        if self._listener is None:
+            raise OSError(22, f"{ORDER}: prepare first")
+        files = [MappedFile(*file) for file in request["files"]]
+        timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
+        stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
+        self._close_carried()
+        with self._telling(stream):
+            self._carried = lending.receive_ahead(stream, files)
+            stream.send(img.frame(img.HELD, b""))
+        stream.close()
+        return {}
+
+    def _close_carried(self) -> None:
+        carried, self._carried = self._carried, []
+        for one in carried:
+            one.close()
 
     def listen(self, request: Reply, fds: list[int]) -> Reply:
         """Before `prepare`: the image may be on its way here already."""
@@ -258,8 +279,9 @@ class Destination:
                 spans, about = unpack(frame[1], 2)
                 owed, self._owed = checked(spans), about if type(about) is int else 0
         image = img.decode(frame[1])
+        books = lending.Lending(lends, self._carried)
         builder = self._builder = Builder(
-            self._target, image, externals, ghost_fds, before, lends, self._strict, given
+            self._target, image, externals, ghost_fds, before, books, self._strict, given
         )
         builder.begin()
         kind, state = img.read_frame(stream.receive, (img.STATE, img.LATER), img.MAX_META)
@@ -340,6 +362,7 @@ class Destination:
         """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
         self._close_listener()
         self._close_stream()
+        self._close_carried()
         builder, target, stage = self._builder, self._target, self._stage
         self._builder = self._target = self._stage = None
         files, self._files = self._files, {}

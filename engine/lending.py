@@ -1,15 +1,16 @@
 """Files that a process maps or runs and its new place does not have: their content comes along.
 
-The destination makes a memfd of each, which is mapped, and run, in the file's place; it asks for the content when all
-the rest is there, so that a move that needs none of it takes no longer. What the memfd stands for is kept in an
-attribute of it that only the machine's root can set (xattr(7), trusted.*): the process goes on from here as one that
-has the file itself, and finds that again where it is.
+The destination makes a memfd of each, which is mapped, and run, in the file's place. What is known to be missing is
+sent while the process still runs (engine/mapped.py); for what shows itself when it stands still, the destination asks
+when all the rest is there. What the memfd stands for is kept in an attribute of it that only the machine's root can set
+(xattr(7), trusted.*): the process goes on from here as one that has the file itself, and finds that again where it is.
 """
 
 import contextlib
 import fcntl
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +19,7 @@ import msgpack
 from engine import digests
 from engine import image as img
 from engine.image import Image, ImageError, MappedFile
-from engine.spans import merge
+from engine.spans import Spans, merge, size, without
 from engine.stream import Stream
 
 _NAME: Final = "bpfs:"
@@ -70,10 +71,29 @@ def describe(path: str, link: str, writable: bool = False, by_content: bool = Fa
 
 
 @dataclass(slots=True)
-class _Borrowed:
+class Borrowed:
+    """A memfd that stands for a file.
+
+    Attributes:
+        index: of the image's file by which the content is asked for.
+        fd: of the memfd; read-only as soon as that is whole.
+        there: the parts that are in it, where they came ahead.
+    """
+
     file: MappedFile
-    index: int  # of the image's file by which the content is asked for
-    writer: int  # descriptor of the memfd
+    index: int
+    fd: int
+    there: Spans | None = None
+
+    def open(self) -> int:
+        """Another descriptor of it, read-only. Raises OSError."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Close it, unless that has been done."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Lending:
@@ -81,11 +101,13 @@ class Lending:
 
     Args:
         lends: whether the source can give anything: not where an image comes from a disk.
+        ahead: what came before the image. Not ours to close.
     """
 
-    def __init__(self, lends: bool) -> None:
+    def __init__(self, lends: bool, ahead: Iterable[Borrowed] = ()) -> None:
         self._lends = lends
-        self._borrowed: dict[tuple[bytes, int, int], _Borrowed] = {}
+        self._ahead = list(ahead)
+        self._borrowed: dict[tuple[bytes, int, int], Borrowed] = {}
 
     def __bool__(self) -> bool:
         return bool(self._borrowed)
@@ -97,42 +119,66 @@ class Lending:
     def borrow(self, image: Image, index: int) -> int:
         """A descriptor, read-only and the caller's, of a memfd that stands for a file. Raises OSError."""
         file = image.files[index]
-        one = self._borrowed.get(_key(file))
+        one = self._came_ahead(image, index) or self._borrowed.get(_key(file))
         if one is None:
-            one = self._borrowed[_key(file)] = _Borrowed(file, index, _make(file))
+            one = self._borrowed[_key(file)] = Borrowed(file, index, _make(file))
         elif any(region.file == index for region in image.regions):
             one.index = index  # what is mapped is known by this one
-        return os.open(f"/proc/self/fd/{one.writer}", os.O_RDONLY | os.O_CLOEXEC)
+        return one.open()
+
+    def _came_ahead(self, image: Image, index: int) -> Borrowed | None:
+        file = image.files[index]
+        for one in self._ahead:
+            if one.file == file and not without(_mapped(image, index, file.size), one.there or []):
+                return one
+        return None
 
     def fill(self, stream: Stream) -> None:
         """Ask the source for the contents, and take them. Raises OSError."""
         stream.send(img.frame(img.LACKS, msgpack.packb([one.index for one in self._borrowed.values()])))
         for one in self._borrowed.values():
-            _, body = img.read_frame(stream.receive, (img.CONTENT,), img.MAX_SMALL)
-            mode, uid, gid, spans = _unpack(body)
-            for start, end in spans:
-                if not 0 <= start < end <= one.file.size:
-                    raise ImageError("content lies outside of its file")
-                _take_span(stream, one.writer, start, end)
-            os.fchown(one.writer, uid, gid)
-            os.fchmod(one.writer, mode)
-            fcntl.fcntl(one.writer, fcntl.F_ADD_SEALS, _SEALS)
-            _close(one)
+            _take(stream, one)
+            one.close()
 
     def close(self) -> None:
         """Close what is open still."""
         for one in self._borrowed.values():
-            _close(one)
+            one.close()
+
+
+def receive_ahead(stream: Stream, files: Iterable[MappedFile]) -> list[Borrowed]:
+    """Take what `engine.mapped.send_ahead` sends of these. The caller closes them. Raises OSError."""
+    taken: list[Borrowed] = []
+    try:
+        for file in files:
+            one = Borrowed(file, -1, _make(file))
+            taken.append(one)
+            one.there = _take(stream, one)
+            readable = one.open()  # a file that somebody can write to cannot be run
+            one.close()
+            one.fd = readable
+    except BaseException:
+        for one in taken:
+            one.close()
+        raise
+    return taken
+
+
+def _take(stream: Stream, one: Borrowed) -> Spans:
+    _, body = img.read_frame(stream.receive, (img.CONTENT,), img.MAX_SMALL)
+    mode, uid, gid, spans = _unpack(body)
+    for start, end in spans:
+        if not 0 <= start < end <= one.file.size:
+            raise ImageError("content lies outside of its file")
+        _take_span(stream, one.fd, start, end)
+    os.fchown(one.fd, uid, gid)
+    os.fchmod(one.fd, mode)
+    fcntl.fcntl(one.fd, fcntl.F_ADD_SEALS, _SEALS)
+    return merge(spans)
 
 
 def _key(file: MappedFile) -> tuple[bytes, int, int]:
     return file.path, file.device, file.inode
-
-
-def _close(one: _Borrowed) -> None:
-    if one.writer >= 0:
-        os.close(one.writer)
-        one.writer = -1
 
 
 def _make(file: MappedFile) -> int:
@@ -186,20 +232,29 @@ def send(stream: Stream, body: bytes, image: Image, pid: int, live: str) -> int:
     total = 0
     for index in indices(body, image):
         file, link = image.files[index], _link(image, index, pid, live)
-        fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise OSError(95, f"{os.fsdecode(file.path)} is no regular file")
-            spans = _mapped(image, index, file.size)
-            head = [stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, spans]
-            stream.send(img.frame(img.CONTENT, msgpack.packb(head)))
-            for start, end in spans:
-                total += end - start
-                _send_span(stream, fd, start, end)
-        finally:
-            os.close(fd)
+        total += send_content(stream, file, link, _mapped(image, index, file.size))
     return total
+
+
+def send_nothing(stream: Stream) -> None:
+    """Say that there is nothing of a file that was asked for."""
+    stream.send(img.frame(img.CONTENT, msgpack.packb([0, 0, 0, []])))
+
+
+def send_content(stream: Stream, file: MappedFile, link: str, spans: Spans) -> int:
+    """Send parts of the file that a link leads to. Returns the bytes. Raises OSError."""
+    fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(95, f"{os.fsdecode(file.path)} is no regular file")
+        head = [stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, spans]
+        stream.send(img.frame(img.CONTENT, msgpack.packb(head)))
+        for start, end in spans:
+            _send_span(stream, fd, start, end)
+    finally:
+        os.close(fd)
+    return size(spans)
 
 
 def indices(body: bytes, image: Image) -> list[int]:

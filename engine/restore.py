@@ -57,13 +57,13 @@ class Builder:
         externals: dict[int, int],
         ghost: dict[int, int] | None = None,
         ahead: tuple[Stage, Keep] | None = None,
-        lends: bool = False,
+        books: Lending | None = None,
         strict: int = 0,
         given: Mapping[tuple[int, int], int] | None = None,
     ) -> None:
         self._strict_by = strict  # host pid of the nodeinit of a job that is to be strict
         self._given = given or {}  # shared memory of the source that others have as well
-        self._books = Lending(lends)  # files that are not here
+        self._books = Lending(False) if books is None else books  # files that are not here
         self._ahead = ahead  # memory that is there already, and what of it is kept
         self.target, self.image, self.externals = target, image, externals
         self.ghost_numbers = ghost or {}

@@ -56,7 +56,7 @@ def open_all(image: Image, root_of: int, who: Credentials, books: Lending) -> li
     return opened
 
 
-def gather(files: Iterable[MappedFile], root_of: int) -> int:
+def gather(files: Iterable[MappedFile], root_of: int) -> list[bool]:
     """Open these files and close them again, so that `open_all` will find at hand what is here.
 
     Who opens a file of the view (or of a network file system) waits until it has been fetched. Several at once.
@@ -65,13 +65,13 @@ def gather(files: Iterable[MappedFile], root_of: int) -> int:
         root_of: a process in whose root they are looked for.
 
     Returns:
-        How many there are.
+        Of each, whether it is here.
 
     Raises:
         OSError: one is there, and cannot be opened; names it.
     """
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return sum(pool.map(lambda file: _fetch(file, b"/proc/%d/root%s" % (root_of, file.path)), files))
+        return list(pool.map(lambda file: _fetch(file, b"/proc/%d/root%s" % (root_of, file.path)), files))
 
 
 def _fetch(file: MappedFile, path: bytes) -> bool:

@@ -23,7 +23,7 @@ from engine.descriptors.relatives import outlast
 from engine.freeze import Frozen, abandon, freeze
 from engine.ghosting import LARGE, Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace, userfaultfd
-from engine.mapped import mapped_files
+from engine.mapped import mapped_files, send_ahead
 from engine.obstacles import children_of
 from engine.onexec import Armed, end
 from engine.operation import NOT_LAZY, ORDER, Reply
@@ -101,11 +101,27 @@ class Source:
         """Stream what `find_kin` has found to the destination's `take_kin`; wait until it has all of it."""
         if self._shared is None:
             raise OSError(22, f"{ORDER}: find_kin first")
+        total = self._give(request, self._shared.send)
+        self._drop_shared()
+        return {"bytes": total}
+
+    def give_files(self, request: Reply, fds: list[int]) -> Reply:
+        """Stream what a process that runs maps of `files` to the destination's `take_files`; wait as `give_kin`."""
+        pid, files = int(request["pid"]), [img.MappedFile(*file) for file in request["files"]]
+        try:
+            return {"bytes": self._give(request, lambda stream: send_ahead(stream, pid, files))}
+        except FileNotFoundError:
+            if procfs.has_ended(f"/proc/{pid}"):
+                raise ProcessGone(pid) from None
+            raise
+
+    def _give(self, request: Reply, send: Callable[[Stream], int]) -> int:
+        """Send something on a connection of its own; returns the bytes when all is there. Raises OSError."""
         stream = Stream(connect(request["host"], request["port"], self._control), self._control, _HELD_TIMEOUT_S)
         try:
             stream.send(request["token"])
             try:
-                total = self._shared.send(stream)
+                total = send(stream)
             except (BrokenPipeError, ConnectionResetError) as error:
                 with contextlib.suppress(img.ImageError, ConnectionResetError):
                     _read_verdict(stream)  # it may have said why
@@ -113,8 +129,7 @@ class Source:
             _read_verdict(stream)
         finally:
             stream.close()
-        self._drop_shared()
-        return {"bytes": total}
+        return total
 
     def _drop_shared(self) -> None:
         shared, self._shared = self._shared, None

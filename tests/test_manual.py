@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bpfs.config import KEYWORDS
+from engine import checkpoint, image
 
 TOP = Path(__file__).resolve().parent.parent
 PAGES = {path.name.removesuffix(".md"): path for path in (TOP / "bpfs" / "man").glob("*.md")}
@@ -60,6 +61,14 @@ def test_every_keyword_is_on_the_masters_page() -> None:
     text = PAGES["bpmaster.8"].read_text().replace("\\|", "|")  # in a cell of a table
     for name, keyword in KEYWORDS.items():
         assert f"| `{name} {keyword.usage}` |" in text
+
+
+def test_the_format_of_images_is_as_the_page_says() -> None:
+    text = PAGES["bpckpt.1"].read_text()
+    frames = {"ABOUT": checkpoint.ABOUT, "META": image.META, "STATE": image.STATE, "TABLE": checkpoint.TABLE}
+    for name, kind in (frames | {"TAIL": checkpoint.TAIL}).items():
+        assert re.search(rf"\b{kind} {name}\b", text), name
+    assert f"version (u16, now {image.VERSION})" in text
 
 
 def test_the_readme_names_pages_that_exist() -> None:

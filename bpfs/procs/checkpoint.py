@@ -12,6 +12,7 @@ import os
 import shlex
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,7 @@ class _Taking:
                 **self.rights.arguments,
             )  # fmt: skip
             try:
+                await self._foresee(src)
                 await self._freeze(src, writer)
                 await transfer(
                     lambda: src.call(
@@ -272,9 +274,14 @@ class _Taking:
                 raise
             return await self._end(src, keeper, writer)
 
+    async def _foresee(self, src: Engine) -> None:
+        """Has digests of what it maps computed while it runs."""
+        with suppress(BpfsError):  # the freeze will meet the obstacle again, and name it
+            await src.call("look", pid=await self.source.hostpid(self.proc), files=True, digests=True)
+
     async def _freeze(self, src: Engine, writer: WriteRequest | None) -> None:
         hostpid = await self.source.hostpid(self.proc)
-        looking: dict[str, Any] = {"contents": self.contents}
+        looking: dict[str, Any] = {"contents": self.contents, "digests": True}
         self.figures.frozen = time.perf_counter()
         if writer is None:
             refuse((await src.call("freeze", pid=hostpid, inspect=True, **looking))["refusals"])

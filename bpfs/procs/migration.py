@@ -114,6 +114,7 @@ class Migration(ABC):
         self._agreed = False  # the engines know what they may do if it still is that
         self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
+        self.lacking: list[Any] = []  # those of them that the destination does not have, and cannot fetch
         self.keep: Keep | None = None  # what can of its memory comes after it, and is looked after so
         self.owed = 0  # bytes that do
 
@@ -315,6 +316,8 @@ class Migration(ABC):
             if self.company is not None:
                 self.stands_still(await stop())
             await self.make_ready(dst, look)
+            if self.lacking:
+                await self._carry(src, dst, self.landing)
         if self._may_agree():
             return self.landing
         summary = await stop()
@@ -331,6 +334,16 @@ class Migration(ABC):
         self.figures.whole = time.perf_counter()
         self.check_alive()
         return None
+
+    async def _carry(self, src: Engine, dst: Engine, landing: Landing | None) -> None:
+        """Files that are not there go ahead of the process."""
+        assert landing is not None
+        where = {"pid": await self.source.hostpid(self.proc), **self._where(landing)}
+        await transfer(
+            lambda: src.call("give_files", files=self.lacking, **where),
+            lambda: dst.call("take_files", files=self.lacking, timeout_s=RECEIVE_TIMEOUT),
+            self.figures,
+        )
 
     async def _transfer(self, src: Engine, dst: Engine, landing: Landing) -> None:
         await transfer(lambda: self.send(src, landing), lambda: self.receive(dst, landing), self.figures)

@@ -164,7 +164,8 @@ class ToNode(Migration):
         """Has the node fetch what the process maps, while it still runs."""
         if self.mapped:
             await self._enter(Phase.GATHER)
-            await dst.call("gather", files=self.mapped)
+            lacks = (await dst.call("gather", files=self.mapped))["lacks"]
+            self.lacking = [self.mapped[index] for index in lacks]
 
     async def stage(self, dst: Engine) -> tuple[Landing, dict[str, Any]]:
         assert self.landing is not None

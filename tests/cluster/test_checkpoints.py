@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,37 @@ def test_a_process_comes_back_under_its_pid_where_its_image_was_taken(it, folder
         move(it, pid, -1)
         goes_on(folder)
         assert os.readlink(f"/proc/{pid}/exe") == os.path.realpath("/usr/bin/python3")
+
+
+def test_the_content_of_its_files_decides_whether_it_comes_back(it, folder):
+    program = folder / "own"
+    shutil.copy("/usr/bin/sleep", program)
+    process = subprocess.Popen([str(program), "1000"], cwd="/", **QUIET)
+    try:
+        wait_until(lambda: os.readlink(f"/proc/{process.pid}/exe") == str(program), "it did not begin")
+        checkpoint(it, process.pid, f"{folder}/ck")
+    finally:
+        process.kill()
+        process.wait()
+    # As on another machine: another file, of another time, and the same in it.
+    shutil.copy(program, folder / "copy")
+    os.utime(folder / "copy", (1, 1))
+    (folder / "copy").rename(program)
+    for node in (-1, 0):
+        pid = restart(it, f"{folder}/ck {node}")
+        with ended(pid):
+            assert f"own {program}" in it.read(f"procs/{pid}/mapped").splitlines()
+    content, times = program.read_bytes(), program.stat().st_mtime_ns
+    program.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(program, ns=(times, times))
+    for missing in (False, True):
+        if missing:
+            program.unlink()
+        why = f"{program}: No such file or directory" if missing else f"{program} is not the same file here"
+        for node in (-1, 0):
+            gone(process.pid)
+            assert echo(it, f"{folder}/ck {node}", "procs/restart").returncode
+            assert why in it.read("procs/restart").splitlines()[-1]
 
 
 def test_stop_ends_it_right_after_its_image(it, folder):

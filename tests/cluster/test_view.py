@@ -264,6 +264,32 @@ def test_files_are_known_by_their_content(it, exported, tmp_path):
     assert shell(it, f'/usr/bin/python3 -c "{code}"').strip() == hashlib.sha256(program.read_bytes()).hexdigest()
 
 
+def test_files_that_nodes_do_not_have_come_before_the_process_stands_still(it, gates, exported, tmp_path):
+    library = tmp_path / "libahead.so"
+    shutil.copy("/usr/lib/x86_64-linux-gnu/libm.so.6", library)
+    with threads(exported / "ahead", tmp_path, LD_PRELOAD=str(library)) as process:
+        for source, node in ((-1, 0), (0, 1)):
+            moving = Interrupted(it, gates, process, (source, node), "freeze")
+            try:
+                assert workers_with(it.slave(node), "/memfd:bpfs:libahead.so"), "it has not come yet"
+            finally:
+                assert moving.go_on() == 0, moving.said
+            assert "carried libahead.so" in it.read(f"procs/{process.pid}/mapped").splitlines()
+        move(it, process.pid, -1)
+        assert f"own {library}" in it.read(f"procs/{process.pid}/mapped").splitlines()
+
+
+def workers_with(daemon: int, prefix: str) -> list[int]:
+    """The engine workers of a daemon that have a file open whose path begins so."""
+    workers = [one for zygote in children(daemon) if comm(zygote) == "bpfs-zygote" for one in children(zygote)]
+    return [one for one in workers if any(open_file.startswith(prefix) for open_file in open_files(one))]
+
+
+def open_files(pid: int) -> list[str]:
+    """Where the descriptors of a process lead to."""
+    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def test_a_program_that_nodes_do_not_see_is_run_there(it, tmp_path):
     shutil.copy("/usr/bin/readlink", tmp_path / "own")
     done = run(it, str(tmp_path / "own"), "/proc/self/exe")
