@@ -266,10 +266,11 @@ def describe(inspection: Inspection) -> Image:
 def add_state(inspection: Inspection, image: Image) -> None:
     """The rest: what the process itself has to be asked, by one batch of injected calls. Raises OSError."""
     frozen = inspection.frozen
-    asked: Asked = ask(frozen, _doubtful(inspection.descriptors.table))
+    asked: Asked = ask(frozen, inspection.stat.flags, _doubtful(inspection.descriptors.table))
     _correct(inspection.descriptors.table, asked.cloexec)
     leader = frozen.threads[0]
-    image.threads = [thread_state(frozen, leader, image.pid, asked.altstack, asked.clear_tid, asked.timer_slack)]
+    own = asked.altstack, asked.clear_tid, asked.timer_slack, asked.switches
+    image.threads = [thread_state(frozen, leader, image.pid, *own)]
     for thread in frozen.threads[1:]:
         inner_tid = procfs.inner_pid(frozen.status_of(thread))
         image.threads.append(thread_state(frozen, thread, inner_tid, *ask_thread(frozen, thread)))

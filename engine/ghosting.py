@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from engine import switches
 from engine.freeze import Frozen
 from engine.image import Image
 from engine.linux import process_vm, procfs, ptrace, scm
@@ -104,6 +105,7 @@ class Exec:
         data, argv, envp = exec_block(base + 16, arguments, environment)
         process_vm.write(frozen.pid, base, struct.pack("<QQ", ALL_SIGNALS, 0) + data)
         self._calls = calls = Calls(injection)
+        switches.rows(calls, switches.NORMAL, image.threads[0].switches)  # an exec leaves most as they are
         for fd in closed:
             calls.add("fcntl", fd, _F_SETFD, _FD_CLOEXEC, label=f"descriptor {fd}")
         for fd in cloexec:
@@ -152,6 +154,7 @@ class Exec:
     def _undo(self) -> None:
         """The process goes on here, with what was taken from it for the new program's sake."""
         calls = Calls(self._frozen.open_injection())
+        switches.rows(calls, self._image.threads[0].switches, switches.NORMAL)
         for fd in self._closed:
             calls.add("fcntl", fd, _F_SETFD, 0, must=False)
         for fd in self._cloexec:

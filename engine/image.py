@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 MAGIC: Final = b"BPFI"
-VERSION: Final = 7
+VERSION: Final = 8
 META: Final = 1
 STATE: Final = 14
 END: Final = 2
@@ -81,6 +81,7 @@ class ThreadState:
     prime: list[int] = field(default_factory=list)  # an interrupted sleep: call number, remaining ns
     io_priority: int = 0  # as of ioprio_get(2)
     timer_slack: int = 0  # ns
+    switches: list[int] = field(default_factory=list)  # engine/switches.py
 
 
 @dataclass(slots=True)
@@ -157,7 +158,7 @@ class Image:
     dumpable: int = 0
     death_signal: int = 0
     subreaper: int = 0
-    thp_disabled: int = 0
+    thp_disabled: int = 0  # as of PR_GET_THP_DISABLE: bit 0, and flags
     lock_future: int = 0  # of mlockall(2): 0, MCL_FUTURE, or that with MCL_ONFAULT
     oom_score_adj: int = 0
     brk: int = 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from typing import Final
 
 from engine import strict
 from engine.freeze import Frozen
@@ -39,9 +40,49 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
         found.append("it is a 32-bit program")
     if os.readlink(f"{frozen.live}/root") != "/":
         found.append("it runs in a changed root directory")
+    found += _namespaces(frozen, stat)
     if status.get("Kthread", "0") == "1" or stat.mm[0] == 0 == stat.mm[2]:
         found.append("it is a kernel thread")
     return found
+
+
+_NAMESPACES: Final = {
+    "user": "user", "mnt": "mount", "net": "network", "uts": "host name (uts)", "ipc": "System V IPC",
+    "cgroup": "cgroup", "time": "time",
+}  # fmt: skip
+_LEVELS: Final = 2  # of pid namespaces: this one's, and that of a node's jobs
+
+
+def _namespaces(frozen: Frozen, stat: Stat) -> list[str]:
+    """What it has of its own would be left behind, and the rights that it has there are none elsewhere."""
+    reference = "self"
+    levels = len(frozen.status["NSpid"].split())
+    if levels > 1:  # pid 1 of it is nodeinit, which made the others with it
+        init = _init_of(frozen, stat)
+        if levels > _LEVELS or nsfs.name_by_status(init) != b"nodeinit":
+            return ["it has a pid namespace of its own"]
+        reference = str(init)
+    return [
+        f"it has a {words} namespace of its own"
+        for name, words in _NAMESPACES.items()
+        if _namespace(frozen.live, name) != _namespace(f"/proc/{reference}", name)
+    ]
+
+
+def _init_of(frozen: Frozen, stat: Stat) -> int:
+    """The first process of its pid namespace, from which it descends."""
+    pid, parent = frozen.pid, stat.ppid
+    while parent and nsfs.pids_by_status(pid)[-1:] != [1]:
+        pid = parent
+        parent = procfs.parse_stat(procfs.read(procfs.own_file(pid, "stat"))).ppid
+    return pid
+
+
+def _namespace(folder: str, name: str) -> str:
+    try:
+        return os.readlink(f"{folder}/ns/{name}")
+    except FileNotFoundError:  # this kernel has none of that kind
+        return ""
 
 
 def _shared_memory(frozen: Frozen, stat: Stat) -> list[str]:

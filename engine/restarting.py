@@ -13,6 +13,7 @@ import stat
 import struct
 from typing import Any, Final
 
+from engine import switches
 from engine.descriptors.model import Entry
 from engine.image import Image, MappedFile
 from engine.linux.credentials import Credentials, acting_as
@@ -88,6 +89,7 @@ def _bound_rights(image: Image, limits: list[tuple[int, int]]) -> None:
         if thread.io_priority >> _IOPRIO_CLASS_SHIFT == _IOPRIO_CLASS_RT:
             thread.io_priority = 0
         thread.policy = _bound_policy(thread.policy)
+        thread.switches = switches.bounded(thread.switches)
 
 
 def _bound_policy(policy: bytes) -> bytes:
@@ -101,7 +103,8 @@ def _bound_policy(policy: bytes) -> bytes:
 
 
 def _check_file(file: MappedFile, who: Credentials) -> None:
-    # Mappings are made as root from the very inode that the image names: the user must be able to open it himself.
+    # Where no digest decides, mappings are made as root from the very inode that the image names: the user must be able
+    # to open it himself.
     path = os.fsdecode(file.path)
     flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     with acting_as(who):
@@ -114,7 +117,7 @@ def _check_file(file: MappedFile, who: Credentials) -> None:
             raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
     try:
         found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (file.device, file.inode):
+        if not file.digest and (found.st_dev, found.st_ino) != (file.device, file.inode):
             raise OSError(errno.ESTALE, "is not the same file here", path)
     finally:
         os.close(fd)

@@ -8,6 +8,7 @@ are what can agree, of file systems that have no device of their own (major numb
 
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from engine.linux.credentials import Credentials, acting_as
 
 _NOT_HERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ESTALE, errno.ELOOP)
 _AT_ONCE: Final = 4  # as many as a view's daemon fetches at a time
+_REMOVED: Final = b" (deleted)"
 _ROOT = MappedFile(b"/", 0, 0, 0, 0, False)
 
 
@@ -46,6 +48,9 @@ def open_all(image: Image, root_of: int, who: Credentials, books: Lending) -> li
             try:
                 opened.append(_open(file, path, index == image.cwd, who))
             except OSError as error:
+                if index == image.cwd and error.errno == errno.ENOENT and path.endswith(_REMOVED):
+                    opened.append(_removed_folder(path, root_of, who))
+                    continue
                 if error.errno not in _NOT_HERE or not books.may_borrow(image, index):
                     raise
                 opened.append(books.borrow(image, index))
@@ -54,6 +59,30 @@ def open_all(image: Image, root_of: int, who: Credentials, books: Lending) -> li
             os.close(fd)
         raise
     return opened
+
+
+def _removed_folder(path: bytes, root_of: int, who: Credentials) -> int:
+    """A folder that has been removed, as that which the process stood in: below the same one where it may, else /tmp.
+
+    Raises:
+        OSError: neither can be written to.
+    """
+    parents = [os.path.dirname(path), b"/proc/%d/root/tmp" % root_of]
+    with acting_as(who):
+        for parent in parents:
+            name = b"%s/.bpfs-%s" % (parent, secrets.token_hex(8).encode())
+            try:
+                os.mkdir(name, 0o700)
+            except OSError as error:
+                if parent is parents[-1]:
+                    text = f"its working directory has been removed, and none can be made below {os.fsdecode(parent)}"
+                    raise OSError(error.errno, text) from None
+                continue
+            try:
+                return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            finally:
+                os.rmdir(name)
+    raise AssertionError
 
 
 def gather(files: Iterable[MappedFile], root_of: int) -> list[bool]:

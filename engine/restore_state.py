@@ -3,7 +3,7 @@
 import struct
 from typing import Any, Final, Protocol
 
-from engine import state
+from engine import state, switches
 from engine.image import Image, ThreadState
 from engine.runner import ALL_SIGNALS, Calls
 
@@ -29,13 +29,15 @@ class Rows(Protocol):
 def process_rows(calls: Calls, image: Image) -> None:
     """The leader's own, umask, interval timers and the smaller settings."""
     leader = image.threads[0]
-    thread_rows(calls, leader)
+    thread_rows(calls, leader, switches.NORMAL)
     calls.add("umask", image.umask)
     calls.add("set_tid_address", leader.clear_tid)
     if image.subreaper:
         calls.add("prctl", state.PR_SET_CHILD_SUBREAPER, 1)
     if image.thp_disabled:
-        calls.add("prctl", state.PR_SET_THP_DISABLE, image.thp_disabled, 0, 0, 0)
+        calls.add("prctl", state.PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        if image.thp_disabled & ~1:  # but for what asks for them: Linux 6.18
+            calls.add("prctl", state.PR_SET_THP_DISABLE, 1, image.thp_disabled & ~1, 0, 0, must=False)
     if image.machine_checks != state.MCE_DEFAULT:
         calls.add("prctl", state.PR_MCE_KILL, state.PR_MCE_KILL_SET, image.machine_checks, 0, 0, must=False)
     if image.memory_merge:
@@ -47,8 +49,13 @@ def process_rows(calls: Calls, image: Image) -> None:
         calls.add("setitimer", which, calls.data(_armed(value)), 0, label="interval timer")
 
 
-def thread_rows(calls: Calls, one: ThreadState) -> None:
-    """A thread's name, robust list, rseq and alternate stack."""
+def thread_rows(calls: Calls, one: ThreadState, had: list[int]) -> None:
+    """A thread's name, switches, robust list, rseq and alternate stack.
+
+    Args:
+        had: its switches as it was made.
+    """
+    switches.rows(calls, one.switches, had)
     calls.add("prctl", state.PR_SET_NAME, calls.data(one.comm + b"\0"))
     calls.add("prctl", state.PR_SET_TIMERSLACK, one.timer_slack, must=False)
     if one.robust[0]:

@@ -83,7 +83,7 @@ class Threads:
             self._outside(tid, state)
             injection = self._injection(tid, state)
             calls = Calls(injection)
-            thread_rows(calls, state)
+            thread_rows(calls, state, self._image.threads[0].switches)
             credential_rows(calls, self._image, leader=False)
             for info in state.pending:
                 calls.add("rt_tgsigqueueinfo", self._image.pid, state.tid, info[0], calls.data(info), must=False)

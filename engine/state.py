@@ -9,6 +9,7 @@ import struct
 from typing import Any, Final
 
 from engine import image as img
+from engine import switches
 from engine.freeze import Frozen, Thread
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.libc import NR, syscall
@@ -80,14 +81,16 @@ class Asked:
     machine_checks: int
     altstack: bytes
     clear_tid: int
+    switches: list[int]
     timers: list[list[Any]]
     cloexec: dict[int, bool]
 
 
-def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
+def ask(frozen: Frozen, flags: int, doubtful: list[int]) -> Asked:
     """Run the batch.
 
     Args:
+        flags: of its first thread, in /proc/PID/stat.
         doubtful: descriptors of which /proc may be wrong about close-on-exec.
 
     Raises:
@@ -118,6 +121,7 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
         calls.add("personality", 0xFFFFFFFF),
         calls.add("prctl", PR_MCE_KILL_GET, 0, 0, 0, 0),
     ]
+    switched = switches.ask(calls, flags)
     merge = calls.add("prctl", PR_GET_MEMORY_MERGE, 0, 0, 0, 0, must=False)  # without KSM there is no such thing
     registered = calls.add("membarrier", _BARRIER_REGISTRATIONS, 0, 0, must=False)
     # Older kernels do not tell; but a barrier is no harm, and is refused to who has not registered for it.
@@ -147,6 +151,7 @@ def ask(frozen: Frozen, doubtful: list[int]) -> Asked:
         asked.brk, asked.dumpable, asked.securebits, asked.timer_slack, asked.thp_disabled, asked.personality,
         asked.machine_checks,
     ) = (results[i] for i in numbers)  # fmt: skip
+    asked.switches = switched()
     asked.memory_merge = int(results[merge] == 1)
     granted = sum(register for index, register in barriers.items() if results[index] == 0)
     asked.barriers = granted if results[registered] < 0 else results[registered]
@@ -180,18 +185,20 @@ def _posix_timers(frozen: Frozen) -> list[procfs.PosixTimer]:
         return []
 
 
-def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int, int]:
-    """(stack_t, clear_child_tid, timer slack in ns) of a thread that is not the leader. Raises OSError."""
+def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int, int, list[int]]:
+    """(stack_t, clear_child_tid, timer slack in ns, switches) of a thread that is not the leader. Raises OSError."""
+    flags = procfs.parse_stat(procfs.read(f"/proc/{frozen.pid}/task/{thread.tid}/stat")).flags
     injection = frozen.open_injection().for_thread(thread.tid, thread.registers, thread.mask)
     calls = Calls(injection)
     answer = calls.data(bytes(32))
     calls.add("sigaltstack", 0, answer)
     calls.add("prctl", PR_GET_TID_ADDRESS, answer + 24, must=False)
     slack = calls.add("prctl", PR_GET_TIMERSLACK)
+    switched = switches.ask(calls, flags)
     results = calls.run()
-    raw = calls.read(answer, 32)
+    raw, own = calls.read(answer, 32), switched()
     injection.finish()
-    return raw[:24], int.from_bytes(raw[24:], "little"), results[slack]
+    return raw[:24], int.from_bytes(raw[24:], "little"), results[slack], own
 
 
 def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int, int, int]) -> None:
@@ -209,7 +216,7 @@ def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int
 
 
 def thread_state(
-    frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int, slack: int
+    frozen: Frozen, thread: Thread, inner: int, altstack: bytes, clear_tid: int, slack: int, own_switches: list[int]
 ) -> img.ThreadState:
     """What the image carries of one thread.
 
@@ -240,6 +247,7 @@ def thread_state(
         prime=prime,
         io_priority=syscall(NR["ioprio_get"], _IOPRIO_WHO_PROCESS, tid),
         timer_slack=slack,
+        switches=own_switches,
     )
 
 

@@ -38,6 +38,7 @@ _ADVICE: Final = [
         (r"bytes that would have to travel", "have it write less to deleted files, or keep the files"),
         (r"32-bit", "use a 64-bit build"),
         (r"shadow stack", "run it without: GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"),
+        (r"namespace of its own", "start it outside of its container or sandbox (unshare, ip netns), or on the node"),
         (r"changed root", "start it on the node, in that root directory"),
         (r"main thread has ended", "have its main thread stay until the others have ended"),
         (r"different rights", "have all its threads run with the same user and capabilities"),

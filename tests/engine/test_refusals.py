@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.freeze import freeze
-from tests.engine.moves import Mover, Refused, Victim
+from engine.linux import procfs
+from tests.engine.moves import Mover, Refused, Victim, until
 from tests.engine.test_deaths import assert_unharmed, maps
 
 
@@ -35,6 +36,12 @@ def refusals(mover: Mover, pid: int) -> list[str]:
         ("userfault", ["is a userfaultfd"]),
         ("secret", ["secret memory"]),
         ("hugetlb", ["huge pages (hugetlb)"]),
+        ("user", ["a user namespace of its own"]),
+        ("mount", ["a mount namespace of its own"]),
+        ("network", ["a network namespace of its own"]),
+        ("uts", ["a host name (uts) namespace of its own"]),
+        ("IPC", ["a System V IPC namespace of its own"]),
+        ("cgroup", ["a cgroup namespace of its own"]),
     ],
 )
 def test_obstacles_are_named(mover: Mover, victim: Callable[..., Victim], kind: str, words: list[str]) -> None:
@@ -49,6 +56,19 @@ def test_obstacles_are_named(mover: Mover, victim: Callable[..., Victim], kind: 
     for word in words:
         assert any(word in sentence for sentence in found), found
     assert_unharmed(one, mappings)
+
+
+def test_a_pid_namespace_of_its_own(mover: Mover, programs: Path, tmp_path: Path) -> None:
+    stop = tmp_path / "stop-inner"
+    command = ["unshare", "--pid", "--fork", "--kill-child", str(programs / "memory"), str(stop)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as outer:
+        try:
+            until(lambda: (tmp_path / "stop-inner.ready").exists(), "the victim")
+            (inner,) = procfs.children(outer.pid)
+            assert refusals(mover, inner) == ["it has a pid namespace of its own"]
+        finally:
+            stop.touch()
+        assert outer.wait(60) == 0
 
 
 def test_traced_process(mover: Mover, victim: Callable[..., Victim]) -> None:

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sched.h>
 #include <sys/prctl.h>
 #include <sys/shm.h>
 #include <sys/wait.h>
@@ -77,6 +78,14 @@ int main(int argc, char **argv)
 		int fd = (int)skips(memfd_create("huge", MFD_HUGETLB));
 		skips(mmap(0, 2 << 20, 3, MAP_SHARED | MAP_NORESERVE, fd, 0) == MAP_FAILED ? -1 : close(fd));
 	}
+	static const struct {
+		const char *name;
+		int flag;
+	} spaces[] = {{"user", CLONE_NEWUSER}, {"mount", CLONE_NEWNS},     {"network", CLONE_NEWNET},
+		      {"uts", CLONE_NEWUTS},   {"IPC", CLONE_NEWIPC}, {"cgroup", CLONE_NEWCGROUP}};
+	for (unsigned i = 0; i < sizeof spaces / sizeof *spaces; i++)
+		if (!strcmp(argv[2], spaces[i].name))
+			skips(unshare(spaces[i].flag));
 	if (!strcmp(argv[2], "vfork") && !vfork()) {
 		ready(argc, argv);
 		while (!told_to_end())
