@@ -30,11 +30,12 @@ static void ready(int argc, char **argv)
 {
 	CHECK(argc > 1);
 	stop_file = argv[1];
-	char name[4096];
+	char name[4096], early[4096];
 	snprintf(name, sizeof name, "%s.ready", stop_file);
-	FILE *file = fopen(name, "w");
-	CHECK(file);
-	fclose(file);
+	snprintf(early, sizeof early, "%s.early", stop_file);
+	FILE *file = fopen(early, "w");
+	CHECK(file && !fclose(file));
+	CHECK(!rename(early, name)); /* nothing is open any more when it is seen */
 }
 
 static int told_to_end(void)
