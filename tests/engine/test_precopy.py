@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -260,14 +261,15 @@ def test_advice_of_the_last_moment_moves_as_well(toy: Toy, mover: Mover, late: s
     destination.finish()
     toy.do(late)
     seen = source.ask("freeze", pid=pid, inspect=True, moving=True, ahead=True, **where)
-    with open("/dev/null", "r+b", buffering=0) as null:
+    stdio, silent = socket.socketpair()
+    with stdio, silent:
         externals = {external["key"]: 0 for external in seen["externals"]}
-        destination.start("receive", [null.fileno()], externals=externals, ahead=True, timeout_s=30)
+        destination.start("receive", [stdio.fileno()], externals=externals, ahead=True, timeout_s=30)
         sent = source.ask("send", ahead=True, **where)["bytes"]
         destination.finish()
-    assert sent < seen["process"]["bytes"], "nothing was kept of what went ahead"
-    source.ask("vanish")
-    assert advised(destination.ask("resume")["hostpid"]) == ([2 << 20] if late is NO_FORK else [])
+        assert sent < seen["process"]["bytes"], "nothing was kept of what went ahead"
+        source.ask("vanish")
+        assert advised(destination.ask("resume")["hostpid"]) == ([2 << 20] if late is NO_FORK else [])
 
 
 def test_what_goes_ahead() -> None:
