@@ -14,6 +14,7 @@ from engine.freeze import Frozen
 from engine.image import MappedFile, Region
 from engine.linux import pagemap, process_vm, procfs
 from engine.linux.procfs import Vma
+from engine.runner import ProcessGone
 from engine.spans import Spans, both, of_runs, runs, without
 
 CHUNK: Final = 1 << 20  # bytes moved at a time: fits the cache, reused
@@ -344,6 +345,9 @@ def send_pages(pid: int, memory: int, runs: list[tuple[int, int]], send: Callabl
     Args:
         memory: its `/proc/PID/mem`, for pages that it may not read itself.
         send: consumes a buffer wholly before it returns.
+
+    Raises:
+        ProcessGone: it has been killed meanwhile: what was sent last need not be what it had.
     """
     view = memoryview(_buffer)
     total = 0
@@ -353,21 +357,24 @@ def send_pages(pid: int, memory: int, runs: list[tuple[int, int]], send: Callabl
         except OSError:
             done = 0
         if done != size:
-            _read_by_force(memory, group, view)
+            _read_by_force(pid, memory, group, view)
         send(view[:size])
         total += size
     return total
 
 
-def _read_by_force(memory: int, group: list[tuple[int, int]], view: memoryview) -> None:
+def _read_by_force(pid: int, memory: int, group: list[tuple[int, int]], view: memoryview) -> None:
     at = 0
     for address, length in group:
         for page in range(0, length, pagemap.PAGE):
             target = view[at + page : at + page + pagemap.PAGE]
             try:
-                os.preadv(memory, [target], address + page)
+                count = os.preadv(memory, [target], address + page)
             except OSError:  # beyond the end of a mapped file: nothing there to carry
                 target[:] = bytes(pagemap.PAGE)
+                continue
+            if not count:  # the kernel's way to say that it has been killed
+                raise ProcessGone(pid)
         at += length
 
 

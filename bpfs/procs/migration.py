@@ -360,9 +360,9 @@ class Migration(ABC):
 
     def _there(self) -> dict[str, Any]:
         """What the source's engine is told so that the image goes as soon as the process stands still."""
-        if self.landing is None or self.company or is_watched_closely():
+        if self.landing is None or self.ahead or self.company or is_watched_closely():
             return {}
-        return self._where(self.landing) | {"ahead": self.ahead}
+        return self._where(self.landing)
 
     @property
     def packs(self) -> bool:

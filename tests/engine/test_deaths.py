@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.linux import packets
+from engine.freeze import freeze
+from engine.linux import packets, procfs
+from engine.memory import send_pages
+from engine.runner import ProcessGone
 from engine.zygote import _SESSIONS_MAX, Zygote
 from tests.engine.moves import Mover, Refused, Victim, Worker, until
 from tests.engine.test_home import ghost_program, go_away
@@ -36,6 +39,20 @@ def status(pid: int, key: str) -> str:
         if line.startswith(key + ":"):
             return line.split(":", 1)[1].strip()
     return ""
+
+
+def test_memory_of_a_process_that_is_killed_meanwhile_is_never_made_up(victim: Callable[..., Victim]) -> None:
+    one = victim("memory")
+    frozen = freeze(one.pid)
+    runs = [(vma.start, vma.end - vma.start) for vma in procfs.parse_maps(procfs.read(f"{frozen.live}/maps"))[:1]]
+    sent: list[bytes] = []
+    assert send_pages(one.pid, frozen.memory, runs, lambda part: sent.append(bytes(part))) == runs[0][1]
+    os.kill(one.pid, signal.SIGKILL)
+    until(lambda: procfs.has_ended(f"/proc/{one.pid}"), "its end")
+    with pytest.raises(ProcessGone):
+        send_pages(one.pid, frozen.memory, runs, lambda part: sent.append(bytes(part)))
+    assert len(sent) == 1
+    frozen.close()
 
 
 def assert_unharmed(one: Victim, mappings: str) -> None:
