@@ -96,6 +96,7 @@ class World:
         self._namespace = nsfs.open_pid_namespace(init)
         self._exe: tuple[int, int] | None = None
         self._made: dict[int, Ids] = {}
+        self._everybody: list[Ids] | None = None
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -107,7 +108,12 @@ class World:
         return self._made.get(pid) or self._read(pid)
 
     def every(self) -> list[Ids]:
-        """Every living process of the namespace."""
+        """Every living process of the namespace, when this was first asked for."""
+        if self._everybody is None:
+            self._everybody = self._read_all()
+        return self._everybody
+
+    def _read_all(self) -> list[Ids]:
         listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
         try:
             names = os.listdir(listing)

@@ -11,7 +11,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import ECONNREFUSED, ETIMEDOUT
+from errno import ECONNREFUSED, EINPROGRESS, ETIMEDOUT
+from typing import Any
 
 import trio
 
@@ -94,7 +95,7 @@ class StreamBook:
         return True
 
 
-def _refuse_itself(sock: trio.socket.SocketType) -> None:
+def _refuse_itself(sock: socket.socket) -> None:
     """Where nobody listens on a port of this very machine, the kernel may give a connection that port as its own, and
     join it to itself (RFC 9293, simultaneous open). Closed as usual it would keep the listener away for a minute."""
     if sock.getsockname() == sock.getpeername():
@@ -110,11 +111,11 @@ async def connect(host: str, port: int) -> socket.socket:
     """
     failure: OSError | None = None
     for family, kind, protocol, _, address in await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = trio.socket.socket(family, kind, protocol)
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
         try:
-            await sock.connect(address)
+            await _connect(sock, address)
             _refuse_itself(sock)
-            return socket.socket(fileno=sock.detach())
+            return sock
         except OSError as error:
             failure = error
             sock.close()
@@ -123,6 +124,16 @@ async def connect(host: str, port: int) -> socket.socket:
             raise
     assert failure is not None  # getaddrinfo gives at least one address, or raises
     raise failure
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    # A node does this for every job, and trio's wrappers of these calls cost more than the calls.
+    error = sock.connect_ex(address)
+    if error == EINPROGRESS:
+        await trio.lowlevel.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
 
 
 async def open_stream(host: str, port: int, token: bytes) -> socket.socket:
