@@ -1,4 +1,7 @@
-"""Simulated slaves that take jobs: each job says a line, and ends with an exit code, without a process anywhere."""
+"""Simulated slaves that take jobs: each job says a line, and ends with an exit code, without a process anywhere.
+
+Or it says that it has forked so many children, and lives, as they do, until a signal comes for it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
@@ -20,18 +23,23 @@ from bpfs.errors import LinkClosed
 from bpfs.wire.handshake import read_key
 from bpfs.wire.messages import (
     Done,
+    JobEvents,
     JobMade,
     JobReport,
     JobsStatus,
     JobsStatusAre,
+    JobStatus,
+    JobStatusIs,
     MakeJob,
     Message,
     RelayDetach,
     Signal,
 )
 from bpfs.wire.streams import open_stream
+from engine import jobwatch
 from engine.facts import facts
 from engine.jobspace import Kind
+from engine.linux import procfs
 from tests.cluster.virtual import TOP, VirtualCluster
 from tests.nodes.simslave import ANSWERS, SAMPLE, SimulatedSlave
 
@@ -48,14 +56,17 @@ class Jobs:
     slave: SimulatedSlave
     nursery: trio.Nursery
     mortal: bool  # its node is lost as soon as it is to make one
+    forks: int = 0  # children that each has, and lives; 0: it ends
+    families: dict[int, list[int]] = field(default_factory=dict)  # job -> its children
 
     def handlers(self) -> dict[type[Message], object]:
         """For `SimulatedSlave.handlers`."""
         return {
             MakeJob: self.make,
             RelayDetach: lambda _: Done(),
-            Signal: lambda _: Done(),
-            JobsStatus: lambda message: JobsStatusAre((b"",) * len(message.pids) * len(message.names)),
+            Signal: self.signal,
+            JobStatus: lambda message: JobStatusIs(tuple(_file(name) for name in message.names)),
+            JobsStatus: lambda message: JobsStatusAre(tuple(map(_file, message.names)) * len(message.pids)),
             **ANSWERS,
         }
 
@@ -79,9 +90,35 @@ class Jobs:
         said += b"".join(
             FRAME.pack(EOF, number, 0, 4) + bytes(4) for number, _, access, _ in message.channels if access
         )
+        if self.forks:
+            self._fork(message)
         self.nursery.start_soon(self._live, stream, message.pid, rank, out, said)
         ends = [[1, number, number] for number, *_ in message.channels]
         return JobMade(message.pid, (), (), ends)
+
+    def signal(self, message: Signal) -> Done:
+        """Handler: whatever it is, the job and its children end of it."""
+        children = self.families.pop(message.pid, None)
+        if children is not None:
+            for kind in (jobwatch.Kind.ENDED, jobwatch.Kind.REAPED):
+                self._tell([_record(kind, pid, message.pid, message.pid, message.pid, message.sig) for pid in children])
+            self._report(message.pid, os.CLD_KILLED, message.sig)
+        return Done()
+
+    def _fork(self, job: MakeJob) -> None:
+        assert self.slave.welcome is not None
+        free = self.slave.welcome.block_first + 2 + sum(map(len, self.families.values()))
+        children = self.families[job.pid] = list(range(free, free + self.forks))
+        group, session = job.pgid or job.pid, job.sid or job.pid
+        self._tell([_record(jobwatch.Kind.IS, pid, job.pid, group, session) for pid in children])
+
+    def _tell(self, records: list[bytes]) -> None:
+        assert self.slave.link is not None
+        self.slave.link.notify_nowait(JobEvents(b"".join(records)))
+
+    def _report(self, pid: int, code: int, status: int) -> None:
+        assert self.slave.link is not None
+        self.slave.link.notify_nowait(JobReport(int(Kind.CHILD), pid, 1, code, status, 0, 0, 0, 0, 0, 0))
 
     async def _live(self, stream: trio.socket.SocketType, pid: int, code: int, out: int, said: bytes) -> None:
         assert self.slave.link is not None
@@ -92,12 +129,25 @@ class Jobs:
                 if (kind, channel) == (WINDOW, out) and said:
                     await stream.send(said)
                     said = b""
-                    ended = JobReport(int(Kind.CHILD), pid, 1, os.CLD_EXITED, code & 0x7F, 0, 0, 0, 0, 0, 0)
-                    self.slave.link.notify_nowait(ended)
+                    if not self.forks:
+                        self._report(pid, os.CLD_EXITED, code & 0x7F)
                 elif kind == DRAIN:
                     await stream.send(FRAME.pack(DRAINED, 0, 0, 4) + body[:4])
                 elif kind == BYE:
                     return
+
+
+COMMAND = b"sleep\x001000\0"
+
+
+def _record(kind: jobwatch.Kind, pid: int, ppid: int, pgid: int, sid: int, code: int = 0) -> bytes:
+    size = (jobwatch.RECORD.size + len(COMMAND) + 3) & ~3
+    head = jobwatch.RECORD.pack(size, kind, ord("S"), pid, ppid, pgid, sid, 0, code, 0, 0, len(COMMAND), b"sleep")
+    return (head + COMMAND).ljust(size, b"\0")
+
+
+def _file(name: str) -> bytes:
+    return procfs.read(f"/proc/self/{name}")
 
 
 async def read(stream: trio.socket.SocketType, length: int) -> bytes:
@@ -119,8 +169,8 @@ MORTAL, SILENT, SHUT = 1, 2, 3
 MORE = 3
 
 
-def be_slaves(host: str, port: int, key: Path, count: int) -> None:
-    """Is nodes 1 to `count`, and MORE that have their faults, until it is killed."""
+def be_slaves(host: str, port: int, key: Path, count: int, forks: int) -> None:
+    """Is nodes 1 to `count`, and MORE that have their faults, until it is killed; their jobs have `forks` children."""
     secret, what = read_key(key), facts()
     raise_limits()  # a stream a job
     silent = socket.create_server(("", 0), backlog=count)
@@ -133,7 +183,7 @@ def be_slaves(host: str, port: int, key: Path, count: int) -> None:
         while True:
             slave = SimulatedSlave(port, number=number, key=secret, facts=what, machine=machine, keeps=True)
             slave.host, slave.door = host, doors.get(number)
-            slave.handlers = Jobs(slave, nursery, number == count + MORTAL).handlers()
+            slave.handlers = Jobs(slave, nursery, number == count + MORTAL, forks).handlers()
             try:
                 await slave.run(SAMPLE)
             except (LinkClosed, OSError):
@@ -149,15 +199,16 @@ def be_slaves(host: str, port: int, key: Path, count: int) -> None:
 
 
 @contextmanager
-def slaves(it: VirtualCluster, count: int, beside: int | None = None) -> Iterator[int]:
+def slaves(it: VirtualCluster, count: int, beside: int | None = None, forks: int = 0) -> Iterator[int]:
     """Nodes 1 to `count`, and MORE, in a process of their own until the context ends; gives its pid.
 
     Args:
         beside: in the network namespace of this node, so that all have its link together.
+        forks: children that each job has; it lives then.
     """
     enter = ["nsenter", "-n", "-t", str(it.pid(f"n{beside}")), "--"] if beside is not None else []
     where = it.rundir.read("port").split()
-    words = [*enter, sys.executable, "-m", "tests.nodes.simjobs", *where, str(it.rundir.key), str(count)]
+    words = [*enter, sys.executable, "-m", "tests.nodes.simjobs", *where, str(it.rundir.key), str(count), str(forks)]
     process = subprocess.Popen(words, cwd=TOP, stdin=subprocess.DEVNULL)
     try:
         yield process.pid
@@ -167,4 +218,4 @@ def slaves(it: VirtualCluster, count: int, beside: int | None = None) -> Iterato
 
 
 if __name__ == "__main__":
-    be_slaves(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    be_slaves(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
