@@ -94,7 +94,9 @@ class ProcTable:
 
     def away_on(self, node: int) -> list[Process]:
         """The processes that are away on `node`, in order of their pids."""
-        return sorted((proc for proc in self if proc.away and proc.place == node), key=lambda proc: proc.pid)
+        if node == MASTER:
+            return []
+        return sorted([proc for proc in self._known.values() if proc.place == node], key=lambda proc: proc.pid)
 
     def add(self, proc: Process) -> None:
         """Takes a process into the table."""

@@ -68,7 +68,8 @@ def started(it: VirtualCluster) -> Iterator[Row]:
     used, start = cpu(daemon), time.perf_counter()
     words = [str(TOP / "bpfs/bin/bpsh"), "-n", f"1-{NODES}", "sleep", "1000"]
     environment = {**os.environ, "BPFS": str(it.mount)}
-    with subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as bpsh:
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, env=environment, **quiet) as bpsh:
         wait_for(lambda: len(ghosts()) - before == NODES * CHILDREN, "not all have ghosts")
         yield Row(f"{count:,} processes come", count / (time.perf_counter() - start), "1/s")
         yield Row("... bpmaster's processor time, each", (cpu(daemon) - used) / count * 1e3, "ms")
