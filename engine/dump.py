@@ -145,6 +145,8 @@ def inspect(
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
     """
+    # At once: while it is read, no call that changes mappings gets through, nor does brk(2).
+    recheck = Recheck(frozen, foreseen) if rounds is not None and foreseen else None
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
@@ -161,10 +163,8 @@ def inspect(
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     later = owed.choose(frozen, survey) if lazy else []
-    recheck = Recheck(frozen, survey.foreseen) if rounds is not None and survey.foreseen else None
-    seen = Inspection(
-        frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later, recheck=recheck
-    )
+    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later)
+    seen.recheck = recheck if survey.foreseen else None
     if rounds is not None:
         seen.left, seen.keep = rounds.settle(survey, seen.runs)
     return seen
