@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 
 from bpfs.errors import BpfsError
-from bpfs.procs.ghost import Adopted, Continued, Ghost, Gone, Signal, Stopped, StreamLost, take_heir
+from bpfs.procs.ghost import (
+    Adopted,
+    Birth,
+    ChildStopped,
+    Continued,
+    Ghost,
+    Gone,
+    Signal,
+    Stopped,
+    StreamLost,
+    take_heir,
+)
 from bpfs.slave.relay import open_relay
 from tests.procs.ghost_rig import OUT, end_like, ended, eventually, open_rig, read_all
 
@@ -62,6 +73,28 @@ async def test_signals_are_forwarded_with_their_origin() -> None:
             wanted = Signal(signo, 0, os.getpid(), os.getuid(), 0)
             await eventually(partial(rig.told, ghost, wanted), f"{wanted} is forwarded")
         assert ghost.state() == "S"
+
+
+def free_pid() -> int:
+    """That of a process that has been waited for."""
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+async def test_a_childs_ghost_that_is_stopped_is_told_of_by_its_parents() -> None:
+    """Which no program can tell of itself."""
+    async with open_rig() as rig:
+        ghost, process = await rig.ghost(**NULL)
+        pid = free_pid()
+        ours, theirs = Ghost.pair()
+        with ours, theirs:
+            ids = os.getpgid(process.pid), os.getsid(process.pid), os.getuid(), os.getgid()
+            assert not await ghost.bear(Birth(pid, *ids, False, False, b"child", b"child\0"), theirs)
+            os.kill(pid, signal.SIGSTOP)
+            await eventually(partial(rig.told, ghost, ChildStopped()), "the stop is told")
+            os.kill(pid, signal.SIGKILL)
+            await ghost.reap(pid)
+            await eventually(lambda: not os.path.exists(f"/proc/{pid}"), "it has been waited for")
 
 
 async def test_stop_and_continue() -> None:
