@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ BLOCK = range(100000, 110000)
 
 @pytest.fixture
 def space() -> Iterator[JobSpace]:
+    gc.collect()  # what tests before this one have left, and would be closed in the midst of it
     before = sorted(os.listdir("/proc/self/fd"))
     made = JobSpace.start(BLOCK)
     yield made
