@@ -84,9 +84,12 @@ class VirtualCluster:
 
     def lose(self, number: int) -> None:
         """A node dies, and its slave has nothing to take up."""
+        vitals = {pid: process_start(pid)[1] for pid in self.vitals(number)}
         os.kill(self.slave(number), signal.SIGSTOP)
-        for one in self.vitals(number):
+        for one in vitals:
             kill(one)
+        # Its end of the link is closed then.
+        wait_until(lambda: not living(vitals), f"node {number} should be dead")
 
     def vitals(self, number: int) -> list[int]:
         """What all jobs of a node die with, and its slave. iorelay comes before them, whose ends it would tell."""
