@@ -36,7 +36,7 @@ STRIKE_SECONDS: Final = 2.0  # for STRUCK: the process that asked stands still
 STRUCK_AT_ONCE: Final = 512
 ANSWER_SECONDS: Final = 10.0  # for HELD and PUMPED; a ghost that runs answers in milliseconds
 
-STATS_KEPT: Final = 4096
+STATS_KEPT: Final = 1024
 """Stat files of ghosts that stay open; that of a ghost beyond is opened again at each look, for some 5 us more: where
 10,000 ghosts are, and no more than 20,000 descriptors may be had, their control sockets need these."""
 

@@ -41,14 +41,14 @@ class Stops:
         self._below.add(parent)
 
     async def _watch(self) -> None:
-        all_at = -float("inf")
+        all_at, pause = -float("inf"), POLL
         while True:
             if not len(self._ghosts):
                 self.some = trio.Event()
                 await self.some.wait()
-            await trio.sleep(POLL)
+            await trio.sleep(pause)
             if trio.current_time() < all_at:
-                await self._look(self._urgent())
+                pause = max(POLL, await self._look(self._urgent()) * SHARE)
             else:
                 self._below.clear()
                 took = await self._look(list(self._ghosts.all()), thoroughly=True)
