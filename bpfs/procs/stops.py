@@ -46,6 +46,7 @@ class Stops:
             if not len(self._ghosts):
                 self.some = trio.Event()
                 await self.some.wait()
+                pause = POLL
             await trio.sleep(pause)
             if trio.current_time() < all_at:
                 pause = max(POLL, await self._look(self._urgent()) * SHARE)
