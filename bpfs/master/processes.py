@@ -15,9 +15,9 @@ from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.ledger import Ledger
 from bpfs.procs.programs import Programs
 from bpfs.procs.psview import PsView
-from bpfs.procs.routes import Surroundings
 from bpfs.procs.service import Procs
 from bpfs.procs.strict import StrictCalls
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.table import ProcTable
 from bpfs.procs.takeover import Takeover
 from bpfs.rundir import RunDir

@@ -30,13 +30,14 @@ from bpfs.procs.away import Away, carefully, tell
 from bpfs.procs.exchange import refuse
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.images import ImageTree
+from bpfs.procs.leave import Leave
 from bpfs.procs.migration import Externals
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE
 from bpfs.procs.places import Engine, MasterPlace, NodePlace
 from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState
 from bpfs.procs.rights import may_control
-from bpfs.procs.routes import Leave, Surroundings
 from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, plain
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.verbs import parse_pid
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_number

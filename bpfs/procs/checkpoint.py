@@ -27,7 +27,7 @@ from bpfs.procs.phases import Figures
 from bpfs.procs.places import Engine, MasterPlace, Place
 from bpfs.procs.process import Process, ProcState
 from bpfs.procs.rights import Rights, may_control, writes_itself
-from bpfs.procs.routes import Surroundings
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.wishes import Wishes, lives
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_duration, parse_number

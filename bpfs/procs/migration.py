@@ -16,7 +16,7 @@ does; or, where the node that holds it died, its ghost ends as if killed. The or
   copy is whole;
 * who closes an engine undoes what that engine has begun, so leaving its context in any way is safe.
 
-What differs between the directions (leave the master, hop from node to node, come home) is in `routes.py`.
+What differs between the directions is in `leave.py`, `hop.py` and `homecoming.py`.
 
 A large process's memory goes ahead in rounds (ahead.py, engine/precopy.py) while it runs on and nothing has been
 decided: its signals, stops, forks and its end are dealt with as if nothing moved it.

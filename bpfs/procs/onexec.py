@@ -19,7 +19,8 @@ from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.rights import bound
-from bpfs.procs.routes import Surroundings, route
+from bpfs.procs.routes import route
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.table import read_identity
 from bpfs.procs.terminal import in_foreground, on_terminal
 from bpfs.tree.base import WriteRequest

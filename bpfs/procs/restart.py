@@ -27,8 +27,8 @@ from bpfs.procs.phases import Figures
 from bpfs.procs.places import HANDLES, LOOPBACK, Engine, MasterPlace, NodePlace, Place
 from bpfs.procs.process import ExitStatus, Pid, Process, ProcState
 from bpfs.procs.rights import Rights, admits
-from bpfs.procs.routes import Surroundings
 from bpfs.procs.stdio import Attached, Stdio, attach, detach
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.table import read_identity
 from bpfs.tree.base import Caller, WriteRequest
 from bpfs.tree.formats import parse_number

@@ -26,7 +26,8 @@ from bpfs.procs.process import ExitStatus, Move, Process, ProcState, move_log
 from bpfs.procs.psview import PsView
 from bpfs.procs.restart import Restarts
 from bpfs.procs.rights import admits, bound, may_control, writes_itself
-from bpfs.procs.routes import Surroundings, route
+from bpfs.procs.routes import route
+from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.table import ProcTable, read_identity
 from bpfs.procs.tree import Trees
 from bpfs.procs.verbs import MoveVerb

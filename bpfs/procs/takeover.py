@@ -24,9 +24,9 @@ from bpfs.procs.away import UNCOUNTED, Away, carefully
 from bpfs.procs.entries import Bound, Entry, bound_of, restored
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.ghosts import Ghosts
+from bpfs.procs.leave import wait_untraced
 from bpfs.procs.ledger import Part
 from bpfs.procs.process import ExitStatus, ProcState
-from bpfs.procs.routes import wait_untraced
 from bpfs.rundir import process_start
 from bpfs.wire import messages
 from bpfs.wire.streams import StreamBook

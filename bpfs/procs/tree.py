@@ -25,8 +25,9 @@ from bpfs.procs.phases import Figures, Phase
 from bpfs.procs.places import HAND_OUT, HANDLES, Engine, Place
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.rights import admits, may_control
-from bpfs.procs.routes import Surroundings, route
+from bpfs.procs.routes import route
 from bpfs.procs.stdio import External
+from bpfs.procs.surroundings import Surroundings
 from bpfs.tree.base import WriteRequest
 from engine.facts import unlike
 
