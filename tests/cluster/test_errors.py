@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bpfs import kernel
+from tests.building import build_victims
 from tests.cluster.held import holding
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place
 from tests.cluster.virtual import VirtualCluster, children, cluster, wait_until
@@ -216,7 +217,7 @@ def silent_mount(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("who", ["parent", "child"])
 def test_vfork_without_exec_is_refused_and_left_alone(it: VirtualCluster, tmp_path: Path, who: str) -> None:
-    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    build_victims()
     stop = tmp_path / "stop"
     parent = subprocess.Popen([VICTIMS / "bin" / "vfork", stop])
     try:

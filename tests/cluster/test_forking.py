@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.building import build_victims
 from tests.cluster.virtual import TOP, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -59,7 +60,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def it(session_folder):
-    subprocess.run(["make", "-s", "-C", VICTIMS], check=True)
+    build_victims()
     with cluster(session_folder / "forking", nodes=2) as made:
         yield made
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.building import build_victims
 from tests.cluster.moving import echo, move, place
 from tests.cluster.virtual import VirtualCluster, cluster
 from tests.engine.moves import Victim, until
@@ -28,7 +29,7 @@ JOURNEY = (0, 1, -1)
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path) -> Iterator[VirtualCluster]:
-    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    build_victims()
     with cluster(session_folder / "journey", nodes=2) as made:
         yield made
 

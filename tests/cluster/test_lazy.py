@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.linux import procfs, userfaultfd
+from tests.building import build_victims
 from tests.cluster.held import holding, kill_workers
 from tests.cluster.moving import echo, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, set_link, wait_until
@@ -32,7 +33,7 @@ KILLED = -signal.SIGKILL
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
-    subprocess.run(["make", "-s", "-C", str(WRITER.parent.parent)], check=True)
+    build_victims()
     with holding(gates), cluster(session_folder / "lazy", "--lease", "3", "--netns", nodes=2) as made:
         yield made
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.building import build_victims
 from tests.cluster.moving import move
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
@@ -39,6 +40,7 @@ def arrangements(every: bool) -> Iterator[Arrangement]:
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path) -> Iterator[VirtualCluster]:
+    build_victims()
     with cluster(session_folder / "placements", nodes=3) as made:
         yield made
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.linux import procfs, userfaultfd
+from tests.building import build_victims
 from tests.cluster.held import Interrupted, holding, kill_workers
 from tests.cluster.moving import check_counting, counting, echo, finish, place, processes_of
 from tests.cluster.virtual import VirtualCluster, cluster, wait_until
@@ -31,7 +32,7 @@ ROUTES = [(-1, 0), (0, 1), (1, -1)]
 
 @pytest.fixture(scope="module")
 def it(session_folder: Path, gates: Path) -> Iterator[VirtualCluster]:
-    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    build_victims()
     with holding(gates), cluster(session_folder / "precopy", "--precopy", "1M", nodes=2) as made:
         yield made
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.virtual import TOP, VirtualCluster, cluster, wait_until
+from tests.building import build_victims
+from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,9 +27,7 @@ def it(session_folder: Path) -> Iterator[VirtualCluster]:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    victims = TOP / "tests" / "victims"
-    subprocess.run(["make", "-s", "-C", str(victims)], check=True)
-    return victims / "bin" / "memory-static"
+    return build_victims() / "memory-static"
 
 
 def held(it: VirtualCluster, pid: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ import pytest
 
 from bpfs.rundir import process_start
 from tests.benchmarks.subject import last_move
+from tests.building import build_victims
 from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, finish, move
 from tests.cluster.virtual import VirtualCluster, children, cluster, comm, kill, wait_until
@@ -200,7 +201,7 @@ def test_processes_move_to_such_nodes_and_home(it):
 @contextmanager
 def threads(program: Path, folder: Path, **environment: str):
     """A copy of the victim `threads` that runs, and has to end well at the end of the context."""
-    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
+    build_victims()
     shutil.copy(VICTIMS / "bin/threads", program)
     with open(program, "ab") as file:
         file.write(os.urandom(100_000))  # no other file is like it

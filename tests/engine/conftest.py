@@ -1,7 +1,6 @@
 """Victims, a zygote and a job namespace for the tests of the engine."""
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from engine.jobspace import JobSpace
 from engine.zygote import Zygote
+from tests.building import build_victims
 from tests.engine.moves import Mover, Victim, until
 
 VICTIMS = Path(__file__).parent.parent / "victims"
@@ -18,8 +18,7 @@ VICTIMS = Path(__file__).parent.parent / "victims"
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The folder of the compiled victims."""
-    subprocess.run(["make", "-s", "-C", str(VICTIMS)], check=True)
-    return VICTIMS / "bin"
+    return build_victims()
 
 
 @pytest.fixture(scope="module")
