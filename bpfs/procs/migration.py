@@ -446,6 +446,7 @@ class Migration(ABC):
                 if self.company is not None:
                     self.proc.pledged = True
                     await src.call("pledge")
+                    await dst.call("hello")  # nor may the others wait for one that died meanwhile
                     self.check_alive()
                     await self.company.agree()
                     await faults.hold("agreed")
