@@ -295,10 +295,10 @@ class Lab:
         wait_until(lambda: self.log().count("again") > before, "the master has not read its configuration again")
 
     def bpsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs bpsh here, as a user does."""
+        """Runs bpsh as a user of the master does, in whose network namespace."""
         return subprocess.run(
-            [TOP / "bpfs/bin/bpsh", *arguments], capture_output=True, text=True, timeout=VM_DEADLINE, check=False,
-            cwd="/", stdin=subprocess.DEVNULL, env={**os.environ, "BPFS": str(self.mount)},
+            [*self.inside, TOP / "bpfs/bin/bpsh", *arguments], capture_output=True, text=True, timeout=VM_DEADLINE,
+            check=False, cwd="/", stdin=subprocess.DEVNULL, env={**os.environ, "BPFS": str(self.mount)},
         )  # fmt: skip
 
     def read(self, path: str) -> str:

@@ -66,8 +66,9 @@ def travel(lab: Lab) -> None:
     script = f'echo "$$ onexec" > {lab.mount}/nodes/0/migrate; exec /usr/bin/python3 -c "$0" "$1"'
     notes = home(lab) / "notes"
     process = subprocess.Popen(
-        ["/bin/bash", "-c", script, TRAVELLER, notes], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-        cwd="/", env={"PATH": "/usr/bin:/bin"},  # bound late, on a CPU that has fewer registers than the master's
+        [*lab.inside, "/bin/bash", "-c", script, TRAVELLER, notes], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        text=True, cwd="/",
+        env={"PATH": "/usr/bin:/bin"},  # bound late, on a CPU that has fewer registers than the master's
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -113,7 +114,7 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         assert seen[3:] == ["from the master"] and (home(lab) / "there").read_text() == "there\n"
 
         # More modules come by hand, each with what it needs, once; one that is for other hardware is refused by name.
-        modprobe = python("bpfs.cli.bpmodprobe", "-c", lab.config, "--mount", lab.mount, "0")
+        modprobe = [*lab.inside, *python("bpfs.cli.bpmodprobe", "-c", lab.config, "--mount", lab.mount, "0")]
         assert (
             run(*modprobe, "bridge") == "0: llc stp bridge\n" and run(*modprobe, "bridge") == "0: all there already\n"
         )

@@ -238,4 +238,5 @@ def test_what_a_process_has_signalled_as_its_last_act_arrives(it, attempt):
                 wait_until(lambda pid=pid: procfs.has_ended(f"/proc/{pid}"), f"process {pid} should end")
         finally:
             for pid in sleeping:
-                kill(pid)
+                with suppress(ProcessLookupError):
+                    kill(pid)
