@@ -6,6 +6,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bpfs import config as configuration
@@ -77,7 +78,9 @@ def read_config(args: argparse.Namespace) -> tuple[Config, Path | None]:
 def _make_mount_point(config: Config) -> None:
     """On a new machine there is none; one that was named on the command line is its user's to make."""
     try:
-        Path(config.mount).mkdir(parents=True, exist_ok=True)
+        # Not exist_ok, which looks at what is there: the mount of a master that was killed cannot be looked at.
+        with suppress(FileExistsError):
+            Path(config.mount).mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"{config.mount} cannot be made: {error.strerror}") from None
 
