@@ -9,10 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.cluster.desk import PROMPT, desk
 from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of, shell, tell
-from tests.cluster.virtual import VirtualCluster, bpcluster, children, cluster, kill, wait_until
+from tests.cluster.outliving import EARLY, HOME, HOP, LATE, LEAVE, STRAIGHT, check_family, check_one_end, check_terminal
+from tests.cluster.virtual import VirtualCluster, bpcluster, cluster, kill, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
@@ -99,30 +99,12 @@ def test_signals_wait_for_the_next_master(it):
         assert process.stdout.read() == "got\n"
 
 
-FAMILY = """
-until_told() {{ until [ -e {flag} ]; do sleep 0.05; done; }}
-read; seq 1 100000 | (until_told; cksum) & (until_told; exit 3) & p=$!; sleep 100 | sleep 100 & q=$!
-read; wait $p; echo child $?; kill %3; wait $q; echo killed $?; wait; echo over; exit 9
-"""
-
-
 def test_a_family(it, session_folder):
-    """A shell with children and pipelines on the node: their ghosts, their output, and their statuses."""
-    flag = session_folder / "told"
-    with shell(FAMILY.format(flag=flag)) as process:
-        move(it, process.pid, 0)
-        tell(process, "go")
-        wait_until(lambda: len(children(process.pid)) >= 5, "the children have ghosts")
-        before = set(children(process.pid))
+    def restart() -> None:
         kill(it.pid("master"))
         start_master(it)
-        assert set(children(process.pid)) == before
-        assert {place(it, pid) for pid in before} == {"0"}
-        flag.touch()
-        tell(process, "on")
-        assert sorted(process.stdout.read().splitlines()) == ["2052179976 588895", "child 3", "killed 143", "over"]
-        assert process.wait(60) == 9
-        wait_until(lambda: not processes_of(it, process.pid), "nothing is left")
+
+    check_family(it, session_folder / "told", restart)
 
 
 def test_output_is_neither_lost_nor_doubled(it):
@@ -140,30 +122,7 @@ def test_output_is_neither_lost_nor_doubled(it):
 
 
 def test_a_terminal(it):
-    """A job in the foreground is typed to while there is no master; Ctrl-Z, fg and Ctrl-C work with the next one."""
-    with desk() as at:
-        at.type('sh -c \'echo be""gun; while read line; do echo "<$line>"; done\'\r')
-        at.see("begun\r\n")
-        job = at.foreground()
-        move(it, job, 0)
-        kill(it.pid("master"))
-        at.type("one\r")
-        at.see("<one>\r\n")
-        start_master(it)
-        at.type("two\r")
-        at.see("<two>\r\n")
-        at.type("\x1a")
-        at.see("Stopped", PROMPT)
-        assert it.read(f"procs/{job}/state") == "stopped\n"
-        at.type("fg\r")
-        at.see("\nsh -c")
-        at.await_lines()
-        wait_until(lambda: at.foreground() == job, "the job should have the terminal")
-        at.type("three\r")
-        at.see("<three>\r\n")
-        at.type("\x03")
-        at.await_prompt()
-        assert at.status() == 130
+    check_terminal(it, lambda: kill(it.pid("master")), lambda: start_master(it))
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
@@ -214,12 +173,6 @@ def test_periodic_checkpoints_and_onloss(it, session_folder):
         check_counting(finish(local), local.pid)
 
 
-EARLY = ("freeze", "transfer")
-LATE = ("depart", "resume")
-STRAIGHT = ("held", "go", "follow")  # engines by themselves: the copy is whole, the source has ended, that is told
-LEAVE, HOP, HOME = (-1, 0), (0, 1), (1, -1)
-
-
 @pytest.mark.parametrize("phase", [*EARLY, *LATE, *STRAIGHT])
 def test_moves_are_under_way(it, gates, phase):
     """They have not happened, as long as the source was whole; never are there two copies."""
@@ -237,9 +190,4 @@ def test_moves_are_under_way(it, gates, phase):
             one.writer.communicate()
         start_master(it)
         for process in processes.values():
-            out, _ = process.communicate("enough\n", timeout=60)
-            if process.returncode == 7:
-                check_counting(out.splitlines(), process.pid)
-            else:
-                assert phase in LATE and process.returncode == -signal.SIGKILL
-            wait_until(lambda p=process: not processes_of(it, p.pid), "nothing is left")
+            check_one_end(it, process, phase in LATE)

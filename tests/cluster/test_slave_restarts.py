@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from bpfs.rundir import process_start
-from tests.cluster.desk import PROMPT, desk
 from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, echo, finish, move, place, processes_of, shell, tell
+from tests.cluster.outliving import EARLY, HOME, HOP, LATE, LEAVE, STRAIGHT, check_family, check_one_end, check_terminal
 from tests.cluster.virtual import (
     VirtualCluster,
     bpcluster,
-    children,
     cluster,
     comm,
     kill,
@@ -105,29 +104,8 @@ def test_output_is_neither_lost_nor_doubled(it):
         it.wait_state(1, "up")
 
 
-FAMILY = """
-until_told() {{ until [ -e {flag} ]; do sleep 0.05; done; }}
-read; seq 1 100000 | (until_told; cksum) & (until_told; exit 3) & p=$!; sleep 100 | sleep 100 & q=$!
-read; wait $p; echo child $?; kill %3; wait $q; echo killed $?; wait; echo over; exit 9
-"""
-
-
 def test_a_family(it, session_folder):
-    """A shell with children and pipelines on the node: their ghosts, their output, and their statuses."""
-    flag = session_folder / "told-slaves"
-    with shell(FAMILY.format(flag=flag)) as process:
-        move(it, process.pid, 0)
-        tell(process, "go")
-        wait_until(lambda: len(children(process.pid)) >= 5, "the children have ghosts")
-        before = set(children(process.pid))
-        restart(it, 0)
-        assert set(children(process.pid)) == before
-        assert {place(it, pid) for pid in before} == {"0"}
-        flag.touch()
-        tell(process, "on")
-        assert sorted(process.stdout.read().splitlines()) == ["2052179976 588895", "child 3", "killed 143", "over"]
-        assert process.wait(60) == 9
-        wait_until(lambda: not processes_of(it, process.pid), "nothing is left")
+    check_family(it, session_folder / "told-slaves", lambda: restart(it, 0))
 
 
 def test_forks_and_ends_meanwhile_are_heard_of(it):
@@ -190,31 +168,8 @@ def test_a_ghost_that_is_killed_while_there_is_no_slave(it):
 
 
 def test_a_terminal(it):
-    """Ctrl-Z, fg and Ctrl-C of a job in the foreground."""
-    with desk() as at:
-        at.type('sh -c \'echo be""gun; while read line; do echo "<$line>"; done\'\r')
-        at.see("begun\r\n")
-        job = at.foreground()
-        move(it, job, 0)
-        slave = it.slave(0)
-        kill(slave)
-        at.type("one\r")
-        at.see("<one>\r\n")
-        wait_back(it, 0, slave)
-        at.type("two\r")
-        at.see("<two>\r\n")
-        at.type("\x1a")
-        at.see("Stopped", PROMPT)
-        assert it.read(f"procs/{job}/state") == "stopped\n"
-        at.type("fg\r")
-        at.see("\nsh -c")
-        at.await_lines()
-        wait_until(lambda: at.foreground() == job, "the job should have the terminal")
-        at.type("three\r")
-        at.see("<three>\r\n")
-        at.type("\x03")
-        at.await_prompt()
-        assert at.status() == 130
+    slave = it.slave(0)
+    check_terminal(it, lambda: kill(slave), lambda: wait_back(it, 0, slave))
 
 
 def test_a_strict_job(it):
@@ -296,12 +251,6 @@ def test_no_master_is_found_within_the_lease(tmp_path):
         it.wait_state(0, "up")
 
 
-EARLY = ("freeze", "transfer")
-LATE = ("depart", "resume")
-STRAIGHT = ("held", "go", "follow")  # engines by themselves: the copy is whole, the source has ended, that is told
-LEAVE, HOP, HOME = (-1, 0), (0, 1), (1, -1)
-
-
 @pytest.mark.parametrize("route", [LEAVE, HOP, HOME], ids=["leave", "hop", "home"])
 @pytest.mark.parametrize("phase", [*EARLY, *LATE, *STRAIGHT])
 def test_moves_are_under_way(it, gates, phase, route):
@@ -316,9 +265,4 @@ def test_moves_are_under_way(it, gates, phase, route):
             kill(slave)
             one.go_on()
             wait_back(it, route[role], slave)
-            out, _ = process.communicate("enough\n", timeout=60)
-            if process.returncode == 7:
-                check_counting(out.splitlines(), process.pid)
-            else:
-                assert phase in LATE and role == 1 and process.returncode == -signal.SIGKILL
-            wait_until(lambda p=process: not processes_of(it, p.pid), "nothing is left")
+            check_one_end(it, process, phase in LATE and role == 1)
