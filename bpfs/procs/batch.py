@@ -153,7 +153,7 @@ class Copy(Leave):
                 await tell(away.ghost.stream(connection, table, self._stdio.stream))
         except BaseException:
             self._around.ghosts.retire(away)
-            proc.place = MASTER
+            proc.put(MASTER)
             self._around.ghosts.table.end(proc, ExitStatus(code=EXIT_CANNOT_MOVE))
             raise
         proc.hostpid = made.hostpid

@@ -105,7 +105,7 @@ class Return(Migration):
         return await has_vanished(self, error, whole)
 
     async def departed(self) -> None:
-        self.proc.place = self.destination.number
+        self.proc.put(self.destination.number)
         self.proc.wants_strict = self.proc.strict = False
 
     async def lost(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
@@ -112,6 +113,7 @@ class Process:
     history: list[Stay] = field(default_factory=list)
     ended: trio.Event = field(default_factory=trio.Event)
     settled: trio.Event = field(default_factory=trio.Event)  # of the migration under way; replaced by each
+    moved: Callable[[Process, int], None] | None = None  # told of a change of place, and of the one before
 
     @property
     def away(self) -> bool:
@@ -121,9 +123,15 @@ class Process:
     def __post_init__(self) -> None:
         self.history.append(Stay(self.place, time.time(), 0.0, 0))
 
+    def put(self, node: int) -> None:
+        """From now on it counts as being at `node`."""
+        before, self.place = self.place, node
+        if self.moved is not None:
+            self.moved(self, before)
+
     def arrived(self, node: int, freeze_ms: float, sent: int) -> None:
         """Records that the process runs at `node` from now on."""
-        self.place = node
+        self.put(node)
         self.native = False
         self.history.append(Stay(node, time.time(), freeze_ms, sent))
         del self.history[:-MOVES_KEPT]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from bpfs.errors import BpfsError
@@ -51,6 +52,7 @@ class ProcTable:
     def __init__(self, publish: Callable[[str, int], object]) -> None:
         """`publish(line, node)` is called with a line for the events files at every change."""
         self._known: dict[Pid, Process] = {}
+        self._at: defaultdict[int, dict[Pid, Process]] = defaultdict(dict)  # these, by place
         self._told_of: dict[Pid, Process] = {}  # ended, and why; oldest first
         self._publish = publish
 
@@ -96,11 +98,23 @@ class ProcTable:
         """The processes that are away on `node`, in order of their pids."""
         if node == MASTER:
             return []
-        return sorted([proc for proc in self._known.values() if proc.place == node], key=lambda proc: proc.pid)
+        return sorted(self._at[node].values(), key=lambda proc: proc.pid)
 
     def add(self, proc: Process) -> None:
-        """Takes a process into the table."""
-        self._known[proc.pid] = proc
+        """Takes a process into the table, in the place of another with its pid."""
+        if (before := self._known.get(proc.pid)) is not None:
+            self._drop(before)
+        self._known[proc.pid] = self._at[proc.place][proc.pid] = proc
+        proc.moved = self._moved
+
+    def _moved(self, proc: Process, before: int) -> None:
+        self._at[before].pop(proc.pid, None)
+        self._at[proc.place][proc.pid] = proc
+
+    def _drop(self, proc: Process) -> None:
+        del self._known[proc.pid]
+        self._at[proc.place].pop(proc.pid, None)
+        proc.moved = None
 
     def changed(self, proc: Process, what: str) -> None:
         """Tells the readers of events what happened to a process."""
@@ -117,13 +131,13 @@ class ProcTable:
             for pid in list(self._told_of)[:-KEPT]:
                 del self._told_of[pid]
         if self._known.get(proc.pid) is proc:
-            del self._known[proc.pid]
+            self._drop(proc)
         self.changed(proc, f"{status}: {proc.why}" if proc.why else str(status))
 
     def forget(self, proc: Process) -> None:
         """Drops a process that lives on at home, as any other of the master's."""
         if self._known.get(proc.pid) is proc:
-            del self._known[proc.pid]
+            self._drop(proc)
 
     def _still_home(self, proc: Process) -> Process | None:
         # Nobody reports the end of a process at home, and its pid may be another's by now. What it is may change, too.

@@ -163,7 +163,7 @@ class ToNode(Migration):
         return self.wants_strict or self._around.is_strict(self.destination.number)
 
     def _is_there(self) -> None:
-        self.proc.place = self.destination.number
+        self.proc.put(self.destination.number)
         self.proc.wants_strict, self.proc.strict = self.wants_strict, self.strict
 
     def rename(self, renamed: Mapping[int, External]) -> None:
