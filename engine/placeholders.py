@@ -46,6 +46,7 @@ class Command(enum.IntFlag):
     END = 32 << 24  # the number is a wait status, to end with
     STOP = 64 << 24  # the number is a signal, to stop by
     SEND = 128 << 24  # the number is the receiver of a signal; 0: what comes with it is the value of that signal
+    LEASE = TERMINAL | SIBLING  # a time comes with it, by which all are to end
     BEAR = TERMINAL | SETSID  # a packet waits, see engine/bearing.py
     FOREGROUND = TERMINAL | SETPGID  # the number is the group that its terminal's foreground shall be
 

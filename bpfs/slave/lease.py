@@ -12,6 +12,11 @@ from bpfs.slave.keeper import Keeper
 from bpfs.slave.line import Line
 from bpfs.wire.link import now
 from bpfs.wire.messages import Heartbeat, HeartbeatSeen, Welcome
+from engine.jobspace import JobSpace
+
+LAST_GRACE = 0.3
+"""Seconds after the lease's end in which the supervisor should have killed this life; less than any margin of the
+master's."""
 
 
 class Lease:
@@ -27,7 +32,13 @@ class Lease:
         self._keeper = keeper
         self._sent: dict[int, float] = {}
         self._count = 0
+        self._space: JobSpace | None = None
         self._extend(sent)
+
+    def hold(self, space: JobSpace) -> None:
+        """These jobs are under it from now on, whatever becomes of this process and of its supervisor."""
+        self._space = space
+        self._tell()
 
     def renew(self, welcome: Welcome, sent: float) -> None:
         """Another master has said welcome to our jobs."""
@@ -37,10 +48,16 @@ class Lease:
 
     def _extend(self, sent: float) -> None:
         self.end = sent + self._welcome.lease
+        self._tell()
+
+    def _tell(self) -> None:
         told = self._welcome
         # Jobs may outlive it where they are to run on.
         fence = 0.0 if told.onlost == "continue" else self.end
         self._keeper.note_lease(fence, self.end, told.node, told.onlost, told.onlost_after)
+        if self._space is not None:
+            with suppress(OSError):  # it has ended; or the next word reaches it
+                self._space.end_by(fence + LAST_GRACE if fence else 0.0)
 
     def seen(self, message: HeartbeatSeen) -> None:
         """Handler: the master has answered."""

@@ -93,9 +93,6 @@ _log = log.get("slave")
 
 THEN = {"afresh": End.AFRESH, "reboot": End.REBOOT, "halt": End.HALT, "pwroff": End.PWROFF}
 
-FAULT_PAUSE = 30.0
-"""Seconds that a node is in `error` which could not make ready for jobs, before it starts afresh."""
-
 LAST_WORDS = 2.0
 """Seconds for the answer to a fence to reach the master, which closes the link then."""
 
@@ -171,7 +168,7 @@ class Slave:
                 nursery.start_soon(self._follow_masters, lease, name="link")
                 nursery.start_soon(self._until_lease_ends, lease, name="lease")
                 await self._start_view(nursery)
-                self._make_job_space()
+                self._make_job_space(lease)
                 nursery.start_soon(self._send_samples, name="samples")
                 nursery.start_soon(self.workers.keep_spare, name="spare worker")
                 if self.jobs is not None:
@@ -222,20 +219,10 @@ class Slave:
         except BpfsError as error:
             if self._join.returns:
                 raise
-            self._tell_fault(error)
+            _log.error("%s", error)
+            self.link.notify_nowait(Fault(error.sentence))
 
-    def _tell_fault(self, error: BpfsError) -> None:
-        """Have the master show why this node can hold no jobs, and try again: whatever was slow may be so no more."""
-        _log.error("%s", error)
-        self.link.notify_nowait(Fault(error.sentence))
-        if self._nursery is not None:
-            self._nursery.start_soon(self._start_again, name="another start")
-
-    async def _start_again(self) -> None:
-        await trio.sleep(FAULT_PAUSE)
-        self._stop(End.AFRESH, "it tries once more to hold jobs")
-
-    def _make_job_space(self) -> None:
+    def _make_job_space(self, lease: Lease) -> None:
         if self.options.empty and self.view is None:
             return  # jobs without a root of their own would have ours
         root = str(self.view.root) if self.view is not None else None
@@ -248,8 +235,10 @@ class Slave:
         except BpfsError as error:
             if self._join.returns:
                 raise  # nothing is left to be taken up
-            self._tell_fault(error)
+            _log.error("%s", error)
+            self.link.notify_nowait(Fault(error.sentence))
             return
+        lease.hold(jobs.space)
         if self.stdio is not None:
             self.stdio.init = jobs.init
         self.handlers |= {

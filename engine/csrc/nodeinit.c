@@ -32,6 +32,7 @@
 #include <linux/time_types.h>
 
 static uint64_t sent_value; /* of the next COMMAND_SEND */
+static int64_t lease_ms; /* when all must have ended, by CLOCK_BOOTTIME; 0: never */
 #define COMMAND_SIGNAL 64 /* SIGRTMAX: the least likely to be a job's own */
 #define EVERY_SIGNAL (~0UL)
 #define MSG_DONTWAIT_ 0x40
@@ -46,8 +47,9 @@ static uint64_t sent_value; /* of the next COMMAND_SEND */
 #define PROGRAM_MAX (1 << 20)
 
 /* How often pid 1 looks at the pid counter, and how many forks since the last look are a storm. */
-#define CALM_S 1
-#define STORM_NS 50000000
+#define CALM_MS 1000
+#define STORM_MS 50
+#define CLOCK_BOOTTIME_ 7
 
 static int report_fd;
 static uint32_t cookie;
@@ -374,6 +376,10 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 		bear();
 		return;
 	}
+	if ((command & COMMAND_LEASE) == COMMAND_LEASE) {
+		lease_ms = (int64_t)((uint64_t)more << 32 | uid);
+		return;
+	}
 	if ((command & COMMAND_FOREGROUND) == COMMAND_FOREGROUND) {
 		put_in_front(pid);
 		return;
@@ -413,6 +419,23 @@ static void end_without_daemon(void)
 		end_after_daemon(0);
 }
 
+/* How long pid 1 may wait for the next signal. It is the last to heed the lease: of all daemons, even the supervisor may be
+ * dead or stopped, and its own end is that of all jobs. */
+static struct __kernel_timespec next_look(int storm)
+{
+	struct __kernel_timespec now;
+	int64_t wait = storm ? STORM_MS : CALM_MS;
+	if (lease_ms) {
+		call(__NR_clock_gettime, CLOCK_BOOTTIME_, &now);
+		int64_t left = lease_ms - (now.tv_sec * 1000 + now.tv_nsec / 1000000);
+		if (left <= 0)
+			end(3);
+		if (left < wait)
+			wait = left;
+	}
+	return (struct __kernel_timespec){.tv_sec = wait / 1000, .tv_nsec = wait % 1000 * 1000000};
+}
+
 static _Noreturn void loop(void)
 {
 	uint64_t every = EVERY_SIGNAL;
@@ -420,7 +443,9 @@ static _Noreturn void loop(void)
 	for (;;) {
 		siginfo_t info;
 		int first = own_pid() == 1;
-		struct __kernel_timespec pause = {.tv_sec = storm ? 0 : CALM_S, .tv_nsec = storm ? STORM_NS : 0};
+		struct __kernel_timespec pause = {0};
+		if (first)
+			pause = next_look(storm);
 		long got = call(__NR_rt_sigtimedwait, &every, &info, first ? &pause : 0, sizeof every);
 		/* Also when nothing came: a tracer's stop can eat the wake-up. */
 		report_children();

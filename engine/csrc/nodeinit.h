@@ -41,6 +41,8 @@ enum command {
 	                              * in si_errno (upper half) and si_uid */
 	COMMAND_TERMINAL = 16 << 24, /* let go of the controlling terminal and take /dev/pts/NUMBER */
 	COMMAND_FOREGROUND = COMMAND_TERMINAL | COMMAND_SETPGID, /* its foreground is process group NUMBER */
+	COMMAND_LEASE = COMMAND_TERMINAL | COMMAND_SIBLING, /* pid 1: end, with all, when CLOCK_BOOTTIME is si_errno (upper half)
+	                                                     * and si_uid, in milliseconds; 0: never */
 	COMMAND_BEAR = COMMAND_TERMINAL | COMMAND_SETSID, /* a packet waits: struct birth_head, struct birth_table */
 };
 #define COMMAND_PID_MASK 0xffffff  /* pid 0: no new process, the receiver itself */

@@ -251,6 +251,27 @@ def test_no_master_is_found_within_the_lease(tmp_path):
         it.wait_state(0, "up")
 
 
+def test_nobody_but_nodeinit_is_left_to_heed_the_lease(tmp_path):
+    """The slave is killed, and its supervisor stands still."""
+    with cluster(tmp_path / "m", "--lease", "2", nodes=1) as it, counting() as process:
+        move(it, process.pid, 0)
+        jobs = {pid: started for pid, started in it.processes().items() if comm(pid) == "nodeinit"}
+        assert jobs
+        supervisor = it.pid("n0")
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            kill(it.slave(0))
+            assert process.wait(60) == -signal.SIGKILL
+            # As above. Only nodeinit waits to be reaped.
+            assert living(jobs) == [] and len(processes_of(it, process.pid)) == 0
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        it.wait_state(0, "up")
+        with counting() as another:
+            move(it, another.pid, 0)
+            check_counting(finish(another), another.pid)
+
+
 @pytest.mark.parametrize("route", [LEAVE, HOP, HOME], ids=["leave", "hop", "home"])
 @pytest.mark.parametrize("phase", [*EARLY, *LATE, *STRAIGHT])
 def test_moves_are_under_way(it, gates, phase, route):

@@ -39,7 +39,7 @@ ALLOWED = {
         "pwroff": "ADMIN",
     },
     "error": {
-        "boot": "ADMIN AGAIN",
+        "boot": "ADMIN",
         "unavailable": "ADMIN",
         "down": "ADMIN LOST LEFT",
         "reboot": "ADMIN",
