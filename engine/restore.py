@@ -76,6 +76,7 @@ class Builder:
         self._placed: list[tuple[int, int, bool]] = []  # number in the process now, number wanted, close-on-exec
         self._made: list[Placed] = []
         self._foreign: vdso.Foreign | None = None
+        self._limits_before: list[tuple[int, int]] = []
         self._look_up()
 
     def _look_up(self) -> None:
@@ -102,14 +103,18 @@ class Builder:
             os.dup2(fd, local[index], inheritable=False)
             os.close(fd)
         target.move_scratch([(r.start, r.end) for r in image.regions] + [(s[1], s[2]) for s in image.special])
-        numbers = target.pass_fds(local + [p.local_fd for p in rebuilt])
+        calls = Calls(target.injection)
+        numbers, check = target.add_fds(calls, local + [p.local_fd for p in rebuilt])
         self._placed = [
             (number, p.target_fd, p.cloexec) for number, p in zip(numbers[len(local) :], rebuilt, strict=True)
         ]
+        if target.in_place or self._ahead is not None:  # what fails up to here leaves a ghost as it was
+            calls.run()
+            check()
+            calls, check = Calls(target.injection), lambda: None
         target.injection.trap = self._choose_trap()
         target.injection.write_slot()
         target.begin_rebuilding()
-        calls = Calls(target.injection)
         if target.in_place:
             target.unmap_all(calls)
         if self._ahead is not None:
@@ -124,7 +129,12 @@ class Builder:
         self._move_special(calls)
         self._map_regions(calls, numbers)
         self._numbers = numbers
-        calls.run()
+        try:
+            calls.run()
+        except OSError:
+            check()  # it may say why
+            raise
+        check()
         target.injection.vdso = target.special["[vdso]"][0]
 
     def _fit_cpu(self) -> None:
@@ -278,6 +288,7 @@ class Builder:
             self._widen_binders()
         self._outside()
         calls = Calls(target.injection)
+        self._limits_before = procfs.read_limits(target.pid)
         self._describe(calls)
         nameless.narrow(image, lambda *span: calls.add("mprotect", *span))
         for r in image.regions:
@@ -348,7 +359,7 @@ class Builder:
 
     def _limit_rows(self, calls: Calls) -> None:
         # By the process itself, while it still has the rights that the worker may lack towards it.
-        now = procfs.read_limits(self.target.pid)
+        now = self._limits_before
         for which, (soft, hard) in enumerate(self.image.limits):
             if (soft, hard) != now[which] or which == resource.RLIMIT_NOFILE:
                 calls.add("prlimit64", 0, which, calls.data(struct.pack("<QQ", soft, hard)), 0, must=False)
@@ -358,7 +369,7 @@ class Builder:
         target = self.target
         wanted = sorted({want for _, want, _ in self._placed})
         self._high = max([*wanted, *target.own_fds, 2]) + 1
-        soft, hard = procfs.read_limits(target.pid)[resource.RLIMIT_NOFILE]
+        soft, hard = self._limits_before[resource.RLIMIT_NOFILE]
         need = self._high + len(self._placed) + 2
         if need > soft:
             raised = calls.data(struct.pack("<QQ", max(need, soft), max(need, hard)))

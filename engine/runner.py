@@ -40,11 +40,13 @@ _DATA: Final = 0x10000
 RESUME_DATA: Final = _DATA  # offset; used once the tables are done with
 HEAL_STRINGS: Final = 0x30000  # offset; 64 KB for what a heal table refers to
 _ROW: Final = 64
+_RESULT: Final = struct.Struct("<56xq")  # of a row
 MAX_ROWS: Final = (_DATA - _TABLE) // _ROW
 ALL_SIGNALS: Final = 0xFFFFFFFFFFFFFFFF
 _SYSGOOD: Final = signal.SIGTRAP | 0x80
 _NONE: Final = (0,) * 6
 _pack_row = struct.Struct("<II7Q").pack  # the second is whether it must not fail
+_UNMADE: Final = 1 << 62  # result of a row that has not been made: no call returns that
 _PROT_RWX: Final = 7
 _MAP_FIXED_NOREPLACE: Final = 0x100022  # with PRIVATE | ANONYMOUS
 TRAP_SIGNALS: Final = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
@@ -102,11 +104,22 @@ def restarted(registers: Registers) -> Registers:
     return result
 
 
-def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
-    # syscall; rt_sigprocmask(SIG_SETMASK, mask); every register a call clobbers or we set; jmp. Moves leave the flags
-    # alone.
+def _gate_code(address: int, registers: Registers, mask: int, trap: int) -> bytes:
+    # syscall; with a trap, its result to rbx and tgkill(getpid(), gettid(), trap); rt_sigprocmask(SIG_SETMASK, mask);
+    # every register that has another value now; jmp. Moves leave the flags alone.
+    stop = (
+        b"\x48\x89\xc3"
+        + b"\xb8\x27\0\0\0\x0f\x05\x89\xc7"
+        + b"\xb8\xba\0\0\0\x0f\x05\x89\xc6"
+        + b"\xba"
+        + struct.pack("<I", trap)
+        + b"\xb8\xea\0\0\0\x0f\x05"
+        if trap
+        else b""
+    )
     head = (
         b"\x0f\x05"
+        + stop
         + b"\xbf\x02\0\0\0"
         + b"\x48\xbe%b"
         + b"\xba\0\0\0\0"
@@ -118,8 +131,8 @@ def _gate_code(address: int, registers: Registers, mask: int) -> bytes:
     moves = b"".join(
         opcode + struct.pack("<Q", value)
         for opcode, value in (
-            (b"\x48\xb8", back.rax), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx), (b"\x48\xbe", back.rsi),
-            (b"\x48\xbf", back.rdi),
+            (b"\x48\xb8", back.rax), (b"\x48\xbb", back.rbx), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx),
+            (b"\x48\xbe", back.rsi), (b"\x48\xbf", back.rdi),
             (b"\x49\xb8", back.r8), (b"\x49\xb9", back.r9), (b"\x49\xba", back.r10), (b"\x49\xbb", back.r11),
         )
     )  # fmt: skip
@@ -144,9 +157,9 @@ def row(number: int, *arguments: int, must: bool = True) -> bytes:
     """One row of a call table."""
     padded = arguments + _NONE[len(arguments) :]
     try:
-        return _pack_row(number, must, *padded, 0)
+        return _pack_row(number, must, *padded, _UNMADE)
     except struct.error:  # a negative argument
-        return _pack_row(number, must, *[a & ALL_SIGNALS for a in padded], 0)
+        return _pack_row(number, must, *[a & ALL_SIGNALS for a in padded], _UNMADE)
 
 
 class Injection:
@@ -172,7 +185,7 @@ class Injection:
         self._heal: list[bytes] = []
 
     def call(self, name: str, *arguments: int, subject: str = "") -> int:
-        """One system call through the gate. Returns its result; raises OSError when it fails."""
+        """One system call through the gate (execve only without a trap). Returns its result; raises OSError."""
         result = self.call_raw(NR[name], *arguments)
         if is_error(result):
             raise OSError(-result, os.strerror(-result), subject or f"{name} in process {self.pid}")
@@ -185,14 +198,21 @@ class Injection:
             interrupt: make the call find an interruption as soon as it would sleep (it then arms its restart block).
         """
         gate = self.vdso + GATE_OFFSET
-        process_vm.force_write(self.memory, gate, _gate_code(gate, self.registers, self.mask))
+        trap = 0 if interrupt else self.trap
+        process_vm.force_write(self.memory, gate, _gate_code(gate, self.registers, self.mask, trap))
         go = self._entry(gate)
         go.rax = number
         values = list(arguments) + [0] * (6 - len(arguments))
         go.rdi, go.rsi, go.rdx, go.r10, go.r8, go.r9 = (v & ALL_SIGNALS for v in values)
         # In this order: dead between the two, the thread runs the gate with signals open, which harms nobody.
         ptrace.set_registers(self.tid, go)
-        ptrace.set_mask(self.tid, ALL_SIGNALS)
+        ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (trap - 1)) if trap else ALL_SIGNALS)
+        if trap:
+            while True:
+                self._run(ptrace.CONT, trap)
+                now = ptrace.get_registers(self.tid)
+                if now.rip > gate:  # else it is one that somebody else sent, and that it ignores
+                    return signed(now.rbx)
         self._run(ptrace.SYSCALL, _SYSGOOD)
         if interrupt:
             ptrace.interrupt(self.tid)
@@ -259,6 +279,10 @@ class Injection:
     def run_table(self, table: int, count: int) -> None:
         """Run rows that are in place already, to the stop after the last (or after a row that must not fail)."""
         self.start_table(table, count)
+        self._to_trap()
+
+    def go_on(self) -> None:
+        """Go on with a table in the midst of which the thread has stopped."""
         self._to_trap()
 
     def run_to_exec(self) -> bool:
@@ -392,8 +416,9 @@ class Calls:
         if last:
             self._write_rows(last)
         self._injection.start_table(self._injection.base + _TABLE, len(self._rows) - last)
-        if not self._injection.run_to_exec():
-            self._take_results(last)
+        while not self._injection.run_to_exec():
+            if self._take_results(last):
+                return
 
     def _last_part(self) -> int:
         return (len(self._rows) - 1) // MAX_ROWS * MAX_ROWS
@@ -427,13 +452,18 @@ class Calls:
     def _run_part(self, first: int) -> None:
         self._write_rows(first)
         self._injection.run_table(self._injection.base + _TABLE, min(len(self._rows) - first, MAX_ROWS))
-        self._take_results(first)
+        while not self._take_results(first):
+            self._injection.go_on()
 
-    def _take_results(self, first: int) -> None:
-        inj, part = self._injection, self._rows[first : first + MAX_ROWS]
-        raw = process_vm.read(inj.pid, inj.base + _TABLE, len(part) * _ROW)
-        for i, one in enumerate(part):
-            result: int = struct.unpack_from("<q", raw, i * _ROW + 56)[0]
-            self.results.append(result)
-            if is_error(result) and one[4]:
-                raise OSError(-result, f"{self._labels[first + i]}: {error_text(result)}")
+    def _take_results(self, first: int) -> bool:
+        """Whether the rows have been made: else the thread stands at a signal like ours that somebody else sent."""
+        inj, count = self._injection, min(len(self._rows) - first, MAX_ROWS)
+        raw = process_vm.read(inj.pid, inj.base + _TABLE, count * _ROW)
+        self.results += [result for (result,) in _RESULT.iter_unpack(raw)]
+        for i, result in enumerate(self.results[first:], first):
+            if is_error(result) and self._rows[i][4]:
+                raise OSError(-result, f"{self._labels[i]}: {error_text(result)}")
+            if result == _UNMADE:
+                del self.results[first:]
+                return False
+        return True

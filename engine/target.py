@@ -4,12 +4,13 @@ Both offer the same: a stopped process with a scratch, a socket into it for desc
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from engine import note
@@ -78,22 +79,33 @@ class Target:
 
     def pass_fds(self, fds: list[int]) -> list[int]:
         """Give descriptors to the process; returns their numbers there, in order."""
+        calls = Calls(self.injection)
+        numbers, check = self.add_fds(calls, fds)
+        calls.run()
+        check()
+        return numbers
+
+    def add_fds(self, calls: Calls, fds: list[int]) -> tuple[list[int], Callable[[], None]]:
+        """Add the rows that receive descriptors; returns the numbers that they will have, and a check that they do."""
         if not fds:
-            return []
+            return [], lambda: None
         assert self.sock is not None
         packets = scm.send_fds(self.sock, fds)
-        calls = Calls(self.injection)
         blocks = [calls.reserve_block() for _ in range(packets)]
         for block in blocks:
             calls.add("recvmsg", self.inner_sock, block, _MSG_CMSG_CLOEXEC, label="receiving descriptors")
-        calls.run()
-        numbers: list[int] = []
-        for block in blocks:
-            numbers += scm.received_fds(calls.read(block + scm.CONTROL_OFFSET, 1024))
-        if len(numbers) != len(fds):
-            raise OSError(24, f"only {len(numbers)} of {len(fds)} descriptors could be passed on")
+        taken = set(self.own_fds)
+        numbers = list(itertools.islice((n for n in itertools.count() if n not in taken), len(fds)))
         self.own_fds += numbers
-        return numbers
+
+        def check() -> None:
+            found: list[int] = []
+            for block in blocks:
+                found += scm.received_fds(calls.read(block + scm.CONTROL_OFFSET, 1024))
+            if found != numbers:
+                raise OSError(24, f"only {len(found)} of {len(fds)} descriptors could be passed on")
+
+        return numbers, check
 
     def move_scratch(self, taken: list[tuple[int, int]]) -> None:
         """Move the scratch out of the way of mappings to come."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -10,6 +11,8 @@ from typing import Final
 _CHUNK: Final = 1 << 16
 _PAGE: Final = 4096
 NO_FILES: Final = ("/memfd:", "/SYSV", "/dev/", "/secretmem")  # what maps shows like files, and is none of a disk
+_LIMITS: Final = 16  # RLIMIT_CPU … RLIMIT_RTTIME
+_UNLIMITED: Final = 2**64 - 1
 _PF_EXITING: Final = 0x4  # include/linux/sched.h
 _PRESENT: Final = (b"Rss:", b"Swap:", b"Shared_Hugetlb:", b"Private_Hugetlb:")
 
@@ -193,10 +196,13 @@ def touched(raw: bytes) -> list[tuple[int, int]]:
 
 
 def read_limits(pid: int) -> list[tuple[int, int]]:
-    """`/proc/PID/limits`: (soft, hard) by RLIMIT_ number; 2**64 - 1 is unlimited.
+    """(soft, hard) by RLIMIT_ number; 2**64 - 1 is unlimited.
 
-    prlimit(2) would want CAP_SYS_RESOURCE for other users' processes, which not every root has.
+    prlimit(2) is the quicker way, and wants CAP_SYS_RESOURCE for other users' processes, which not every root has.
     """
+    with suppress(PermissionError):
+        pairs = [resource.prlimit(pid, which) for which in range(_LIMITS)]
+        return [(soft & _UNLIMITED, hard & _UNLIMITED) for soft, hard in pairs]
     found = []
     for line in read(f"/proc/{pid}/limits").decode().splitlines()[1:]:
         # Columns of fixed width, fs/proc/base.c: the name's 25, then 21 each.
@@ -206,7 +212,7 @@ def read_limits(pid: int) -> list[tuple[int, int]]:
 
 
 def _limit(word: str) -> int:
-    return 2**64 - 1 if word == "unlimited" else int(word)
+    return _UNLIMITED if word == "unlimited" else int(word)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from typing import Final
 
 from engine.linux.libc import LIBC
@@ -236,6 +237,8 @@ def has_dispatch(tid: int) -> bool:
 
 
 _WAIT_TIMEOUT_S: Final = 20.0  # injected calls take microseconds; a loaded machine may need longer
+# To sleep and be woken takes longer than most stops do: look again and again for that long first.
+_SPIN_NS: Final = 150_000
 
 
 def wait(tid: int) -> int:
@@ -247,6 +250,12 @@ def wait(tid: int) -> int:
         ChildProcessError: it is none of ours.
         TimeoutError: nothing happened.
     """
+    end = time.monotonic_ns() + _SPIN_NS
+    while time.monotonic_ns() < end:
+        pid, status = os.waitpid(tid, WALL | os.WNOHANG)
+        if pid:
+            return status
+        os.sched_yield()  # it may be waiting for this very CPU
     if signal.SIGCHLD not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         return os.waitpid(tid, WALL)[1]
     while True:

@@ -45,6 +45,7 @@ def bear(space: JobSpace, pid: int, ppid: int, pgid: int, sid: int, arguments: l
     vector = calls.data(b"".join(at.to_bytes(8, "little") for at in [*strings, 0]))
     calls.add("getpid")
     calls.run()
+    child.injection.trap = 0  # to be stopped as it returns: the new program has not the code that would stop it
     child.injection.call("execve", strings[0], vector, 0, subject=arguments[0])
     ptrace.set_mask(child.pid, 0)
     ptrace.detach(child.pid)
