@@ -6,7 +6,7 @@ from typing import Final
 
 from engine import strict
 from engine.freeze import Frozen
-from engine.linux import nsfs, procfs, ptrace
+from engine.linux import kcmp, nsfs, procfs, ptrace
 from engine.linux.kcmp import same_memory
 from engine.linux.procfs import Stat
 
@@ -26,6 +26,7 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
         listing = ", ".join(str(pid) for pid in children[:8]) + (" and more" if len(children) > 8 else "")
         found.append(f"it has living children ({listing})")
     found += _shared_memory(frozen, stat)
+    found += _halves(frozen, stat)
     if frozen.leader_exited:
         found.append("its main thread has ended before the others")
     if any(_rights(frozen.status_of(thread)) != _rights(status) for thread in frozen.threads[1:]):
@@ -90,6 +91,24 @@ def _shared_memory(frozen: Frozen, stat: Stat) -> list[str]:
         return [f"it runs in the memory of its parent {stat.ppid} (vfork) until it runs another program"]
     others = [child for child in living_children(frozen) if same_memory(frozen.pid, child)]
     return [f"its child {others[0]} runs in its memory"] if others else []
+
+
+_HALVES: Final = ((kcmp.FILES, "descriptors"), (kcmp.FS, "a working directory and umask"))
+
+
+def _halves(frozen: Frozen, stat: Stat) -> list[str]:
+    """What threads usually have in common and processes have not, where it is the other way round."""
+    found = []
+    first, *others = (thread.tid for thread in frozen.threads)
+    relatives = [stat.ppid, *living_children(frozen)]
+    for what, words in _HALVES:
+        if any(not kcmp.same(first, tid, what) for tid in others):
+            found.append(f"one of its threads has {words} of its own (unshare(2))")
+        for pid in relatives:
+            with contextlib.suppress(OSError):  # gone, or outside of this pid namespace
+                if kcmp.same(first, pid, what):
+                    found.append(f"it has {words} in common with process {pid} (clone(2))")
+    return found
 
 
 _RIGHTS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")

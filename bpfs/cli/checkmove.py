@@ -42,6 +42,8 @@ _ADVICE: Final = [
         (r"changed root", "start it on the node, in that root directory"),
         (r"main thread has ended", "have its main thread stay until the others have ended"),
         (r"different rights", "have all its threads run with the same user and capabilities"),
+        (r"one of its threads has", "have its threads share them: no unshare(2) with CLONE_FS or CLONE_FILES"),
+        (r"in common with process", "wait until that process has ended"),
         (r"CPU there lacks", "choose a node with such a CPU, or `onexec`, which lets the program choose there"),
         (r"not the same file|No such file", "put the same file on the node, or on a file system that both reach"),
         (r"uninterruptible", "wait: a device or a file system keeps it in a call that cannot be broken off"),

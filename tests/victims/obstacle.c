@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/prctl.h>
 #include <sys/shm.h>
@@ -16,6 +17,17 @@ static long skips(long result)
 		exit(77);
 	}
 	return result;
+}
+
+static volatile int parted;
+
+/* A thread that has something for itself. */
+static void *part(void *flag)
+{
+	CHECK(!unshare((int)(long)flag));
+	parted = 1;
+	for (;;)
+		pause();
 }
 
 int main(int argc, char **argv)
@@ -77,6 +89,23 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[2], "hugetlb")) {
 		int fd = (int)skips(memfd_create("huge", MFD_HUGETLB));
 		skips(mmap(0, 2 << 20, 3, MAP_SHARED | MAP_NORESERVE, fd, 0) == MAP_FAILED ? -1 : close(fd));
+	}
+	static const struct {
+		const char *name;
+		int flag;
+	} halves[] = {{"descriptors", CLONE_FILES}, {"folder", CLONE_FS}};
+	for (unsigned i = 0; i < 2; i++) {
+		char shared_by_child[32];
+		snprintf(shared_by_child, sizeof shared_by_child, "%s of a child", halves[i].name);
+		if (!strcmp(argv[2], halves[i].name)) {
+			pthread_t thread;
+			CHECK(!pthread_create(&thread, NULL, part, (void *)(long)halves[i].flag));
+			while (!parted)
+				nap();
+		}
+		if (!strcmp(argv[2], shared_by_child) && !(child = (pid_t)syscall(SYS_clone, halves[i].flag | SIGCHLD, 0, 0, 0, 0)))
+			for (;;)
+				pause();
 	}
 	static const struct {
 		const char *name;
