@@ -96,7 +96,7 @@ class Original:
         return {
             "refusals": [], "image": bytes(packed), "process": summary, "externals": seen.externals,
             "rank": _find_rank(frozen, image, places), "random": places.of(_random_address(image)),
-            "files": [file.path for index, file in enumerate(image.files) if index != image.cwd and not file.nameless],
+            "files": execorder.files_of(image),
             "order": [order.table, order.keys, order.rank] if order is not None else None,
         }  # fmt: skip
 

@@ -136,7 +136,7 @@ def write(frozen: Frozen, image: img.Image, externals: list[dict[str, Any]], arg
         OSError: it has ended.
     """
     command = _command(frozen, arguments)
-    files = [file for index, file in enumerate(image.files) if index != image.cwd]
+    files = _mapped(image)
     if command is None or not _is_plain(image, files, externals):
         return None
     environment = procfs.read(f"/proc/{frozen.pid}/environ").split(b"\0")[:-1]
@@ -154,6 +154,15 @@ def write(frozen: Frozen, image: img.Image, externals: list[dict[str, Any]], arg
     high = max([2, *(number for entry in image.descriptors for number, _ in entry["fds"])]) + 1
     packed, base = table.pack(files, high)
     return Order(packed, keys, _rank(packed, environment, environ.value + base)) if len(packed) <= ORDER_MAX else None
+
+
+def files_of(image: img.Image) -> list[bytes]:
+    """The paths of the files that the exec takes."""
+    return [file.path for file in _mapped(image) if not file.nameless]
+
+
+def _mapped(image: img.Image) -> list[img.MappedFile]:
+    return [file for index, file in enumerate(image.files) if index != image.cwd]
 
 
 def _is_plain(image: img.Image, files: list[img.MappedFile], externals: list[dict[str, Any]]) -> bool:

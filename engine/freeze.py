@@ -73,6 +73,7 @@ class Frozen:
         self.memory = -1
         self.injection: Injection | None = None
         self.fresh = False  # stopped at its exec
+        self.options = 0  # further ones of ptrace(2) for as long as it is held
         self.settled = 0.0  # time.monotonic() when all stood
 
     @property

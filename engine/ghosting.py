@@ -135,7 +135,8 @@ class Exec:
         """
         frozen = self._frozen
         injection = frozen.open_injection()
-        ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_TRACEEXEC)
+        options = ptrace.O_TRACESYSGOOD | frozen.options
+        ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, options | ptrace.O_TRACEEXEC)
         injection.others = [thread.tid for thread in frozen.threads[1:]]
         if procfs.own_bytes(frozen.pid) >= LARGE:
             injection.while_waiting = _when_replaced(frozen.pid, gone)
@@ -143,7 +144,7 @@ class Exec:
             self._calls.run_until_exec()
         except OSError:
             with contextlib.suppress(OSError):  # it has ended
-                ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, ptrace.O_TRACESYSGOOD)
+                ptrace.ptrace(ptrace.SETOPTIONS, injection.tid, 0, options)
                 self._undo()
             raise
         finally:

@@ -25,7 +25,6 @@ from engine.ghosting import LARGE, Exec, Passed, become_placeholder, ghost_exec
 from engine.linux import procfs, ptrace, userfaultfd
 from engine.mapped import mapped_files, send_ahead
 from engine.obstacles import children_of
-from engine.onexec import Armed, end
 from engine.operation import NOT_LAZY, ORDER, Reply
 from engine.owing import Owing
 from engine.precopy import Rounds
@@ -55,7 +54,6 @@ class Source:
         self._control = control
         self._frozen: Frozen | None = None
         self._frozen_at = 0.0  # by time.monotonic()
-        self._armed: Armed | None = None
         self._settled = False
         self._pledged = False  # stands still even if we die
         self._inspection: dump.Inspection | None = None
@@ -226,42 +224,6 @@ class Source:
             rounds.close()
         return rounds is not None
 
-    def arm(self, request: Reply, fds: list[int]) -> Reply:
-        """Seize a process that is to be stopped at its next exec; `look` at it."""
-        if self._frozen is not None or self._armed is not None:
-            raise OSError(16, f"{ORDER}: a process is held already")
-        self._armed = Armed(int(request["pid"]))
-        return self.look(request, fds)
-
-    def wait_exec(self, request: Reply, fds: list[int]) -> Reply:
-        """Wait for that exec; the process is frozen and settled then.
-
-        With the arguments of `inspect` that comes next, whose work is done before it comes.
-        """
-        if self._armed is None:
-            raise OSError(22, f"{ORDER}: nothing is armed")
-        armed, self._armed = self._armed, None
-        self._frozen = armed.wait(self._control)
-        self._frozen_at, self._settled = time.monotonic(), True
-        self.afterwards = functools.partial(self._inspect_ahead, request)
-        return {}
-
-    def _inspect_ahead(self, request: Reply) -> None:
-        with contextlib.suppress(OSError):  # `inspect` will meet it again, and say so
-            seen = self.inspect(request, [])
-            if self.afterwards is not None:
-                self.afterwards()
-            self._seen = (_question(request), seen)
-        self.afterwards = None
-
-    def end(self, request: Reply, fds: list[int]) -> Reply:
-        """End the frozen process: `message` on its standard error, exit with `code`."""
-        frozen = self._held()
-        self._forget()
-        end(frozen, int(request["code"]), bytes(request["message"]))
-        note.erase()
-        return {}
-
     def inspect(self, request: Reply, fds: list[int]) -> Reply:
         """Wait for the stops; say what it is, what must be relayed and why it cannot move.
 
@@ -282,8 +244,8 @@ class Source:
         frozen = self._held()
         if request.get("lazy") and not userfaultfd.answers():
             raise OSError(95, NOT_LAZY)
-        (question, answer), self._seen = self._seen, ({}, {})
-        if answer and question == _question(request):
+        (asked, answer), self._seen = self._seen, ({}, {})
+        if answer and asked == question(request):
             return answer
         if not self._settled:
             frozen.settle()
@@ -626,7 +588,7 @@ class Source:
             frozen.release()
         elif frozen is not None:
             abandon(frozen)
-        return frozen is not None or self._armed is not None or watched or owed
+        return frozen is not None or watched or owed
 
 
 def _contents(request: Reply) -> int:
@@ -641,8 +603,9 @@ def _is_expected(expected: Reply, seen: dump.Inspection) -> bool:
     return bool(now == [expected["externals"], expected["process"]])
 
 
-def _question(request: Reply) -> Reply:
-    return {key: value for key, value in request.items() if key not in ("op", *_WHERE)}
+def question(request: Reply) -> Reply:
+    """What `inspect` is asked by a request."""
+    return {key: value for key, value in request.items() if key not in ("op", "order", *_WHERE)}
 
 
 def _pack(stream: Stream) -> None:

@@ -2,7 +2,7 @@
 
 Requests are msgpack maps with an `op`, replies `{"ok": True, …}` or `{"ok": False, "errno", "text", "refusals"}`. The
 end of the socket undoes what is under way: a source is released untouched, a half-built process is killed, a ghost is a
-ghost again. The operations: engine/source.py, engine/destination.py, engine/keeper.py,
+ghost again. The operations: engine/source.py, engine/at_exec.py, engine/destination.py, engine/keeper.py,
 engine/batch.py.
 """
 
@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from engine.at_exec import AtExec
 from engine.batch import Copies, Original
 from engine.destination import Destination
 from engine.keeper import Giver, Keeper, bear_ghost
@@ -28,7 +29,7 @@ def serve(control: socket.socket) -> bool:
         Whether nothing was left to undo and nothing had failed.
     """
     clean = True
-    source, destination = Source(control), Destination(control)
+    source, destination = AtExec(control), Destination(control)
     keeper, giver = Keeper(control), Giver(control)
     original, copies = Original(control), Copies()
     operations: dict[str, Callable[[Reply, list[int]], Reply]] = {
@@ -46,6 +47,8 @@ def serve(control: socket.socket) -> bool:
         "freeze": source.freeze,
         "arm": source.arm,
         "wait_exec": source.wait_exec,
+        "stay": source.stay,
+        "make_ghost_ready": source.make_ghost_ready,
         "end": source.end,
         "inspect": source.inspect,
         "send": source.send,

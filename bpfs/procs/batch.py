@@ -16,32 +16,28 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from signal import SIGKILL
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from bpfs import log
-from bpfs.errors import BpfsError, LinkClosed, errno_name
+from bpfs.errors import BpfsError, errno_name
 from bpfs.procs.away import Away, carefully, tell
 from bpfs.procs.exchange import refuse
 from bpfs.procs.ghost import Ghost
 from bpfs.procs.images import ImageTree
-from bpfs.procs.leave import Leave
 from bpfs.procs.migration import Externals
 from bpfs.procs.onexec import EXIT_CANNOT_MOVE
+from bpfs.procs.ordered import BornThere, Form
 from bpfs.procs.places import Engine, MasterPlace, NodePlace
 from bpfs.procs.process import MASTER, ExitStatus, Process, ProcState
 from bpfs.procs.rights import may_control
-from bpfs.procs.stdio import CONNECT_TIMEOUT, detach, plain
 from bpfs.procs.surroundings import Surroundings
 from bpfs.procs.verbs import parse_pid
 from bpfs.tree.base import WriteRequest
 from bpfs.tree.formats import parse_number
-from bpfs.wire.messages import JobMade, MakeJob, Signal
+from bpfs.wire.messages import JobMade
 from bpfs.wire.mux import Channel, ghost_table
 
 if TYPE_CHECKING:
@@ -101,28 +97,8 @@ class Original:
         return self.order or self.image
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A program at its exec as an image, or as an order to exec it (`keys`: engine/execorder.py)."""
-
-    content: bytes
-    rank: Sequence[int] | None
-    random: int = -1
-    keys: tuple[int, ...] | None = None
-
-    def patches(self, rank: int) -> list[list[Any]]:
-        """What differs in it for the process with this rank."""
-        if self.rank is None:
-            return []
-        offset, width = self.rank
-        text = b"%d" % rank
-        return [[offset, text.ljust(width, b"\0")]] if len(text) <= width else []
-
-
-class Copy(Leave):
+class Copy(BornThere):
     """One of those that wait: it leaves the master, as far as anybody can see, for its node."""
-
-    destination: NodePlace
 
     def __init__(
         self, rank: int, proc: Process, source: MasterPlace, destination: NodePlace, around: Surroundings
@@ -181,49 +157,15 @@ class Copy(Leave):
             self._around.ghosts.note(away)
         if original.order is not None and not self.strict:
             try:
-                return await self._have_made(original.order, original.name, channels)
+                self.begin_stream()
+                return await self.have_made(original.order, channels, original.name, self.rank)
             except BpfsError as error:
                 if error.code in (errno.EHOSTDOWN, errno.ETIMEDOUT):
                     raise
                 _log.info("process %d is rebuilt from its image: %s", self.proc.pid, error)
-        return await self._have_made(original.image, b"" if original.order is not None else original.name, channels)
-
-    async def _have_made(self, form: Form, name: bytes, channels: list[Channel]) -> tuple[JobMade, socket.socket]:
-        proc, place, who = self.proc, self.destination, self.proc.identity
-        number = self._stdio.stream = self._around.streams.new_number()
-        session, front = self.terminal_of(channels)
-        with self._around.streams.expect() as expected:
-            message = MakeJob(
-                proc.pid, who.ppid, who.pgid, who.sid, session, front, number, expected.token,
-                plain(channels), who.uid, who.gid, b"" if name else form.content, name, form.keys,
-                form.patches(self.rank), form.random, self.strict,
-            )  # fmt: skip
-            try:
-                made = await place.link.request(message, place.link.patience)
-                connection = await expected.wait_connected(CONNECT_TIMEOUT)
-            except LinkClosed as error:
-                # It may run there. That it does not any more has to be sure before anybody is told that it failed. A
-                # node that comes back with it is told to kill it before that is certain (takeover.py).
-                await place.outlives(proc.pid)
-                raise BpfsError(errno.EHOSTDOWN, f"node {place.number} was lost: {error.sentence}") from error
-            except BpfsError as error:
-                if error.code == errno.ETIMEDOUT:
-                    await self._end_there(number)
-                raise
-        assert isinstance(made, JobMade)
-        return made, connection
-
-    async def _end_there(self, stream: int) -> None:
-        """It is not known whether it was made."""
-        link = self.destination.link
-
-        async def kill() -> None:
-            with suppress(BpfsError):
-                await link.request(Signal(self.proc.pid, SIGKILL, 0, 0, 0, 0), link.patience)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(kill)
-            nursery.start_soon(detach, self.destination, stream)
+        self.begin_stream()
+        name = b"" if original.order is not None else original.name
+        return await self.have_made(original.image, channels, name, self.rank)
 
 
 def whom(proc: Process) -> dict[str, int]:

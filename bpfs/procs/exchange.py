@@ -25,29 +25,36 @@ def refuse(refusals: list[str]) -> None:
         raise BpfsError(errno.EOPNOTSUPP, "; ".join(refusals))
 
 
+async def both(
+    first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]]
+) -> tuple[A | BpfsError, B | BpfsError]:
+    """Runs both at once, to the end of both. Returns what each gives, or its error."""
+    results: dict[int, Any] = {}
+
+    async def one(index: int, work: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            results[index] = await work()
+        except BpfsError as error:
+            results[index] = error
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one, 0, first)
+        await one(1, second)
+    return results[0], results[1]
+
+
 async def together(first: Callable[[], Awaitable[A]], second: Callable[[], Awaitable[B]]) -> tuple[A, B]:
     """Runs both at once, to the end of both: an engine must not be left in the middle of a call.
 
     Raises:
         BpfsError: that of `second`, else that of `first`: the source knows best why a process cannot move.
     """
-    left: list[A] = []
-    right: list[B] = []
-    errors: dict[int, BpfsError] = {}
-
-    async def one(index: int, work: Callable[[], Awaitable[Any]], results: list[Any]) -> None:
-        try:
-            results.append(await work())
-        except BpfsError as error:
-            errors[index] = error
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(one, 0, first, left)
-        nursery.start_soon(one, 1, second, right)
-    for index in (1, 0):
-        if index in errors:
-            raise errors[index]
-    return left[0], right[0]
+    one, other = await both(first, second)
+    if isinstance(other, BpfsError):
+        raise other
+    if isinstance(one, BpfsError):
+        raise one
+    return one, other
 
 
 async def all_of(works: Iterable[Callable[[], Awaitable[A]]]) -> list[A]:

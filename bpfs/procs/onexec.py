@@ -7,15 +7,19 @@ smallest, and nothing of the old program has to move.
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from bpfs import log
 from bpfs.errors import BpfsError
 from bpfs.procs.away import carefully
-from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration
+from bpfs.procs.leave import Leave
+from bpfs.procs.migration import UNDO_TIMEOUT, Externals, Migration, Release
+from bpfs.procs.ordered import AtExec
+from bpfs.procs.phases import is_watched_closely
 from bpfs.procs.places import Engine
 from bpfs.procs.process import MASTER, Process
 from bpfs.procs.rights import bound
@@ -72,14 +76,15 @@ class OnExec:
         with trio.CancelScope() as scope:
             ahead = Ahead(self._route(proc, node, strict))
             async with self._procs.place(MASTER).engine() as engine, trio.open_nursery() as nursery:
-                nursery.start_soon(carefully, proc.pid, ahead.run())
+                if not ahead.orders:
+                    nursery.start_soon(carefully, proc.pid, ahead.run())
                 try:
-                    reply = await engine.call("arm", pid=proc.pid, **ahead.migration.looking)
+                    told = await engine.call("arm", pid=proc.pid, order=ahead.orders, **ahead.migration.looking)
                 except BpfsError as error:
                     nursery.cancel_scope.cancel()
                     refused = error
                 else:
-                    ahead.tell(reply["externals"])
+                    ahead.tell(told)
                     self._armed[proc.pid] = scope
                     task_status.started()
                     await carefully(proc.pid, self._wait_and_move(proc, node, engine, scope, ahead))
@@ -96,22 +101,24 @@ class OnExec:
         self, proc: Process, node: int, engine: Engine, scope: trio.CancelScope, ahead: Ahead
     ) -> None:
         try:
-            await engine.call("wait_exec", **ahead.migration.looking)
+            told = await engine.call("wait_exec", order=ahead.orders, **ahead.migration.looking)
         except BpfsError as error:
             _log.info("process %d ended before it ran another program: %s", proc.pid, error)
             return
         finally:
             if self._armed.get(proc.pid) is scope:
                 del self._armed[proc.pid]
-        await self._move(proc, node, engine, ahead)
+        await self._move(proc, node, engine, ahead, told)
 
-    async def _move(self, proc: Process, node: int, engine: Engine, ahead: Ahead) -> None:
+    async def _move(self, proc: Process, node: int, engine: Engine, ahead: Ahead, told: dict[str, Any]) -> None:
         async def end(error: BpfsError) -> None:
             text = f"bpfs: process {proc.pid} cannot run on node {node}: {error}\n"
             await engine.call("end", code=EXIT_CANNOT_MOVE, message=text.encode())
 
         try:
             proc.identity = read_identity(proc.pid)
+            if "order" in told and await self._order(ahead.migration, engine, told, end):
+                return
             ready = await ahead.take()
             migration = ahead.migration if ready is not None else self._route(proc, node, ahead.migration.wants_strict)
         except BpfsError as error:
@@ -122,12 +129,32 @@ class OnExec:
         except BpfsError as error:
             _log.info("process %d did not get to node %d: %s", proc.pid, node, error)
 
+    async def _order(self, migration: Migration, engine: Engine, told: dict[str, Any], end: Release) -> bool:
+        """Returns whether that was the last word on it; else it has to go the way of all moves."""
+        assert isinstance(migration, Leave)
+        paths = [os.fsdecode(path) for path in told["files"]]
+        bare = (migration.looking.get("unlike") or {}).get("bare")
+        if told["process"]["children"] or (bare and not all(map(self._around.exports.holds, paths))):
+            await engine.call("stay")
+            return False
+        there = AtExec(migration, told, self._around)
+        try:
+            await self._procs.carry_out(there, lambda: there.start(engine, end))
+        except BpfsError as error:
+            _log.info("process %d did not get to node %d: %s", there.proc.pid, there.destination.number, error)
+        return True
+
 
 class Ahead:
     """A move that is made ready while its process is still on the way to its exec."""
 
     def __init__(self, migration: Migration) -> None:
         self.migration = migration
+        self.orders = isinstance(migration, Leave) and not migration.strict and not is_watched_closely()
+        """Whether the process, at its exec, is most likely nothing that an order could not bring about: then nothing
+        else is made ready."""
+        if "digests" in migration.looking or on_terminal(migration.proc.pid):
+            self.orders = False
         self._birth = _birth(migration.proc)
         self._engine: Engine | None = None
         self._externals: Externals = []
@@ -137,10 +164,14 @@ class Ahead:
         self._over = trio.Event()
         self._scope = trio.CancelScope()
 
-    def tell(self, externals: Externals) -> None:
-        """The process is armed, and has these: nothing is ready without them."""
-        self._externals = externals
-        self._told.set()
+    def tell(self, told: dict[str, Any]) -> None:
+        """The process is armed, as its engine told: nothing is ready without its externals."""
+        if self.orders:
+            self._settled.set()
+            self._over.set()
+        else:
+            self._externals = told["externals"]
+            self._told.set()
 
     async def run(self) -> None:
         """Makes it ready, and holds it so for a while, or, once taken, until it is cancelled.

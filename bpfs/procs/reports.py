@@ -90,6 +90,10 @@ class Reports:
         """A process may run elsewhere before we are told that it is gone from where it was: what is reported of it from
         there waits for `catch_up`."""
         self._early[proc.pid] = (bound.place, [])
+        self.note_bound(proc, bound, stdio)
+
+    def note_bound(self, proc: Process, bound: Bound, stdio: Stdio) -> None:
+        """What the next master is to know of where an expected process may run."""
         away = self._ghosts.stand_in(proc.pid)
         if away is not None:
             away.bound = bound

@@ -131,8 +131,11 @@ def test_what_an_exec_keeps_is_there_on_the_node(it: VirtualCluster, user: dict[
         check=True, **more,
     )  # fmt: skip
     there = bpsh(it, "-L", "0-2", *command, **more)
-    assert (there.returncode, there.stderr) == (0, "")
+    alone = bpsh(it, "1", *command, **more)
+    for run in (there, alone):
+        assert (run.returncode, run.stderr) == (0, "")
     assert [json.loads(line) for line in there.stdout.splitlines()] == [json.loads(here.stdout)] * NODES
+    assert json.loads(alone.stdout) == json.loads(here.stdout)
 
 
 def test_a_script_keeps_its_name_and_arguments(it: VirtualCluster, session_folder: Path) -> None:
