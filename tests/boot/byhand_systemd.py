@@ -40,8 +40,10 @@ PACKAGES = (
 """What a small server has."""
 MORE = "zstd openssl kmod e2fsprogs ipxe grub-common grub-pc-bin grub-efi-amd64-bin xorriso mtools"
 """What the guide has it install."""
-DEADLINE = 600.0
+DEADLINE = 1800.0
 """Seconds for anything: for machines that hang, and no measure of speed."""
+
+IMAGES = "bpsetup --interface eth1 --nodes 16 --first 10.54.0.10; bpboot image 1 --iso phase1.iso --pxe; bpboot image 2"
 
 AGENT = """
 import json, subprocess, sys, tty
@@ -55,7 +57,7 @@ while True:
         command, _, data = data.partition(b"\\n")
         try:
             done = subprocess.run(["/bin/bash", "-c", json.loads(command)], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, cwd="/root")
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1700, cwd="/root")
             answer = [done.returncode, done.stdout.decode(errors="replace")]
         except Exception as error:
             answer = [-1, str(error)]
@@ -81,14 +83,14 @@ iface eth1 inet static
 """
 
 
-def chroot(root: Path, script: str) -> None:
-    """Runs a script in the root, with mounts, pids and a /tmp of its own."""
+def chroot(root: Path, script: str, *more: str) -> None:
+    """Runs a script in the root, with mounts, pids and a /tmp of its own, and what more is not to be shared."""
     inside = (
         'mount --make-rprivate /; mount -t proc proc "$0/proc"; mount -t tmpfs tmpfs "$0/tmp"; '
         'exec chroot "$0" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root '
         'LANG=C.UTF-8 DEBIAN_FRONTEND=noninteractive sh -ec "$1"'
     )
-    subprocess.run(["unshare", "-m", "-p", "-f", "--kill-child", "sh", "-c", inside, root, script], check=True)
+    subprocess.run(["unshare", "-m", "-p", *more, "-f", "--kill-child", "sh", "-c", inside, root, script], check=True)
 
 
 def make_root(root: Path) -> None:
@@ -124,6 +126,12 @@ def install(root: Path) -> None:
     slow = root / "etc/systemd/system.conf.d/slow.conf"  # an emulated machine takes longer than 90 s for many a thing
     slow.parent.mkdir(exist_ok=True)
     slow.write_text("[Manager]\nDefaultTimeoutStartSec=900\n")
+    # The guide's first words, where they are ten times as fast: they need an interface, and nothing of systemd.
+    for path in (root / "etc/beowulf", root / "var/lib/beowulf"):
+        shutil.rmtree(path, ignore_errors=True)
+    chroot(
+        root, f"ip link add eth1 type veth peer name other; ip addr add 10.54.0.1/24 dev eth1; cd /root; {IMAGES}", "-n"
+    )
     chroot(root, "systemctl enable -q agent.service")
 
 
@@ -235,8 +243,6 @@ ALIVE = "a=$(wc -l < /root/out); sleep 5; test $(wc -l < /root/out) -gt $a"
 def test_units_in_a_machine_with_systemd(lab: Lab, master: Master) -> None:
     on = master.run
     # An empty machine: what the guide says.
-    on("bpsetup --interface eth1 --nodes 16 --first 10.54.0.10")
-    on("bpboot image 1 --iso phase1.iso --pxe && bpboot image 2")
     on("dd if=phase1.iso of=/dev/vdb bs=4M")
     on(
         "printf 'lease 600\\npingtimeout 700\\n' >> /etc/beowulf/config"

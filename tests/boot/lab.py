@@ -124,6 +124,12 @@ class Machine:
                     assert "error" not in answer, answer
 
     @property
+    def busy(self) -> float:
+        """Seconds of processor time that it has taken: what its owner waits at least, whatever else runs here."""
+        words = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def ended(self) -> bool:
         """Whether it is switched off."""
         return self._process.poll() is not None
