@@ -19,7 +19,7 @@ from tests.building import build_victims
 from tests.cluster.moving import echo, move, place
 from tests.cluster.virtual import VirtualCluster, cluster
 from tests.engine.moves import Victim, until
-from tests.engine.test_descriptors import KINDS, SCRIPT
+from tests.engine.test_descriptors import MOVED, SCRIPT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -111,7 +111,7 @@ def test_without_huge_pages_there_it_runs_on(it: VirtualCluster, tmp_path: Path)
             one.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOVED)
 def test_every_kind_of_descriptor_of_a_stopped_program(it: VirtualCluster, tmp_path: Path, kind: str) -> None:
     with (
         open(tmp_path / "log", "w+b") as log,

@@ -28,6 +28,8 @@ KINDS = [
     "memfd", "pidfd", "sockets", "locks", "owner",
 ]  # fmt: skip
 
+MOVED = [*KINDS, "proc"]  # the last not into another process
+
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_left() -> Iterator[None]:

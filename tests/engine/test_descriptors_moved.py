@@ -18,7 +18,7 @@ import pytest
 from engine.jobspace import JobSpace
 from engine.zygote import Zygote
 from tests.engine.births import Reports
-from tests.engine.test_descriptors import KINDS, SCRIPT
+from tests.engine.test_descriptors import MOVED, SCRIPT
 
 ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
@@ -68,7 +68,7 @@ def move(zygote: Zygote, space: JobSpace, process: subprocess.Popen[bytes]) -> N
         ask(destination, "resume")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOVED)
 def test_kind_moves(kind: str, zygote: Zygote, space: JobSpace, tmp_path: Path) -> None:
     work, log = tmp_path / "work", tmp_path / "log"
     work.mkdir()

@@ -375,11 +375,30 @@ class Owner:
         assert signal.sigwait([signal.SIGUSR2]) == signal.SIGUSR2
 
 
+class Proc:
+    """Its own files of /proc, and the machine's."""
+
+    def setup(self) -> None:
+        place(os.open("/proc/self/status", os.O_RDONLY), 10)
+        place(os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY), 11)
+        place(os.open(f"/proc/self/task/{os.getpid()}/comm", os.O_RDWR), 12)
+        place(os.open("/proc/meminfo", os.O_RDONLY), 13)
+
+    def check(self) -> None:
+        assert f"\nPid:\t{os.getpid()}\n".encode() in os.pread(10, 4096, 0)
+        assert {"fd", "task", "status"} <= set(os.listdir(11))
+        assert os.readlink("exe", dir_fd=11) == os.readlink("/proc/self/exe")
+        os.write(12, b"renamed")
+        with open("/proc/self/comm") as file:
+            assert file.read() == "renamed\n"
+        assert os.pread(13, 8, 0) == b"MemTotal"
+
+
 KINDS = {
     kind.__name__.lower(): kind
     for kind in (
         File, Directory, Deleted, Devices, Pipe, Fifo, Eventfd, Timerfd, Signalfd, Epoll, Inotify, Memfd, Pidfd,
-        Sockets, Locks, Owner,
+        Sockets, Locks, Owner, Proc,
     )
 }  # fmt: skip
 
