@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 _CLONE3_SIZE: Final = 88  # struct clone_args up to cgroup (Linux 5.7)
 _CONTROL_FLOOR: Final = 200

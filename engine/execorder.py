@@ -18,7 +18,7 @@ from engine import image as img
 from engine import state
 from engine.freeze import Frozen
 from engine.linux import procfs
-from engine.linux.libc import NR
+from engine.linux.x86_64 import NR
 from engine.restore_state import credential_rows
 
 NULL: Final = -1

@@ -91,7 +91,7 @@ def obstacles(frozen: Frozen, there: dict[str, Any]) -> list[str]:
 def _leave_vdso(frozen: Frozen) -> list[str]:
     for pause in _PAUSES_S:
         code = next((v for v in procfs.parse_maps(procfs.read(f"{frozen.live}/maps")) if v.path == "[vdso]"), None)
-        inside = [t for t in frozen.threads if code and code.start <= t.registers.rip < code.end]
+        inside = [t for t in frozen.threads if code and code.start <= t.registers.pc < code.end]
         if not inside:
             return []
         if frozen.group_stopped:

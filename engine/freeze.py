@@ -15,7 +15,7 @@ from typing import Final
 from engine import note
 from engine.linux import procfs, ptrace
 from engine.linux.procfs import Vma
-from engine.linux.ptrace import Registers
+from engine.linux.x86_64 import Registers
 from engine.restart import Sleep, adjust, look_at_sleep
 from engine.runner import SCRATCH_SIZE, TRAP_SIGNALS, Injection, ProcessGone
 
@@ -266,7 +266,7 @@ class Frozen:
         """
         try:
             if failure:
-                self.threads[0].registers.rax = -failure & 0xFFFFFFFFFFFFFFFF
+                self.threads[0].registers.result = -failure
             if self.injection is not None:
                 injection = self.injection
                 injection.write_slot()

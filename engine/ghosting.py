@@ -16,7 +16,7 @@ from engine import switches
 from engine.freeze import Frozen
 from engine.image import Image
 from engine.linux import process_vm, procfs, ptrace, scm
-from engine.linux.libc import NR
+from engine.linux.x86_64 import NR
 from engine.placeholders import own_program
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, Calls, ProcessGone, row
 from engine.state import PR_SET_DUMPABLE

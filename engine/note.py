@@ -115,7 +115,7 @@ def _leave_scratch(pid: int, starttime: int, address: int, length: int) -> None:
                 return
             frozen = freeze(pid)
             try:
-                inside = any(address <= t.registers.rip < address + length for t in frozen.threads)
+                inside = any(address <= t.registers.pc < address + length for t in frozen.threads)
                 if not inside and frozen.has_scratch(address, length):
                     frozen.drop_scratch(address)
             finally:

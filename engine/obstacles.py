@@ -37,7 +37,7 @@ def obstacles(frozen: Frozen, stat: Stat, family: bool = False) -> list[str]:
         found.append("it uses a shadow stack")
     if any(thread.stopped and ptrace.has_dispatch(thread.tid) for thread in frozen.threads):
         found.append("its system calls are dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)")
-    if frozen.threads[0].stopped and frozen.threads[0].registers.cs != 0x33:
+    if frozen.threads[0].stopped and not frozen.threads[0].registers.is_native:
         found.append("it is a 32-bit program")
     if os.readlink(f"{frozen.live}/root") != "/":
         found.append("it runs in a changed root directory")

@@ -43,8 +43,8 @@ def _at_once(frozen: Frozen) -> Spans:
         registers = thread.registers
         pointer, length, _, _ = ptrace.rseq_configuration(thread.tid)
         spans += [
-            (registers.rsp - _BELOW, registers.rsp + FRAME_SCAN),
-            (registers.fs_base - _AREA, registers.fs_base + _AREA),
+            (registers.stack - _BELOW, registers.stack + FRAME_SCAN),
+            (registers.thread_area - _AREA, registers.thread_area + _AREA),
             (pointer, pointer + length),
         ]
     page = img.PAGE

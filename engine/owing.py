@@ -23,7 +23,8 @@ from engine import faults
 from engine import image as img
 from engine.freeze import Frozen
 from engine.linux import pagemap, userfaultfd
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 from engine.spans import Spans, both, cut, merge, of_runs, size, within
 from engine.stream import Stream
 
@@ -115,7 +116,7 @@ class Owing:
         try:
             table = os.open(f"{folder}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             held = os.open(f"{folder}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            return cls(list(owed), memory, table, Hold(held, frozen.threads[0].registers.rsp & -img.PAGE), known)
+            return cls(list(owed), memory, table, Hold(held, frozen.threads[0].registers.stack & -img.PAGE), known)
         except BaseException:
             for fd in (memory, table):
                 if fd >= 0:

@@ -1,6 +1,6 @@
 """System calls that the freeze interrupted: a sleeping process sleeps out its time and sees no EINTR.
 
-What the kernel leaves in rax at the stop decides (include/linux/errno.h):
+What the kernel leaves as the call's result at the stop decides (include/linux/errno.h):
 
 * -512 ERESTARTSYS, -513, -514 ERESTARTNOHAND: the same call again. select and ppoll keep the rest of their time in
 user memory.
@@ -24,37 +24,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from engine.linux import process_vm, procfs
-from engine.linux.libc import NR, signed
-from engine.linux.ptrace import Registers
+from engine.linux.x86_64 import ERESTART_RESTARTBLOCK, ERESTARTNOHAND, NR, Registers
 
 if TYPE_CHECKING:
     from engine.freeze import Frozen, Thread
     from engine.runner import Injection
 
 _EINTR: Final = -4
-ERESTART_RESTARTBLOCK: Final = -516
-_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = 7, 35, 202, 230
-_EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2, _SIGTIMEDWAIT = 232, 281, 441, 128
+_POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP = (NR[name] for name in ("poll", "nanosleep", "futex", "clock_nanosleep"))
+_EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2 = (NR[name] for name in ("epoll_wait", "epoll_pwait", "epoll_pwait2"))
+_SIGTIMEDWAIT: Final = NR["rt_sigtimedwait"]
 _IN_MEMORY: Final = (_EPOLL_PWAIT2, _SIGTIMEDWAIT)  # their time is a timespec
-_SELECT, _PSELECT6, _PPOLL = 23, 270, 271
-_ERESTARTNOHAND: Final = -514
-# Given up with EINTR at a stop, without a time of their own or with one that starts anew: read (inotify), accept,
-# recvfrom, recvmsg,
-# semop, msgsnd, msgrcv, io_getevents, semtimedop, accept4, recvmmsg, io_pgetevents.
-_AGAIN: Final = frozenset({0, 43, 45, 47, 65, 69, 70, 208, 220, 288, 299, 333})
+_SELECT, _PSELECT6, _PPOLL = (NR[name] for name in ("select", "pselect6", "ppoll"))
+# Given up with EINTR at a stop, without a time of their own or with one that starts anew; read is that of inotify.
+_AGAIN: Final = frozenset(
+    NR[name]
+    for name in (
+        "read", "accept", "recvfrom", "recvmsg", "semop", "msgsnd", "msgrcv", "io_getevents", "semtimedop", "accept4",
+        "recvmmsg", "io_pgetevents",
+    )
+)  # fmt: skip
 _TIMED: Final = frozenset(
-    {
-        _POLL,
-        _NANOSLEEP,
-        _FUTEX,
-        _CLOCK_NANOSLEEP,
-        _EPOLL_WAIT,
-        _EPOLL_PWAIT,
-        _EPOLL_PWAIT2,
-        _SIGTIMEDWAIT,
+    (
+        _POLL, _NANOSLEEP, _FUTEX, _CLOCK_NANOSLEEP, _EPOLL_WAIT, _EPOLL_PWAIT, _EPOLL_PWAIT2, _SIGTIMEDWAIT,
         NR["restart_syscall"],
-    }
-)
+    )
+)  # fmt: skip
+_TIME_IN: Final = {_NANOSLEEP: 0, _CLOCK_NANOSLEEP: 2, _FUTEX: 3}  # argument of calls with a restart block
 # Of futex operations with a time only FUTEX_WAIT, 0, counts from now (futex(2)).
 _FUTEX_COMMAND: Final = 0x7F
 _NS: Final = 1_000_000_000
@@ -119,42 +115,38 @@ def _exec_start(path: str) -> float | None:
 def adjust(frozen: "Frozen", thread: "Thread") -> None:
     """At the stop: have an interrupted call that the kernel gave up made again, with what is left of its time."""
     r = thread.registers
-    number, result = signed(r.orig_rax), signed(r.rax)
+    number, result = r.call, r.result
     if number < 0:
         return
     if number == _POLL and result == ERESTART_RESTARTBLOCK:
         # As a fresh call rather than as restart_syscall: so its time is known should it be frozen again.
-        _repeat(r, number)
+        r.repeat(number)
         thread.again = number
-        r.rdx = _milliseconds(r.rdx, thread, frozen)
+        r.set_argument(2, _milliseconds(r.argument(2), thread, frozen))
     elif result == ERESTART_RESTARTBLOCK and _is_absolute_futex(thread, number):
-        _repeat(r, _FUTEX)
+        r.repeat(_FUTEX)
     elif result != _EINTR or _handler_due(frozen, thread):
         return
     elif number in (_EPOLL_WAIT, _EPOLL_PWAIT):
-        _repeat(r, number)
+        r.repeat(number)
         thread.again = number
-        r.r10 = _milliseconds(r.r10, thread, frozen)
+        r.set_argument(3, _milliseconds(r.argument(3), thread, frozen))
     elif number == _EPOLL_PWAIT2:
-        _repeat(r, number)
+        r.repeat(number)
         thread.again = number
-        r.r10 = _moved_timespec(r.r10, r, thread, frozen)
+        r.set_argument(3, _moved_timespec(r.argument(3), r, thread, frozen))
     elif number == _SIGTIMEDWAIT:
-        _repeat(r, number)
+        r.repeat(number)
         thread.again = number
-        r.rdx = _moved_timespec(r.rdx, r, thread, frozen)
+        r.set_argument(2, _moved_timespec(r.argument(2), r, thread, frozen))
     elif number in _AGAIN:
-        _repeat(r, number)
+        r.repeat(number)
 
 
 def _is_absolute_futex(thread: "Thread", number: int) -> bool:
     if number == NR["restart_syscall"] and thread.sleep:
         number = thread.sleep.number
-    return number == _FUTEX and thread.registers.rsi & _FUTEX_COMMAND != 0
-
-
-def _repeat(r: Registers, number: int) -> None:
-    r.rax, r.rip, r.orig_rax = number, r.rip - 2, 0xFFFFFFFFFFFFFFFF
+    return number == _FUTEX and thread.registers.argument(1) & _FUTEX_COMMAND != 0
 
 
 def _handler_due(frozen: "Frozen", thread: "Thread") -> bool:
@@ -181,7 +173,7 @@ def _moved_timespec(pointer: int, r: Registers, thread: "Thread", frozen: "Froze
     if not pointer:
         return 0
     remaining = _timespec(frozen.pid, pointer) - round(_elapsed(thread, frozen) * _NS)
-    place = (r.rsp - _BELOW_STACK) & ~15
+    place = (r.stack - _BELOW_STACK) & ~15
     process_vm.write(frozen.pid, place, _pack(max(remaining, 0)))
     return place
 
@@ -203,32 +195,32 @@ def prime_of(frozen: "Frozen", thread: "Thread", r: Registers) -> list[int]:
     A call that cannot be told becomes an EINTR in the registers.
     """
     if pointer := _rest_in_memory(thread, r):
-        return [thread.again or r.orig_rax, -2, pointer]
+        return [thread.again or r.call, -2, pointer]
     if thread.again:
         return [] if thread.again in _IN_MEMORY else [thread.again, -1]
-    if signed(r.orig_rax) < 0 or signed(r.rax) != ERESTART_RESTARTBLOCK:
+    if r.call < 0 or r.result != ERESTART_RESTARTBLOCK:
         return []
-    number = r.orig_rax
+    number = r.call
     if number == NR["restart_syscall"]:
         number = thread.sleep.number if thread.sleep else 0
     passed = round(_elapsed(thread, frozen) * _NS)
-    rem = {_NANOSLEEP: r.rsi, _CLOCK_NANOSLEEP: r.r10}.get(number, 0)
+    rem = {_NANOSLEEP: r.argument(1), _CLOCK_NANOSLEEP: r.argument(3)}.get(number, 0)
     if rem:
         return [number, max(_timespec(frozen.pid, rem), 0)]
-    pointer = {_NANOSLEEP: r.rdi, _CLOCK_NANOSLEEP: r.rdx, _FUTEX: r.r10}.get(number, 0)
+    pointer = r.argument(_TIME_IN[number]) if number in _TIME_IN else 0
     if pointer:
         return [number, max(_timespec(frozen.pid, pointer) - passed, 0)]
-    r.rax = _EINTR & 0xFFFFFFFFFFFFFFFF
+    r.result = _EINTR
     return []
 
 
 def _rest_in_memory(thread: "Thread", r: Registers) -> int:
     """Address of the time of a call that will be made again as it is; 0 for none."""
     if thread.again in _IN_MEMORY:
-        return r.r10 if thread.again == _EPOLL_PWAIT2 else r.rdx
-    if signed(r.rax) != _ERESTARTNOHAND or signed(r.orig_rax) < 0:
+        return r.argument(3 if thread.again == _EPOLL_PWAIT2 else 2)
+    if r.result != ERESTARTNOHAND or r.call < 0:
         return 0
-    return {_SELECT: r.r8, _PSELECT6: r.r8, _PPOLL: r.rdx}.get(r.orig_rax, 0)
+    return {_SELECT: r.argument(4), _PSELECT6: r.argument(4), _PPOLL: r.argument(2)}.get(r.call, 0)
 
 
 def _shorten(pid: int, address: int, elapsed: float, unit: int) -> None:
@@ -251,13 +243,13 @@ def prime(injection: "Injection", plan: list[int], elapsed: float, scratch: int)
         _shorten(injection.pid, plan[2], elapsed, 1000 if number == _SELECT else 1)
         return
     if number in (_POLL, _EPOLL_WAIT, _EPOLL_PWAIT):
-        name = "rdx" if number == _POLL else "r10"
-        setattr(injection.registers, name, _less(getattr(injection.registers, name), elapsed))
+        index = 2 if number == _POLL else 3
+        injection.registers.set_argument(index, _less(injection.registers.argument(index), elapsed))
         return
     process_vm.write(injection.pid, scratch, _pack(max(remaining - round(elapsed * _NS), 0)))
     r = injection.registers
-    arguments = [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9]
-    arguments[{_NANOSLEEP: 0, _CLOCK_NANOSLEEP: 2, _FUTEX: 3}[number]] = scratch
+    arguments = [r.argument(index) for index in range(6)]
+    arguments[_TIME_IN[number]] = scratch
     result = injection.call_raw(number, *arguments, interrupt=True)
     # Anything but "interrupted" is what the call returns.
-    r.rax, r.orig_rax = result & 0xFFFFFFFFFFFFFFFF, number
+    r.result, r.call = result, number

@@ -20,8 +20,8 @@ from engine.image import Image, ImageError, Region
 from engine.lending import Lending
 from engine.linux import process_vm, procfs, ptrace
 from engine.linux.credentials import Credentials
-from engine.linux.libc import NR, syscall
-from engine.linux.ptrace import Registers
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR, Registers
 from engine.memory import receive_pages
 from engine.mending import mend
 from engine.restart import prime
@@ -256,7 +256,7 @@ class Builder:
         # Not before the pages are there: those of a relic that gives way would be written over the real one.
         target, image = self.target, self.image
         stacks = [Registers.from_buffer_copy(thread.registers) for thread in image.threads]
-        foreign.check_frames(target.pid, [(r, self._end_of_mapping(r.rsp)) for r in stacks])
+        foreign.check_frames(target.pid, [(r, self._end_of_mapping(r.stack)) for r in stacks])
         home = foreign.home()
         if home is not None:
             calls = Calls(target.injection)
@@ -295,7 +295,7 @@ class Builder:
             if r.lock:
                 calls.add("mlock2", r.start, r.end - r.start, r.lock - 1, must=False)
             if r.sealed:
-                calls.add(462, r.start, r.end - r.start, 0, must=False)  # mseal
+                calls.add("mseal", r.start, r.end - r.start, 0, must=False)
         if image.lock_future:
             calls.add("mlockall", image.lock_future, must=False)
         self._place_descriptors(calls)
@@ -338,7 +338,7 @@ class Builder:
     def _widen_binders(self) -> None:
         target, image = self.target, self.image
         objects = [r.start for r in image.regions if r.file >= 0 and not r.offset]
-        running = [Registers.from_buffer_copy(thread.registers).rip for thread in image.threads]
+        running = [Registers.from_buffer_copy(thread.registers).pc for thread in image.threads]
         binder.widen(target.pid, target.injection.memory, objects, running, cpu.here())
 
     def _outside(self) -> None:

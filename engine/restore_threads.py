@@ -13,8 +13,8 @@ import struct
 
 from engine.image import Image, ThreadState
 from engine.linux import ptrace
-from engine.linux.libc import NR, syscall
-from engine.linux.ptrace import Registers
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR, Registers
 from engine.restart import prime
 from engine.restore_state import credential_rows, thread_rows
 from engine.runner import Calls, Injection, ProcessGone
@@ -74,7 +74,7 @@ class Threads:
         flags = _SHARED | (_CHILD_CLEARTID if state.clear_tid else 0)
         tid = calls.data(struct.pack("<i", state.tid))
         # flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup
-        arguments = struct.pack("<11Q", flags, 0, state.clear_tid, 0, 0, 0, 0, registers.fs_base, tid, 1, 0)
+        arguments = struct.pack("<11Q", flags, 0, state.clear_tid, 0, 0, 0, 0, registers.thread_area, tid, 1, 0)
         calls.add("clone3", calls.data(arguments), _CLONE3_SIZE, label=f"thread {state.tid}")
 
     def complete(self) -> None:

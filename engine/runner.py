@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from engine.linux import process_vm, ptrace, scm
-from engine.linux.libc import NR, error_text, is_error, signed
-from engine.linux.ptrace import Registers
+from engine.linux import process_vm, ptrace, scm, x86_64
+from engine.linux.libc import error_text, is_error
+from engine.linux.x86_64 import NR, Registers
 
 CODE: Final = Path(__file__).parent / "bin" / "runner.bin"
 CODE_BYTES: Final = CODE.read_bytes()
@@ -50,12 +50,6 @@ _UNMADE: Final = 1 << 62  # result of a row that has not been made: no call retu
 _PROT_RWX: Final = 7
 _MAP_FIXED_NOREPLACE: Final = 0x100022  # with PRIVATE | ANONYMOUS
 TRAP_SIGNALS: Final = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD)  # ignored by default
-
-# Interrupted system calls, include/linux/errno.h
-ERESTARTSYS: Final = -512
-ERESTARTNOINTR: Final = -513
-ERESTARTNOHAND: Final = -514
-ERESTART_RESTARTBLOCK: Final = -516
 
 
 class ProcessGone(OSError):
@@ -84,73 +78,6 @@ _GATE_ROOM: Final = 256
 GATE_OFFSET: Final = (len(VDSO_IMAGE.rstrip(b"\0")) + 64 + 15) & ~15
 if len(VDSO_IMAGE) < GATE_OFFSET + _GATE_ROOM:
     raise OSError(38, "the vDSO of this kernel has no free tail for the gate")
-
-
-def restarted(registers: Registers) -> Registers:
-    """Registers with which a thread that is in *user mode* repeats the system call that it was interrupted in.
-
-    The kernel does the same on its own way back to user mode (arch/x86/kernel/signal.c); this is for code that has to
-    do
-    without it.
-    """
-    result = registers.copy()
-    code = signed(registers.rax)
-    if signed(registers.orig_rax) >= 0:
-        if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
-            result.rax, result.rip = registers.orig_rax, registers.rip - 2
-        elif code == ERESTART_RESTARTBLOCK:
-            result.rax, result.rip = NR["restart_syscall"], registers.rip - 2
-    result.orig_rax = ALL_SIGNALS
-    return result
-
-
-def _gate_code(address: int, registers: Registers, mask: int, trap: int) -> bytes:
-    # syscall; with a trap, its result to rbx and tgkill(getpid(), gettid(), trap); rt_sigprocmask(SIG_SETMASK, mask);
-    # every register that has another value now; jmp. Moves leave the flags alone.
-    stop = (
-        b"\x48\x89\xc3"
-        + b"\xb8\x27\0\0\0\x0f\x05\x89\xc7"
-        + b"\xb8\xba\0\0\0\x0f\x05\x89\xc6"
-        + b"\xba"
-        + struct.pack("<I", trap)
-        + b"\xb8\xea\0\0\0\x0f\x05"
-        if trap
-        else b""
-    )
-    head = (
-        b"\x0f\x05"
-        + stop
-        + b"\xbf\x02\0\0\0"
-        + b"\x48\xbe%b"
-        + b"\xba\0\0\0\0"
-        + b"\x41\xba\x08\0\0\0"
-        + b"\xb8\x0e\0\0\0"
-        + b"\x0f\x05"
-    )
-    back = restarted(registers)
-    moves = b"".join(
-        opcode + struct.pack("<Q", value)
-        for opcode, value in (
-            (b"\x48\xb8", back.rax), (b"\x48\xbb", back.rbx), (b"\x48\xb9", back.rcx), (b"\x48\xba", back.rdx),
-            (b"\x48\xbe", back.rsi), (b"\x48\xbf", back.rdi),
-            (b"\x49\xb8", back.r8), (b"\x49\xb9", back.r9), (b"\x49\xba", back.r10), (b"\x49\xbb", back.r11),
-        )
-    )  # fmt: skip
-    size = len(head) - 2 + 8 + len(moves) + 14
-    body = head % struct.pack("<Q", address + size) + moves + b"\xff\x25\0\0\0\0" + struct.pack("<Q", back.rip)
-    return body + struct.pack("<Q", mask)
-
-
-def _slot(registers: Registers, mask: int, trap: int, slot: int, heal: int, heal_count: int) -> bytes:
-    r = restarted(registers)
-    stub = b"\x48\xbd" + struct.pack("<Q", r.rbp) + b"\xff\x25\0\0\0\0" + struct.pack("<Q", r.rip)
-    return (
-        struct.pack(
-            "<21Q", heal, heal_count, trap, slot + 168, mask, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.r8, r.r9,
-            r.r10, r.r11,
-            r.r12, r.r13, r.r14, r.r15, r.rsp, r.eflags,
-        ) + stub
-    )  # fmt: skip
 
 
 def row(number: int, *arguments: int, must: bool = True) -> bytes:
@@ -199,11 +126,9 @@ class Injection:
         """
         gate = self.vdso + GATE_OFFSET
         trap = 0 if interrupt else self.trap
-        process_vm.force_write(self.memory, gate, _gate_code(gate, self.registers, self.mask, trap))
+        process_vm.force_write(self.memory, gate, x86_64.gate_code(gate, self.registers, self.mask, trap))
         go = self._entry(gate)
-        go.rax = number
-        values = list(arguments) + [0] * (6 - len(arguments))
-        go.rdi, go.rsi, go.rdx, go.r10, go.r8, go.r9 = (v & ALL_SIGNALS for v in values)
+        go.set_call(number, arguments)
         # In this order: dead between the two, the thread runs the gate with signals open, which harms nobody.
         ptrace.set_registers(self.tid, go)
         ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (trap - 1)) if trap else ALL_SIGNALS)
@@ -211,13 +136,13 @@ class Injection:
             while True:
                 self._run(ptrace.CONT, trap)
                 now = ptrace.get_registers(self.tid)
-                if now.rip > gate:  # else it is one that somebody else sent, and that it ignores
-                    return signed(now.rbx)
+                if now.pc > gate:  # else it is one that somebody else sent, and that it ignores
+                    return now.gate_result
         self._run(ptrace.SYSCALL, _SYSGOOD)
         if interrupt:
             ptrace.interrupt(self.tid)
         self._run(ptrace.SYSCALL, _SYSGOOD)
-        return signed(ptrace.get_registers(self.tid).rax)
+        return ptrace.get_registers(self.tid).result
 
     def enter(self, base: int) -> None:
         """Map the scratch at `base` (a hole) and put the runner there. Raises OSError."""
@@ -265,14 +190,14 @@ class Injection:
         """Write the state to go back to; call it after a change of registers, mask or trap."""
         if self.base:
             slot = self.base + self._slot
-            data = _slot(self.registers, self.mask, self.trap, slot, self.base + _HEAL, len(self._heal))
+            data = x86_64.slot(self.registers, self.mask, self.trap, slot, self.base + _HEAL, len(self._heal))
             heal = data.ljust(_HEAL - _SLOT, b"\0") + b"".join(self._heal) if self._slot == _SLOT else data
             process_vm.write(self.pid, slot, heal)
 
     def start_table(self, table: int, count: int) -> None:
         """Point the thread at a table and let it run (no wait)."""
         go = self._entry(self.base)
-        go.rbx, go.r12, go.rbp = table, count, self.base + self._slot
+        go.run_table(table, count, self.base + self._slot)
         ptrace.set_registers(self.tid, go)
         ptrace.set_mask(self.tid, ALL_SIGNALS & ~(1 << (self.trap - 1)) if self.trap else ALL_SIGNALS)
 
@@ -325,9 +250,9 @@ class Injection:
                     self.others.remove(tid)
             time.sleep(0.0001)
 
-    def _entry(self, rip: int) -> Registers:
+    def _entry(self, at: int) -> Registers:
         go = self.registers.copy()
-        go.rip, go.orig_rax = rip, ALL_SIGNALS
+        go.pc, go.call = at, -1
         return go
 
     def _to_trap(self, stop_at_event: bool = False) -> None:
@@ -338,9 +263,9 @@ class Injection:
         # effect.
         while not self._run(ptrace.SYSCALL, _SYSGOOD, stop_at_event):
             registers = ptrace.get_registers(self.tid)
-            last = registers.orig_rax == NR["tgkill"]
+            last = registers.call == NR["tgkill"]
             if last:
-                registers.orig_rax = ALL_SIGNALS
+                registers.call = -1
                 ptrace.set_registers(self.tid, registers)
             if self._run(ptrace.SYSCALL, _SYSGOOD, stop_at_event) or last:
                 return

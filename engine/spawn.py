@@ -16,7 +16,7 @@ from typing import Final
 from engine.freeze import Frozen, freeze
 from engine.linux import procfs, ptrace
 from engine.linux.procfs import Vma
-from engine.linux.ptrace import Registers
+from engine.linux.x86_64 import Registers
 from engine.runner import ALL_SIGNALS, SCRATCH_SIZE, Calls, Injection, ProcessGone
 
 NODEINIT_SCRATCH: Final = 0x10000  # csrc/nodeinit.h maps SCRATCH_SIZE bytes there for us

@@ -12,7 +12,8 @@ from engine import image as img
 from engine import switches
 from engine.freeze import Frozen, Thread
 from engine.linux import process_vm, procfs, ptrace
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR, Registers
 from engine.restart import prime_of
 from engine.runner import Calls
 
@@ -201,7 +202,7 @@ def ask_thread(frozen: Frozen, thread: Thread) -> tuple[bytes, int, int, list[in
     return raw[:24], int.from_bytes(raw[24:], "little"), results[slack], own
 
 
-def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int, int, int]) -> None:
+def leave_rseq(frozen: Frozen, registers: Registers, rseq: tuple[int, int, int, int]) -> None:
     """A critical section that the freeze interrupted is aborted, as the kernel would (rseq(2)): the new CPU has
     another id.
     """
@@ -211,8 +212,8 @@ def leave_rseq(frozen: Frozen, registers: ptrace.Registers, rseq: tuple[int, int
     if pointer:
         # struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip
         _, _, start, length, abort = struct.unpack("<IIQQQ", process_vm.read(frozen.pid, pointer, 32))
-        if start <= registers.rip < start + length:
-            registers.rip = abort
+        if start <= registers.pc < start + length:
+            registers.pc = abort
 
 
 def thread_state(

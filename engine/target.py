@@ -16,8 +16,8 @@ from typing import Final
 from engine import note
 from engine.freeze import Frozen, find_hole, freeze
 from engine.linux import process_vm, procfs, ptrace, scm
-from engine.linux.libc import NR
 from engine.linux.procfs import Vma
+from engine.linux.x86_64 import NR
 from engine.memory import SPECIAL
 from engine.placeholders import find_placeholder, placing
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row

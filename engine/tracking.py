@@ -18,8 +18,9 @@ from typing import Final
 
 from engine.freeze import Frozen, freeze
 from engine.linux import pagemap, process_vm, procfs, userfaultfd
-from engine.linux.libc import NR, is_error
+from engine.linux.libc import is_error
 from engine.linux.procfs import Vma
+from engine.linux.x86_64 import NR
 from engine.memory import WATCHED, Runs
 from engine.runner import Calls, row
 from engine.spans import Spans, both, merge, of_runs, runs, without

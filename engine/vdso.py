@@ -21,7 +21,7 @@ from typing import Any, Final
 from engine.image import Image, ImageError, Region
 from engine.linux import process_vm
 from engine.linux.procfs import Vma
-from engine.linux.ptrace import Registers
+from engine.linux.x86_64 import CONTEXT_WORDS, JUMP, NR, Registers, call_and_return, is_context, jump_by
 from engine.runner import VDSO_IMAGE
 
 DIGEST: Final = hashlib.blake2b(VDSO_IMAGE, digest_size=16).digest()
@@ -36,13 +36,8 @@ _NAME: Final = b"vdso"  # keeps the mapping from being merged with a neighbour, 
 _MAGIC: Final = b"BPFSVDSO"
 # magic, digest, then start and end of vvar and vvar_vclock (0: none), absolute. The last bytes of the relic's mapping.
 _MARK: Final = struct.Struct("<8s16s4Q")
-_JUMP_OP: Final = b"\xff\x25"  # jmp *rel32(%rip)
-_JUMP: Final = 6  # bytes
 _SLOT: Final = 8  # bytes: its target, before the mark
-# <asm/unistd_64.h>
-_CALLS: Final = {
-    "gettimeofday": 96, "time": 201, "clock_gettime": 228, "clock_getres": 229, "getcpu": 309, "getrandom": 318,
-}  # fmt: skip
+_CALLS: Final = ("gettimeofday", "time", "clock_gettime", "clock_getres", "getcpu", "getrandom")
 _ZEROS: Final = ("[vvar]", "[vvar_vclock]")
 _CODE: Final = "[vdso]"
 
@@ -149,8 +144,8 @@ class Foreign:
         """
         first, last = self._new.code
         for registers, end in stacks:
-            inside = first <= registers.rip < last
-            if inside or any(first <= rip < last for rip in _interrupted(pid, registers.rsp, end)):
+            inside = first <= registers.pc < last
+            if inside or any(first <= pc < last for pc in _interrupted(pid, registers.stack, end)):
                 raise OSError(11, "it is in the midst of reading a clock, which differs there: try again")
 
     def patch(self, pid: int, memory: int, vdso: int) -> None:
@@ -198,21 +193,17 @@ def _room(spans: list[tuple[int, int]], size: int) -> int:
 
 
 FRAME_SCAN: Final = 256 << 10  # bytes of stack looked at: room for dozens of nested handlers
-_USER_CS: Final = 0x33
 
 
 def _interrupted(pid: int, stack: int, end: int) -> Iterator[int]:
-    """Program counters of the contexts that signal handlers on this stack will return to.
-
-    struct sigcontext has rip, eflags, then cs: the selector tells a context from other words (<asm/sigcontext.h>).
-    """
+    """Program counters of the contexts that signal handlers on this stack will return to."""
     start = (stack + 7) & ~7
     length = min(end - start, FRAME_SCAN)
     if length < 24:
         return
     words = memoryview(process_vm.read(pid, start, length)[: length & ~7]).cast("Q")
-    for i in range(len(words) - 2):
-        if words[i + 2] & 0xFFFF == _USER_CS:
+    for i in range(len(words) - CONTEXT_WORDS + 1):
+        if is_context(words, i):
             yield words[i]
 
 
@@ -273,13 +264,13 @@ def patched(code: bytes, relic: Relic, targets: dict[str, int]) -> bytes:
     if not marked and any(code[slot:]):
         raise ImageError("its vDSO has no room behind the code")
     for offset, (name, size) in sorted(entries.items()):
-        jump = _JUMP_OP + struct.pack("<i", slot - offset - _JUMP)
-        number = _CALLS.get(name.removeprefix("__vdso_"), 0)
-        if name in targets and size >= _JUMP:
-            data[offset : offset + _JUMP] = jump
+        jump = jump_by(slot, offset)
+        call = name.removeprefix("__vdso_")
+        if name in targets and size >= JUMP:
+            data[offset : offset + JUMP] = jump
             data[slot : slot + _SLOT] = struct.pack("<Q", targets[name])
-        elif data[offset : offset + _JUMP] == jump and number:  # it led to a kernel that had this one
-            data[offset : offset + 8] = b"\xb8%b\x0f\x05\xc3" % struct.pack("<I", number)
+        elif data[offset : offset + JUMP] == jump and call in _CALLS:  # it led to a kernel that had this one
+            data[offset : offset + 8] = call_and_return(NR[call])
         slot += _SLOT
     spans = [relic.layout.get(name, (0, 0)) for name in _ZEROS]
     data[-_MARK.size :] = _MARK.pack(_MAGIC, relic.digest, *spans[0], *spans[1])

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 from engine import guard, note
 from engine.linux import process_vm
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 from engine.worker import serve
 
 _PR_SET_NAME = 15

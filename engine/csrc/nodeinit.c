@@ -15,6 +15,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later */
 #include "nodeinit.h"
+#include "x86_64.h"
 
 #include <asm/ioctls.h>
 #include <asm/unistd.h>
@@ -58,18 +59,6 @@ static long own_program = -1;
 static int last_pid_fd = -1;
 static int first_pid, end_pid, seen_pid;
 
-static long call6(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	long result;
-	__asm__ volatile("syscall"
-	                 : "=a"(result)
-	                 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-	                 : "rcx", "r11", "memory");
-	return result;
-}
 #define call(number, ...) CALL_(number, __VA_ARGS__, 0, 0, 0, 0, 0, 0)
 #define CALL_(number, a, b, c, d, e, f, ...) \
 	call6(number, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
@@ -686,4 +675,4 @@ __attribute__((used)) _Noreturn void start(long *stack)
 	end(0);
 }
 
-__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tmov %rsp, %rdi\n\tand $-16, %rsp\n\tcall start\n");
+ENTRY(start)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from engine.linux.libc import LIBC, NR, syscall
+from engine.linux.libc import LIBC, syscall
+from engine.linux.x86_64 import NR
 
 _CAPGET: Final = 125
 _VERSION_3: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3

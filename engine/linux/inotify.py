@@ -5,7 +5,8 @@ import os
 import struct
 from typing import Final
 
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 _INIT1: Final = 294
 _ADD_WATCH: Final = 254

@@ -4,7 +4,8 @@ import ctypes
 import os
 from typing import Final
 
-from engine.linux.libc import LIBC, NR
+from engine.linux.libc import LIBC
+from engine.linux.x86_64 import NR
 
 _KCMP_FILE: Final = 0
 VM: Final = 1  # of `same`

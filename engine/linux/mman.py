@@ -4,7 +4,8 @@ import contextlib
 from typing import Final
 
 from engine.linux import procfs
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 _POPULATE_WRITE: Final = 23
 _LARGEST: Final = 64 << 20  # bytes of a mapping: a larger one is no heap of ours

@@ -5,7 +5,8 @@ import signal
 import struct
 from typing import Final
 
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 _SI_QUEUE: Final = -1  # <asm-generic/siginfo.h>
 _SIGINFO_BYTES: Final = 128

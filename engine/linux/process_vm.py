@@ -4,7 +4,8 @@ import ctypes
 import errno
 import os
 
-from engine.linux.libc import LIBC, NR, syscall
+from engine.linux.libc import LIBC, syscall
+from engine.linux.x86_64 import NR
 
 _readv = LIBC.process_vm_readv
 _readv.restype = ctypes.c_ssize_t

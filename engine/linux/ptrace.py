@@ -7,6 +7,7 @@ import time
 from typing import Final
 
 from engine.linux.libc import LIBC
+from engine.linux.x86_64 import EXTENDED_MAX, NOTE_EXTENDED, Registers
 
 CONT: Final = 7
 KILL: Final = 8
@@ -41,77 +42,11 @@ EVENT_CLONE: Final = 3
 EVENT_EXEC: Final = 4
 EVENT_STOP: Final = 128
 
-NT_X86_XSTATE: Final = 0x202
 WALL: Final = 0x40000000
-XSTATE_MAX: Final = 16384  # bytes; AVX-512 + AMX tiles need 11008
 
 _ptrace = LIBC.ptrace
 _ptrace.argtypes = [ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p]
 _ptrace.restype = ctypes.c_long
-
-_REGISTERS = [
-    "r15",
-    "r14",
-    "r13",
-    "r12",
-    "rbp",
-    "rbx",
-    "r11",
-    "r10",
-    "r9",
-    "r8",
-    "rax",
-    "rcx",
-    "rdx",
-    "rsi",
-    "rdi",
-    "orig_rax",
-    "rip",
-    "cs",
-    "eflags",
-    "rsp",
-    "ss",
-    "fs_base",
-    "gs_base",
-    "ds",
-    "es",
-    "fs",
-    "gs",
-]
-
-
-class Registers(ctypes.Structure):
-    """struct user_regs_struct of x86-64, in the kernel's order (<sys/user.h>)."""
-
-    _fields_ = [(name, ctypes.c_ulong) for name in _REGISTERS]
-
-    r15: int
-    r14: int
-    r13: int
-    r12: int
-    rbp: int
-    rbx: int
-    r11: int
-    r10: int
-    r9: int
-    r8: int
-    rax: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    orig_rax: int
-    rip: int
-    cs: int
-    eflags: int
-    rsp: int
-    ss: int
-    fs_base: int
-    gs_base: int
-
-    def copy(self) -> "Registers":
-        """An independent copy."""
-        return Registers.from_buffer_copy(self)
 
 
 class _Iovec(ctypes.Structure):
@@ -158,13 +93,13 @@ def set_registers(tid: int, registers: Registers) -> None:
     ptrace(SETREGS, tid, 0, ctypes.addressof(registers))
 
 
-_xstate_buffer = ctypes.create_string_buffer(XSTATE_MAX)
+_xstate_buffer = ctypes.create_string_buffer(EXTENDED_MAX)
 
 
 def get_xstate(tid: int) -> bytes:
     """FP, SSE, AVX, AVX-512, PKRU, AMX…: the whole XSAVE area in standard format."""
-    vector = _Iovec(ctypes.addressof(_xstate_buffer), XSTATE_MAX)
-    ptrace(GETREGSET, tid, NT_X86_XSTATE, ctypes.addressof(vector))
+    vector = _Iovec(ctypes.addressof(_xstate_buffer), EXTENDED_MAX)
+    ptrace(GETREGSET, tid, NOTE_EXTENDED, ctypes.addressof(vector))
     return _xstate_buffer.raw[: vector.length]
 
 
@@ -172,7 +107,7 @@ def set_xstate(tid: int, state: bytes) -> None:
     """The inverse of `get_xstate`."""
     buffer = ctypes.create_string_buffer(state, len(state))
     vector = _Iovec(ctypes.addressof(buffer), len(state))
-    ptrace(SETREGSET, tid, NT_X86_XSTATE, ctypes.addressof(vector))
+    ptrace(SETREGSET, tid, NOTE_EXTENDED, ctypes.addressof(vector))
 
 
 def get_mask(tid: int) -> int:

@@ -4,7 +4,8 @@ import ctypes
 import struct
 from typing import Final
 
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 FIELDS: Final = ("type", "bsize", "blocks", "bfree", "bavail", "files", "ffree")
 _STATFS: Final = struct.Struct("<qqQQQQQiiqqq4q")  # ..., fsid (two ints), namelen, frsize, flags, spare

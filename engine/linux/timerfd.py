@@ -4,7 +4,8 @@ import os
 import struct
 from typing import Final
 
-from engine.linux.libc import NR, syscall
+from engine.linux.libc import syscall
+from engine.linux.x86_64 import NR
 
 _TIMERFD_CREATE: Final = 283
 _TIMERFD_SETTIME: Final = 286

@@ -20,7 +20,8 @@ from functools import cache
 from typing import Final
 
 from engine.linux import pagemap
-from engine.linux.libc import LIBC, NR, syscall
+from engine.linux.libc import LIBC, syscall
+from engine.linux.x86_64 import NR
 
 USER_MODE_ONLY: Final = 1  # needs no privilege; who only records writes loses nothing by it
 FLAGS: Final = os.O_CLOEXEC | USER_MODE_ONLY
