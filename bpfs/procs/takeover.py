@@ -8,9 +8,11 @@ finished when their master is gone.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -22,7 +24,7 @@ from bpfs.nodes.registry import MASTER, Node, NodeTable
 from bpfs.nodes.session import Session
 from bpfs.procs.away import UNCOUNTED, Away, carefully
 from bpfs.procs.entries import Bound, Entry, bound_of, restored
-from bpfs.procs.ghost import Ghost
+from bpfs.procs.ghost import Ghost, take_heir
 from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.leave import wait_untraced
 from bpfs.procs.ledger import Part
@@ -30,6 +32,7 @@ from bpfs.procs.process import ExitStatus, ProcState
 from bpfs.rundir import process_start
 from bpfs.wire import messages
 from bpfs.wire.streams import StreamBook
+from engine.linux import procfs
 
 REQUEST_TIMEOUT = 10.0  # seconds for a node to carry out what it is asked for
 REPORTED_WITHIN = 2.0  # seconds from the end of a process to its report
@@ -66,10 +69,13 @@ class Takeover:
         self._streams.last = ledger.left(Part.STREAMS).get(0, 0)
         self._streams.on_number = lambda number: ledger.put(Part.STREAMS, 0, number)
         entries: dict[int, Entry] = ledger.left(Part.AWAY)
-        for pid, entry in entries.items():
-            await carefully(pid, self._take_up(pid, entry))
+        async with trio.open_nursery() as nursery:  # those that are traced are waited for all at once
+            for pid, entry in entries.items():
+                nursery.start_soon(carefully, pid, self._take_up(pid, entry))
         for child, parent in ledger.left(Part.CHILD).items():
             self._take_up_child(child, parent)
+        for away in list(self._ghosts.all()):
+            await carefully(away.proc.pid, self._end_unknown(away))
         bound = {where.place for where in self._torn.values()}
         for number in bound | {int(away.proc.place) for away in self._ghosts.all()}:
             node = self._nodes.find(number) or self._nodes.add(number)
@@ -118,6 +124,17 @@ class Takeover:
             return
         self._ghosts.families.has_child(away, child)
         self._ghosts.families.heard[child] = UNCOUNTED
+
+    async def _end_unknown(self, parent: Away) -> None:
+        """Ghosts of children that the last master had just had made, and did not live to enter, would be in the way
+        when their node tells of these children again."""
+        for pid in procfs.children(parent.proc.pid):
+            if self._ghosts.stand_in(pid) is not None or pid in self._ghosts.families.parents:
+                continue
+            with suppress(BpfsError, ProcessLookupError):  # it is no ghost, or has ended
+                take_heir(pid).close()
+                os.kill(pid, signal.SIGKILL)
+                await parent.ghost.reap(pid)
 
     def _forget(self, pid: int) -> None:
         self._ownerless.add(pid)

@@ -1,10 +1,10 @@
-"""A soak: random moves, signals, stops, checkpoints, ends, losses of nodes, deaths of slaves and of the master, and a
-check that nothing is lost or doubled.
+"""A soak: random moves, forks, signals, stops, checkpoints, ends, losses of nodes, deaths of slaves and of the master,
+and a check that nothing is lost or doubled.
 
 `python -m tests.cluster.soak --seconds 600 [--seed N]` by hand; a short form runs in the suite. Several drivers act at
 once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its status has to be
-the one that fits what was done to it. A job may end as killed only when a node where it was or was moving was lost, or
-when the master died while it was moving.
+the one that fits what was done to it; it waits for each of its children once. A job or a child may end as killed only
+when a node where it was or was moving was lost, or when the master died while it was moving.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.virtual import DEADLINE, VirtualCluster, bpcluster, cluster, kill, wait_until
 
 NODES = 4
+LEASE = 30.0  # seconds, as bpcluster has it
 DRIVERS = 3
 JOBS = 3  # a driver
 HARMLESS = (errno.EBUSY, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EIO, errno.ECONNRESET)  # while nodes come and go
 NO_TREE = (errno.ENOTCONN, errno.ENOENT, errno.ESRCH, errno.ECONNABORTED)  # and while there is no master
 
-# Counts on stdout, a line a step, and tells of SIGUSR1; ends by itself with `code` when a line comes on stdin.
+# Counts on stdout, a line a step, and tells of SIGUSR1. Told so on stdin, it forks a child, which ends with a code
+# after some seconds, and tells of its end; or it ends itself with `code`.
 JOB = """
 import os, select, signal, sys, threading, time
 code, threads = int(sys.argv[1]), int(sys.argv[2])
-heard, told, n, ballast = 0, 0, 0, bytearray(os.urandom(1 << 16)) * 8
+heard, told, n, living, ballast = 0, 0, 0, set(), bytearray(os.urandom(1 << 16)) * 8
 def hear(*_):
     global heard
     heard += 1
@@ -42,13 +45,35 @@ signal.signal(signal.SIGUSR1, hear)
 total = sum(ballast)
 for _ in range(threads):
     threading.Thread(target=lambda: [time.sleep(0.01) for _ in iter(int, 1)], daemon=True).start()
-while not select.select([0], [], [], 0.004)[0]:
+def fork(code, seconds):
+    pid = os.fork()
+    if not pid:
+        os.closerange(0, 3)
+        time.sleep(float(seconds))
+        os._exit(int(code))
+    living.add(pid)
+    print("forked", pid, flush=True)
+def reap(how):
+    pid, status = os.waitpid(-1, how)
+    if pid:
+        living.remove(pid)
+        print("child", pid, os.waitstatus_to_exitcode(status), flush=True)
+while True:
+    if select.select([0], [], [], 0.004)[0]:
+        word, *rest = os.read(0, 99).decode().split()
+        if word == "end":
+            break
+        fork(*rest)
+    if living:
+        reap(os.WNOHANG)
     n += 1
     print(n, os.getpid(), flush=True)
     if told != heard:
         told = heard
         print("heard", told, flush=True)
     assert n % 50 or sum(ballast) == total, "memory is damaged"
+while living:
+    reap(0)
 print("end", n, flush=True)
 sys.exit(code)
 """
@@ -56,6 +81,22 @@ sys.exit(code)
 
 class Wrong(AssertionError):
     """Something that must not happen has happened."""
+
+
+@dataclass
+class Child:
+    """What a job has forked."""
+
+    pid: int
+    code: int
+    places: set[int]  # as a job's
+    torn: bool = False
+    killed: bool = False
+
+    def may_end(self, status: int, lost: set[int]) -> bool:
+        """Whether this is an end that it may have come to."""
+        was_lost = self.torn or bool(self.places & lost)
+        return status == self.code or (self.killed and status == -signal.SIGTERM) or (was_lost and status == -9)
 
 
 class Job:
@@ -71,6 +112,7 @@ class Job:
         self.pid = self.process.pid
         self.places = {-1}  # where it is or, while and after a move, may be
         self.sent = 0
+        self.children: dict[int, Child] = {}
         self.torn = False  # the master has died while it was moving
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -99,13 +141,39 @@ class Job:
         """How many signals it has told of."""
         return next((int(line.split()[1]) for line in reversed(self.lines) if line.startswith("heard")), 0)
 
+    def fork(self, code: int, seconds: float) -> Child | None:
+        """A child that it has now; None where it has ended."""
+        before = len(self.told("forked"))
+        self.tell(f"fork {code} {seconds}")
+        self.wait(lambda: len(self.told("forked")) > before, "it does not fork")
+        if len(self.told("forked")) == before:
+            return None
+        pid = int(self.told("forked")[-1][0])
+        child = self.children[pid] = Child(pid, code, set(self.places), self.torn)
+        return child
+
+    def told(self, word: str) -> list[list[str]]:
+        """The rest of its lines that begin so."""
+        return [line.split()[1:] for line in self.lines if line.startswith(word)]
+
+    def tell(self, line: str) -> None:
+        """It reads this, unless it has ended."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+
     def steps(self) -> None:
         """It goes on."""
         before = len(self.lines)
         self.wait(lambda: len(self.lines) > before + 2, f"it stands still after {self.lines[-2:]}")
 
-    def close(self) -> None:
-        """All of its output is there: check every line."""
+    def close(self, lost: set[int]) -> None:
+        """All of its output is there: check every line.
+
+        Args:
+            lost: nodes that have been.
+        """
         self._reader.join(DEADLINE)
         assert self.process.stderr is not None and self.process.stdin is not None
         said = self.process.stderr.read()
@@ -117,9 +185,18 @@ class Job:
             raise Wrong(f"{self}: lines were lost or doubled, or it complained: {said}")
         if {number[1] for number in numbers} != {str(self.pid)}:
             raise Wrong(f"{self}: it had several pids")
+        waited = [(int(pid), int(status)) for pid, status in self.told("child")]
+        missing = len(waited) != len(self.children) and self.process.returncode == self.code
+        if len(dict(waited)) != len(waited) or missing:
+            raise Wrong(f"{self}: has waited for {waited}, and had {list(self.children)}")
+        for pid, status in waited:
+            if not self.children[pid].may_end(status, lost):
+                raise Wrong(f"{self}: {self.children[pid]} ended with {status}")
 
     def __str__(self) -> str:
         heard = f"{self.heard()} of {self.sent} signals"
+        if left := self.children.keys() - {int(pid) for pid, _ in self.told("child")}:
+            heard += f", children {[self.children[pid] for pid in sorted(left)]}"
         return f"job {self.pid} at {sorted(self.places)}, status {self.process.poll()}, {heard}"
 
 
@@ -177,7 +254,7 @@ class Soak:
         was_lost = job.torn or any(node in job.places for _, node in self.lost)
         if status != expected and not (status == -signal.SIGKILL and was_lost):
             raise Wrong(f"{job}: expected {expected}")
-        job.close()
+        job.close({node for _, node in self.lost})
 
     # -- what can be done to a job ---------------------------------------------------------------------------
 
@@ -203,6 +280,33 @@ class Soak:
             job.process.wait(DEADLINE)
         return job.ended
 
+    def fork(self, job: Job, rng: random.Random) -> None:
+        """It has a child, which may be moved or killed, and waits for it."""
+        child = job.fork(rng.randrange(1, 100), round(rng.random(), 3))
+        if child is None:
+            return
+        match rng.randrange(3):
+            case 0:
+                self._move_child(child, rng.randrange(-1, NODES))
+            case 1:
+                child.killed = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGTERM)
+        job.steps()
+
+    def _move_child(self, child: Child, node: int) -> None:
+        child.places.add(node)
+        crashes = self.crashes
+        try:
+            with open(self.it.mount / f"nodes/{node}/migrate", "w") as file:
+                file.write(f"{child.pid}\n")
+        except OSError as error:
+            child.torn = child.torn or self.crashes != crashes
+            if error.errno != errno.ESRCH and error.errno not in (*HARMLESS, *(NO_TREE if self.crashes else ())):
+                raise Wrong(f"{child} to {node}: {error}") from error
+        else:
+            child.places = {node}
+
     def hear(self, job: Job, rng: random.Random) -> None:
         """A signal reaches it, once."""
         job.sent += 1
@@ -227,12 +331,14 @@ class Soak:
     def checkpoint(self, job: Job, rng: random.Random) -> None:
         """An image is taken, and it goes on."""
         path = self.folder / f"ck.{job.pid}"
+        parent = len(job.told("child")) < len(job.children)  # a checkpoint has no room for children
         try:
             with open(self.it.mount / f"procs/{job.pid}/checkpoint", "w") as file:
                 file.write(f"{path}\n")
         except OSError as error:
-            known = error.errno in (*HARMLESS, *NO_TREE)
-            if not known or not (self.lost or self.crashes or self.restarts or error.errno == errno.EBUSY):
+            refused = parent and error.errno == errno.EOPNOTSUPP
+            excused = self.lost or self.crashes or self.restarts or error.errno == errno.EBUSY
+            if not refused and not (excused and error.errno in (*HARMLESS, *NO_TREE)):
                 raise Wrong(f"{job}: checkpoint: {error}") from error
         path.unlink(missing_ok=True)
         job.steps()
@@ -240,10 +346,7 @@ class Soak:
     def finish(self, job: Job, rng: random.Random) -> None:
         """It ends by itself."""
         job.expected = job.code
-        assert job.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            job.process.stdin.write("end\n")
-            job.process.stdin.flush()
+        job.tell("end")
         job.wait(lambda: False, "it does not end")
 
     def kill(self, job: Job, rng: random.Random) -> None:
@@ -292,6 +395,7 @@ class Soak:
             return
         try:
             self.crashes += 1
+            began = time.monotonic()
             kill(self.it.pid("master"))
             done = bpcluster("restart-master", mount=self.it.mount)
             if done.returncode:
@@ -301,6 +405,8 @@ class Soak:
                     lambda node=node: (self.it.mount / f"nodes/{node}").exists(), f"node {node} does not come back"
                 )
                 self.it.wait_state(node, "up")
+            if time.monotonic() - began > LEASE:  # on a machine that has too much to do: nodes may not have waited
+                self.lost += [(began, node) for node in range(NODES)]
         finally:
             self._losing.release()
 
@@ -322,15 +428,15 @@ def _state(pid: int) -> str:
 
 
 ACTIONS = {
-    Soak.move: 60, Soak.hear: 12, Soak.stop: 8, Soak.look: 6, Soak.checkpoint: 5, Soak.finish: 4, Soak.kill: 4,
-    Soak.lose: 1, Soak.crash: 1, Soak.restart: 1,
+    Soak.move: 60, Soak.fork: 12, Soak.hear: 12, Soak.stop: 8, Soak.look: 6, Soak.checkpoint: 5, Soak.finish: 4,
+    Soak.kill: 4, Soak.lose: 1, Soak.crash: 1, Soak.restart: 1,
 }  # fmt: skip
 
 
 def soak(mount: Path, seconds: float, seed: int) -> dict[str, int]:
     """Runs one; how often each thing was done. Raises Wrong, with the seed."""
     print(f"soak: seed {seed}", flush=True)
-    with cluster(mount, nodes=NODES) as it, tempfile.TemporaryDirectory() as folder:
+    with cluster(mount, "--lease", str(LEASE), nodes=NODES) as it, tempfile.TemporaryDirectory() as folder:
         one = Soak(it, seed, Path(folder))
         one.run(seconds)
         for role in ("master", *(f"n{node}" for node in range(NODES))):

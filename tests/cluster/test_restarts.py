@@ -7,12 +7,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import msgpack
 import pytest
 
+from bpfs.procs.ledger import Part
+from bpfs.rundir import process_start
 from tests.cluster.held import Interrupted, holding
 from tests.cluster.moving import check_counting, counting, finish, move, place, processes_of, shell, tell
 from tests.cluster.outliving import EARLY, HOME, HOP, LATE, LEAVE, STRAIGHT, check_family, check_one_end, check_terminal
-from tests.cluster.virtual import VirtualCluster, bpcluster, cluster, kill, wait_until
+from tests.cluster.virtual import VirtualCluster, bpcluster, children, cluster, kill, living, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("open_gates")]
 
@@ -105,6 +108,26 @@ def test_a_family(it, session_folder):
         start_master(it)
 
     check_family(it, session_folder / "told", restart)
+
+
+def test_a_ghost_that_the_dead_master_had_just_had_made_is_in_nobodys_way(it):
+    """Its birth is not in the ledger. Where the node has not been heard in that, it tells of the child again."""
+    with shell("read; sleep 1000 >&- 2>&- & echo $!; wait $!; echo $?; exit 8") as process:
+        move(it, process.pid, 1)
+        tell(process, "go")
+        child = int(process.stdout.readline())
+        wait_until(lambda: children(process.pid) == [child], "the child has a ghost")
+        ghost = {child: process_start(child)[1]}
+        kill(it.pid("master"))
+        with open(it.rundir.path / "away", "ab") as ledger:
+            for part in (Part.AWAY, Part.CHILD):
+                ledger.write(msgpack.packb([str(part), child, None]))
+        start_master(it)
+        wait_until(lambda: not living(ghost), "that ghost has gone")
+        (real,) = (int(copy.split()[0]) for copy in processes_of(it, child) if copy.split()[0] != str(child))
+        os.kill(real, signal.SIGTERM)
+        assert process.stdout.read() == "143\n"
+        assert process.wait(60) == 8
 
 
 def test_output_is_neither_lost_nor_doubled(it):
