@@ -308,7 +308,7 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
         sleeps: False for a program that does not mind an EINTR.
 
     Raises:
-        ProcessLookupError: there is none.
+        ProcessLookupError: there is none, or one that has ended and is not waited for yet.
         PermissionError: it is traced already, or the caller may not.
         TimeoutError: it does not stop.
     """
@@ -323,6 +323,8 @@ def freeze(pid: int, wait: bool = True, sleeps: bool = True) -> Frozen:
             return frozen
         except PermissionError as error:
             abandon(frozen)
+            if procfs.has_ended(f"/proc/{pid}/task/{pid}"):
+                raise ProcessGone(pid) from None
             if time.monotonic() > deadline or not _is_held_by_us(pid):
                 raise PermissionError(error.errno, tracing(pid) or f"process {pid}: {error.strerror}") from None
             time.sleep(0.002)

@@ -3,14 +3,15 @@
 Each moves as if it were alone (migration.py), but for three meetings: a process is made on the node after its parent;
 none of the sources goes before all copies are whole, and all have agreed; no copy runs before all sources are gone. Who
 fails before they have agreed keeps all of them where they were. From then on there is no way back, for anyone: a source
-whose engine dies stands still until it has been ended by another.
+whose engine dies stands still until it has been ended by another. On a node no source goes before its children: the
+kernel has an orphaned group whose members are stopped go on.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +70,18 @@ class Company:
     """
 
     def __init__(
-        self, pids: Iterable[int], hand: Hand, hold: Hold, relayed: Mapping[int, Mapping[int, int]], owner: Owner
-    ) -> None:
+        self, pids: Iterable[int], above: Mapping[int, int], hand: Hand, hold: Hold,
+        relayed: Mapping[int, Mapping[int, int]], owner: Owner,
+    ) -> None:  # fmt: skip
         """Args:
         pids: each after its parent.
+        above: child -> parent, of sources that go in that order.
         hand: what it gives is taken back when the context ends.
         relayed: of each, its descriptor numbers and a number of the open file description.
         owner: of externals.
         """
         self.pids = list(pids)
+        self._above = above
         self._owner, self._relayed, self._hold = owner, relayed, hold
         self._externals: dict[int, Sequence[dict[str, Any]]] = {}
         self._told = trio.Event()
@@ -90,7 +94,7 @@ class Company:
         self._born = {pid: trio.Event() for pid in self.pids}
         self._landing, self._landed = len(self.pids), trio.Event()
         self._undecided, self._decided = len(self.pids), trio.Event()
-        self._there, self._gone = len(self.pids), trio.Event()
+        self._gone = {pid: trio.Event() for pid in self.pids}
 
     def fail(self, error: BpfsError) -> None:
         """One of them cannot move: none does, unless all have agreed already."""
@@ -203,16 +207,18 @@ class Company:
         if not self.agreed:
             self._check()
 
-    @contextmanager
-    def going(self) -> Iterator[None]:
-        """A source ends in this context."""
+    @asynccontextmanager
+    async def going(self, pid: int) -> AsyncIterator[None]:
+        """A source ends in this context, after those of its children for which the order counts."""
         try:
+            for child, parent in self._above.items():
+                if parent == pid:
+                    await self._gone[child].wait()
             yield
         finally:
-            self._there -= 1
-            if not self._there:
-                self._gone.set()
+            self._gone[pid].set()
 
     async def wait_gone(self) -> None:
         """Waits until all sources have ended."""
-        await self._gone.wait()
+        for gone in self._gone.values():
+            await gone.wait()

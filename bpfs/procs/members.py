@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LARGEST = 250  # processes; each takes two engine workers, of some 10 MB, while it moves
 WARM = 64  # engines that are made ready beforehand with all of their memory
 NOBODY = 0  # a pid
-GONE = (errno.ESRCH, errno.EPERM)  # of a freeze: it has ended, or is a zombie
 
 
 @dataclass(slots=True)
@@ -152,7 +151,7 @@ class Members:
             member = Member(proc, await self._seat(proc.pid), await self._source.hostpid(proc), self._writer(proc))
             return await self._children(member, await self._seize(member))
         except BpfsError as error:
-            if is_root or error.code not in GONE or not await self._has_ended(proc):
+            if is_root or error.code != errno.ESRCH or not await self._has_ended(proc):
                 raise BpfsError(error.code, f"process {proc.pid} of the tree: {error.sentence}") from None
             self._unmark(proc)
             return []

@@ -486,7 +486,7 @@ class Migration(ABC):
             BpfsError: the source lives.
         """
         if self.company is not None:
-            with self.company.going():
+            async with self.company.going(self.proc.pid):
                 await self.depart(src, go=False)
                 await self.departed()
             await self.company.wait_gone()

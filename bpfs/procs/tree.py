@@ -187,7 +187,8 @@ class _Tree:
             this = relayed[pid][external["fds"][0]]
             return next(one for one in kin if this in relayed[one].values())
 
-        return Company(kin, hand, hold, relayed, owner)
+        parents = {int(member.proc.pid): member.proc.identity.ppid for member in self._members.all[1:]}
+        return Company(kin, parents if self._source.number != MASTER else {}, hand, hold, relayed, owner)
 
     # -- the move --------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +14,8 @@ from bpfs.procs.migration import Migration
 from bpfs.procs.places import Engine, NodePlace
 from bpfs.procs.process import Process
 from bpfs.wire import messages
+
+ENGINES = 4  # that are tried
 
 _log = log.get("procs")
 
@@ -63,10 +66,26 @@ async def _kill_copy(migration: Migration, place: NodePlace, src: Engine, go: bo
 
 async def _end_copy(migration: Migration, place: NodePlace) -> None:
     """All have agreed: it stands still, and ends by another's hand."""
-    async with place.engine() as engine:
+
+    async def end(engine: Engine) -> None:
         await engine.call("freeze", pid=await place.hostpid(migration.proc))
         await engine.call("inspect", **migration.looking)
         await engine.call("vanish", init=place.node.init, leaving=migration.along)
+
+    await _have(place, end)
+
+
+async def _have(place: NodePlace, work: Callable[[Engine], Awaitable[None]]) -> None:
+    """Has an engine that lives do something. Raises BpfsError: what it says; EIO, all that were tried have died."""
+    for left in reversed(range(ENGINES)):
+        try:
+            async with place.engine() as engine:
+                await work(engine)
+                return
+        except BpfsError as error:
+            # What has killed one engine may have killed those that waited for work, too: that says nothing.
+            if isinstance(error, EngineRefused) or error.code != errno.EIO or not left:
+                raise
 
 
 async def _has_gone_since(proc: Process, place: NodePlace, error: BpfsError) -> bool:
@@ -117,12 +136,15 @@ async def _runs(proc: Process, place: NodePlace) -> bool:
         reply = await place.link.request(messages.JobStatus(proc.pid, ("status",)), place.link.patience)
         if isinstance(reply, messages.JobStatusIs) and reply.texts[0].startswith(b"Name:\tnodeinit\n"):
             return False  # it stands for itself there
-    async with place.engine() as engine:
-        try:
-            await engine.call("freeze", pid=await place.hostpid(proc))
-        except BpfsError as error:
-            if error.code == errno.EHOSTDOWN:
-                raise
-            return error.code != errno.ESRCH
+
+    async def look(engine: Engine) -> None:
+        await engine.call("freeze", pid=await place.hostpid(proc))
         await engine.call("release")
+
+    try:
+        await _have(place, look)
+    except BpfsError as error:
+        if error.code == errno.EHOSTDOWN:
+            raise
+        return error.code != errno.ESRCH
     return True

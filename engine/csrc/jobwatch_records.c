@@ -6,7 +6,8 @@
 
 #include <sys/socket.h>
 
-#define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop has a longer one meanwhile */
+#define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop or end has a longer one meanwhile */
+#define ENDING PLACEHOLDER "-ending"
 
 void flush_packet(struct client *client)
 {
@@ -82,6 +83,11 @@ bool is_placeholder(const struct stat_line *s)
 bool was_ordered(const struct stat_line *s)
 {
 	return s->comm[sizeof(PLACEHOLDER) - 1];
+}
+
+bool is_ending(const char *comm)
+{
+	return !strncmp(comm, ENDING, sizeof(ENDING));
 }
 
 static uint32_t id_of(const char *status, const char *key)

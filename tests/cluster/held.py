@@ -45,13 +45,14 @@ class Interrupted:
         if self.source != -1:
             assert echo(it, what, f"nodes/{self.source}/migrate").returncode == 0
         gate = gates / phase
+        reached = gate.with_suffix(".reached")
+        reached.unlink(missing_ok=True)  # those of a tree come there one by one, the last after the test before was done
         gate.touch()
         self.writer = subprocess.Popen(
             ["bash", "-c", f"echo {what} > {it.mount}/nodes/{self.destination}/migrate"],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.said = ""
-        reached = gate.with_suffix(".reached")
         try:
             wait_until(reached.exists, f"the move should reach {phase}")
             reached.unlink()
