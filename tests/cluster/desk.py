@@ -89,6 +89,13 @@ class Desk:
         """Waits until the shell's line editor has given the terminal away: it does so after it has echoed the line."""
         wait_until(lambda: self.local_modes() & termios.ICANON, "the terminal should be in line mode")
 
+    def await_shell(self) -> None:
+        """Waits until the shell has the terminal, and its line editor as well."""
+        wait_until(
+            lambda: self.foreground() == self.shell.pid and not self.local_modes() & termios.ICANON,
+            "the shell should have the terminal",
+        )
+
     def status(self) -> int:
         """`$?`"""
         return int(self.run("echo $?"))

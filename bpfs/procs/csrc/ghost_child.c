@@ -108,10 +108,20 @@ static int kept_count;
 static pid_t *owed; /* were waited for on the node, and have not ended here yet */
 static int owed_count, owed_room;
 
+static bool has_reaped(pid_t pid)
+{
+	pid_t group = getpgid(pid);
+
+	if (waitpid(pid, NULL, WNOHANG | __WALL) == 0)
+		return false;
+	ttys_left(group);
+	return true;
+}
+
 void reap_owed(void)
 {
 	for (int i = owed_count - 1; i >= 0; i--)
-		if (waitpid(owed[i], NULL, WNOHANG | __WALL) != 0)
+		if (has_reaped(owed[i]))
 			owed[i] = owed[--owed_count];
 }
 
@@ -121,7 +131,7 @@ void reap(pid_t pid)
 	for (int i = kept_count - 1; i >= 0; i--)
 		if (kept[i] == pid)
 			kept[i] = kept[--kept_count];
-	if (waitpid(pid, NULL, WNOHANG | __WALL) != 0)
+	if (has_reaped(pid))
 		return;
 	if (owed_count == owed_room) {
 		owed_room = owed_room ? owed_room * 2 : 16;

@@ -18,6 +18,7 @@
 
 #ifndef TIOCGPGRP
 #define TIOCGPGRP 0x540F
+#define TIOCSPGRP 0x5410
 #endif
 
 #define STALE_MS 300
@@ -35,6 +36,22 @@ static bool in_foreground(struct chan *c)
 	/* ENOTTY: not our controlling terminal, no job control: anybody may read. */
 	c->tty->controlling = fd >= 0 && ioctl(fd, TIOCGPGRP, &group) == 0;
 	return !c->tty->controlling || group == getpgrp();
+}
+
+/* A child of ours that was in this group has ended. Where the terminal was that group's and nobody is left in it, it is
+ * ours: the job is the shell that waited for them, and has taken the terminal on its node. Here nobody else does: our
+ * signals are blocked, so the kernel lets us. */
+void ttys_left(pid_t group)
+{
+	for (int i = 0; i < the_stream.nchans; i++) {
+		pid_t front = 0, own = getpgrp();
+		int fd = the_chans[i].tty ? tty_fd(&the_chans[i]) : -1;
+
+		if (fd < 0 || group <= 0 || ioctl(fd, TIOCGPGRP, &front) < 0 || front != group || group == own)
+			continue;
+		if (kill(-group, 0) < 0 && errno == ESRCH && ioctl(fd, TIOCSPGRP, &own) == 0)
+			ttys_refresh(false);
+	}
 }
 
 static bool told_background; /* the job was sent SIGTTIN or SIGTTOU by us, and has not stopped yet */
