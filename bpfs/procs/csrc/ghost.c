@@ -98,8 +98,10 @@ static void one_signal(const struct signalfd_siginfo *i)
 	if (n == SIGCHLD && i->ssi_code > 0) { /* children's ghosts; the real ones' ends are told where they live */
 		reap_owed();
 		look_at_kept();
-		if (i->ssi_code == CLD_STOPPED)
+		if (i->ssi_code == CLD_STOPPED) {
+			ttys_left(getpgid(i->ssi_pid), true);
 			tell(C_CHILD_STOPPED, i->ssi_pid, 0, 0, 0, 0);
+		}
 		return;
 	}
 	if (n == SIGWINCH && kernel && the_stream.open) {

@@ -99,7 +99,7 @@ ssize_t tty_write(struct chan *c, const uint8_t *data, size_t n);
 void tty_give_back(struct chan *c);
 void tty_discard(struct chan *c);
 void ttys_refresh(bool force);
-void ttys_left(pid_t group);
+void ttys_left(pid_t group, bool stopped);
 void ttys_greet(void);
 bool ttys_in_background(void);
 bool ttys_barred(void);

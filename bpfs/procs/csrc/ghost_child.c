@@ -114,7 +114,7 @@ static bool has_reaped(pid_t pid)
 
 	if (waitpid(pid, NULL, WNOHANG | __WALL) == 0)
 		return false;
-	ttys_left(group);
+	ttys_left(group, false);
 	return true;
 }
 

@@ -38,10 +38,10 @@ static bool in_foreground(struct chan *c)
 	return !c->tty->controlling || group == getpgrp();
 }
 
-/* A child of ours that was in this group has ended. Where the terminal was that group's and nobody is left in it, it is
- * ours: the job is the shell that waited for them, and has taken the terminal on its node. Here nobody else does: our
- * signals are blocked, so the kernel lets us. */
-void ttys_left(pid_t group)
+/* A child of ours that is, or was, in this group has stopped or ended. Where the terminal was that group's and it stands
+ * still now or has nobody left, it is ours: the job is the shell that waited for them, and has taken the terminal on its
+ * node. Here nobody else does: our signals are blocked, so the kernel lets us. */
+void ttys_left(pid_t group, bool stopped)
 {
 	for (int i = 0; i < the_stream.nchans; i++) {
 		pid_t front = 0, own = getpgrp();
@@ -49,7 +49,7 @@ void ttys_left(pid_t group)
 
 		if (fd < 0 || group <= 0 || ioctl(fd, TIOCGPGRP, &front) < 0 || front != group || group == own)
 			continue;
-		if (kill(-group, 0) < 0 && errno == ESRCH && ioctl(fd, TIOCSPGRP, &own) == 0)
+		if ((stopped || (kill(-group, 0) < 0 && errno == ESRCH)) && ioctl(fd, TIOCSPGRP, &own) == 0)
 			ttys_refresh(false);
 	}
 }

@@ -341,6 +341,17 @@ static uint32_t wanted(struct chan *c)
 	return reader_waits(t->line->device, foreground_group(c), &t->hint, t->line->termios.lflag & K_ICANON);
 }
 
+static bool tell_native(struct chan *c)
+{
+	struct tty *t = c->tty;
+
+	if (!t->told_native && tty_is_native(t->line)) {
+		t->told_native = true;
+		frame_put(c->stream, F_NATIVE, c->id, NULL, 0);
+	}
+	return t->told_native;
+}
+
 /* Looks whether the job waits for input: only while there is some. Where the kernel does not do it by itself, also in the
  * background, for its SIGTTIN. */
 int64_t tty_tick(struct chan *c, int64_t now)
@@ -366,6 +377,9 @@ int64_t tty_tick(struct chan *c, int64_t now)
 		return INT64_MAX;
 	if (now < t->next_look)
 		return t->next_look;
+	/* It may have become so since its ghost spoke last: then who waits here is somebody else. */
+	if (watched && tell_native(c) && !t->pending)
+		return INT64_MAX;
 	uint32_t most = wanted(c);
 	if (most) {
 		frame_put_u32(c->stream, F_WANT, c->id, most);
@@ -446,10 +460,7 @@ static void foreground(struct chan *c, uint32_t group)
 
 	t->pending = false;
 	t->next_look = now_us() + BACKGROUND_US;
-	if (!t->told_native && tty_is_native(t->line)) {
-		t->told_native = true;
-		frame_put(c->stream, F_NATIVE, c->id, NULL, 0);
-	}
+	tell_native(c);
 	line_foreground(t, group);
 }
 
