@@ -43,6 +43,7 @@ class Destination:
         self._strict = 0  # host pid of nodeinit, where what comes is to be a strict job
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
         self._carried: list[lending.Borrowed] = []  # files that are not here
+        self._front = 0  # see `receive`
         self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
         self._held_at = 0.0  # when the copy was whole, by time.monotonic()
 
@@ -175,10 +176,12 @@ class Destination:
         `follow`: go on at once with that.
         `lends`: the source gives the content of files that are mapped and not here.
         `memory`: [device, inode, index] of shared memory that is among `fds`.
+        `front`: the process group that it has put in front of its terminal, where that comes as well.
         """
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
+        self._front = int(request.get("front", 0))
         given = {(device, inode): fds[index] for device, inode, index in request.get("memory", [])}
         ghost_fds = {int(key): int(number) for key, number in request.get("ghost_fds", {}).items()}
         timeout = float(request.get("timeout_s", _RECEIVE_TIMEOUT_S))
@@ -218,6 +221,7 @@ class Destination:
         stream.send(img.frame(img.HELD, b""))
         if self._target is not None and not self._target.home:
             self._files = self._builder.take_files()
+        self._builder.front = self._front
         self._builder.get_set()
 
     @contextlib.contextmanager

@@ -39,6 +39,7 @@ _PROT_WRITE: Final = 2
 _F_DUPFD_CLOEXEC: Final = 1030
 _TOP: Final = 0x7FFFFFFFF000
 
+_TIOCSPGRP: Final = 0x5410  # <asm-generic/ioctls.h>
 _NO_FILE: Final = 0xFFFFFFFF
 _FILES_FOLLOWED: Final = 32  # descriptors that a daemon keeps of one process
 
@@ -48,7 +49,13 @@ def _kind_of_memory(region: Region) -> str:
 
 
 class Builder:
-    """One rebuilding, step by step: `begin`, `pages`, `complete`, then `resume` or the target's `discard`."""
+    """One rebuilding, step by step: `begin`, `pages`, `complete`, then `resume` or the target's `discard`.
+
+    Attributes:
+        front: the group that it has put in front of its terminal, and which is here when it runs; 0: none.
+    """
+
+    front = 0
 
     def __init__(
         self,
@@ -406,7 +413,7 @@ class Builder:
         Only where it can do without a way back: its end is one with this worker's up to then.
         """
         image = self.image
-        waits = len(image.threads) > 1 or image.threads[0].prime or at_resume(image.descriptors)
+        waits = len(image.threads) > 1 or image.threads[0].prime or self.front or at_resume(image.descriptors)
         if not self.target.in_place and not waits:
             self._leave()
 
@@ -438,12 +445,24 @@ class Builder:
             process_vm.write(target.pid, injection.base + RESUME_DATA, data or b"\0")
             arguments = [injection.base + RESUME_DATA if isinstance(a, bytes) else a for a in r.arguments]
             injection.call_raw(r.number, *arguments)
+        if self.front:
+            self._put_in_front()
         elapsed, scratch = time.monotonic() - self._arrived, injection.base + RESUME_DATA
         self._threads.finish(elapsed, scratch)
         leader = self.image.threads[0]
         if leader.prime:
             prime(injection, leader.prime, elapsed, scratch)
         self._leave()
+
+    def _put_in_front(self) -> None:
+        """It leads the session, and its signals are blocked yet: the kernel lets it."""
+        pid, injection = self.target.pid, self.target.injection
+        scratch = injection.base + RESUME_DATA
+        process_vm.write(pid, scratch, b"/dev/tty\0" + bytes(7) + struct.pack("<i", self.front))
+        number = injection.call_raw(NR["open"], scratch, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK, 0)
+        if number >= 0:
+            injection.call_raw(NR["ioctl"], number, _TIOCSPGRP, scratch + 16)
+            injection.call_raw(NR["close"], number)
 
     def take_files(self) -> dict[int, int]:
         """Our descriptors of the process's regular files, by its own number; the caller's from now on.

@@ -111,6 +111,7 @@ class Migration(ABC):
         self.borrowed: dict[int, int] = {}  # key of an external -> that of what another's ghost has for it
         self.landing: Landing | None = None  # where the image goes, as soon as that is known
         self.looked: dict[str, Any] = {}  # what the source's engine said of it while it ran
+        self.front = 0  # the group that it has put in front of its terminal where it is; 0: that is known here
         self._agreed = False  # the engines know what they may do if it still is that
         self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
@@ -379,6 +380,8 @@ class Migration(ABC):
 
     async def receive(self, dst: Engine, landing: Landing, **more: Any) -> dict[str, Any]:
         more |= {"ghost_fds": landing.ghost_fds, "timeout_s": RECEIVE_TIMEOUT, "ahead": self.ahead, "lends": True}
+        if self.front:
+            more["front"] = self.front
         if self.company is None:
             return await dst.call("receive", landing.fds, externals=landing.externals, **more)
         async with self.company.shared_with(self.proc.pid, self.borrowed) as shared:

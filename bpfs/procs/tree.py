@@ -28,6 +28,7 @@ from bpfs.procs.rights import admits, may_control
 from bpfs.procs.routes import route
 from bpfs.procs.stdio import External
 from bpfs.procs.surroundings import Surroundings
+from bpfs.procs.terminal import on_terminal
 from bpfs.tree.base import WriteRequest
 from engine.facts import unlike
 
@@ -138,12 +139,24 @@ class _Tree:
         assert members.kin.there is not None
         self._companions = self._company(members.kin.there)
         self._moves = [(member, self._route(member, self._companions)) for member in members.all]
+        for member, move in self._moves:
+            await self._note_front(member, move)
         looking = {id(member): move.looking for member, move in self._moves}
 
         async def look() -> None:
             refuse(refusals + await look_at(members, lambda member: looking[id(member)]))
 
         await together(self._give, look)
+
+    async def _note_front(self, member: Member, move: Migration) -> None:
+        """What a shell on a node has put in front there is not in front here: its ghost is."""
+        proc = member.proc
+        if not proc.away or proc.identity.sid != proc.pid or not on_terminal(proc.pid):
+            return
+        stat = (await self._procs.ghosts.status_files(proc, ("stat",)))["stat"]
+        front = int(stat.rpartition(b")")[2].split()[5])
+        if front in {other.proc.identity.pgid for other in self._members.all}:
+            move.front = front
 
     async def _give(self) -> None:
         here, there = self._members.kin.here, self._members.kin.there
