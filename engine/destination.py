@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from engine import faults, filling, kin, lending, placeholders
+from engine import faults, filling, kin, lending, placeholders, sysv
 from engine import image as img
 from engine.descriptors.ghost import take_from
 from engine.image import MappedFile
@@ -44,6 +44,7 @@ class Destination:
         self._files: dict[int, int] = {}  # our descriptors of its files, by its own numbers
         self._carried: list[lending.Borrowed] = []  # files that are not here
         self._front = 0  # see `receive`
+        self._segments: sysv.Segments | None = None  # which are gone with us
         self._kin: dict[int, int] = {}  # what the processes of a tree share, by key
         self._held_at = 0.0  # when the copy was whole, by time.monotonic()
 
@@ -127,9 +128,17 @@ class Destination:
         stream = Stream(accept(self._listener, self._token, self._control, timeout), self._control, timeout)
         self._close_listener()
         with self._telling(stream):
-            self._kin = kin.receive(stream, int(request["root"]))
+            self._segments = sysv.Segments(int(request["root"]))
+            self._kin = kin.receive(stream, int(request["root"]), self._segments)
             stream.send(img.frame(img.HELD, b""))
         stream.close()
+        return {}
+
+    def keep_kin(self, request: Reply, fds: list[int]) -> Reply:
+        """What `take_kin` has made is the processes' now."""
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.close()
         return {}
 
     def hand_out(self, request: Reply, fds: list[int]) -> Reply:
@@ -371,6 +380,10 @@ class Destination:
         self._builder = self._target = self._stage = None
         files, self._files = self._files, {}
         shared, self._kin = self._kin, {}
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.remove()
+            segments.close()
         for fd in [*files.values(), *shared.values()]:
             os.close(fd)
         memory, self._filling = self._filling, None

@@ -13,18 +13,18 @@ import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Final
 
 import msgpack
 
 from engine import image as img
-from engine import lending, nameless, outsiders
+from engine import lending, nameless, outsiders, sysv
 from engine.descriptors import paths, rebuild
 from engine.descriptors.inspection import kind_of, probes_of
 from engine.descriptors.kin import FIRST_KEY, SHM, Object, is_without_place
 from engine.descriptors.model import CONTENT_LIMIT, O_ASYNC, Entry, Kind, Probe, Refusal, Source, boot_id
-from engine.linux import kcmp, procfs
+from engine.linux import kcmp, procfs, shm
 from engine.linux.credentials import Credentials
 from engine.linux.procfs import Vma
 from engine.state import credentials
@@ -45,6 +45,7 @@ class Memory:
         path: where it is, on this machine; empty where it has no name any more.
         fd: open for reading; ours to close.
         runs: [offset, length] of what is no hole.
+        segment: where it is System V's.
     """
 
     key: int
@@ -54,6 +55,7 @@ class Memory:
     size: int
     runs: list[list[int]]
     fd: int
+    segment: shm.Segment | None = None
 
 
 @dataclass(slots=True)
@@ -67,10 +69,12 @@ class Shared:
         maps: host pid -> device, inode and key of what it maps.
         relayed: host pid -> its numbers of what is to be relayed, each with a number that the description has.
         refusals: sentences about what cannot move.
+        segments: their System V shared memory; ours to close.
         rights: of the first of the processes, as of engine.state.credentials: they are those to open files with.
     """
 
     rights: dict[str, Any]
+    segments: sysv.Segments
     table: list[Entry] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     fds: dict[int, list[list[int]]] = field(default_factory=dict)
@@ -85,7 +89,10 @@ class Shared:
 
     def send(self, stream: Stream) -> int:
         """Stream it. Returns the bytes of memory. Raises OSError."""
-        memory = [[one.key, one.name, one.what, one.path, one.size, one.runs] for one in self.memory]
+        memory = [
+            [one.key, one.name, one.what, one.path, one.size, one.runs, astuple(one.segment) if one.segment else []]
+            for one in self.memory
+        ]
         plain = {"table": self.table, "memory": memory, "rights": self.rights, "boot": boot_id()}
         stream.send(img.frame(img.KIN, msgpack.packb(plain)))
         total = 0
@@ -124,7 +131,7 @@ def gather(pids: Sequence[int], contents: int = CONTENT_LIMIT, bare: bool = Fals
     Raises:
         OSError: one of them is gone.
     """
-    found = Shared(credentials(_status(pids[0])))
+    found = Shared(credentials(_status(pids[0])), sysv.Segments(pids[0]))
     for part in (found.fds, found.maps, found.relayed):
         part.update((pid, []) for pid in pids)
     found.refusals += _cloned(pids)
@@ -141,6 +148,7 @@ def gather(pids: Sequence[int], contents: int = CONTENT_LIMIT, bare: bool = Fals
         _take_memory(pids, found)
     except BaseException:
         found.close()
+        found.segments.close()
         raise
     return found
 
@@ -216,7 +224,7 @@ def _dump(source: Source, one: _Description, kind: Kind) -> Entry:
 
 
 def _may_be_memory(vma: Vma) -> bool:
-    if vma.path.startswith(SHM):
+    if vma.path.startswith((SHM, sysv.PREFIX)):
         return True
     return nameless.is_nameless(vma) and not nameless.is_huge(vma) and not lending.borrowed_name(vma.path)
 
@@ -230,6 +238,9 @@ def _take_memory(pids: Sequence[int], found: Shared) -> None:
                 holders.setdefault((vma.major, vma.minor, vma.inode), {}).setdefault(pid, vma)
     for by in holders.values():
         pid, vma = next(iter(by.items()))
+        if vma.path.startswith(sysv.PREFIX):
+            _take_segment(pids, by, found)
+            continue
         file = nameless.describe(pid, vma)
         what = (file.device, file.inode)
         if what not in found.objects:
@@ -246,6 +257,26 @@ def _take_memory(pids: Sequence[int], found: Shared) -> None:
         judged[vma.major, vma.minor, vma.inode] = outsiders.Mapped(vma, file)
     for inode, text in outsiders.find(judged, set(pids)):
         found.refusals.append(f"process {_name(next(iter(holders[inode])))}: {text}")
+
+
+def _take_segment(pids: Sequence[int], by: Mapping[int, Vma], found: Shared) -> None:
+    pid, vma = next(iter(by.items()))
+    segment = found.segments.look(vma.inode)
+    file, whose = nameless.describe(pid, vma), f"process {_name(pid)}: System V shared memory {segment.id}"
+    if sysv.count(pids, vma) != segment.attachments:
+        found.refusals.append(f"{whose} is attached by another process as well")
+    for one in by:
+        if not sysv.is_whole(sysv.mappings(one, vma), segment.size):
+            what = f"a part of System V shared memory {segment.id}"
+            found.refusals.append(f"process {_name(one)}: it has unmapped {what}")
+    fd = nameless.open_object(pid, vma)
+    key = FIRST_KEY + len(found.table) + len(found.memory)
+    runs = [[start, end - start] for start, end in nameless.data(fd, 0, segment.size)]
+    found.memory.append(
+        Memory(key, nameless.short_name(file), (file.device, file.inode), b"", segment.size, runs, fd, segment)
+    )
+    for one in by:
+        found.maps[one].append([file.device, file.inode, key])
 
 
 def _named(vmas: Iterable[Vma], what: Object) -> bytes:
@@ -265,11 +296,12 @@ def _named(vmas: Iterable[Vma], what: Object) -> bytes:
 # ---- the destination -------------------------------------------------------------------------------------
 
 
-def receive(stream: Stream, root: int, bodies: int = img.MAX_META) -> dict[int, int]:
+def receive(stream: Stream, root: int, segments: sysv.Segments, bodies: int = img.MAX_META) -> dict[int, int]:
     """Make what comes: key -> descriptor of this process, the caller's to close.
 
     Args:
         root: host pid of a process whose root directory paths mean.
+        segments: of its IPC namespace: System V shared memory that is made.
 
     Raises:
         OSError: it is no such stream, or something could not be made; nothing stays open.
@@ -283,7 +315,11 @@ def receive(stream: Stream, root: int, bodies: int = img.MAX_META) -> dict[int, 
     place = os.open(f"/proc/{root}/root", os.O_PATH | os.O_CLOEXEC)
     try:
         made.update((one.target_fd, one.local_fd) for one in rebuild(table, {}, root, who, root))
-        for key, name, (device, inode), path, size, runs in memory:
+        for key, name, (device, inode), path, size, runs, segment in memory:
+            if segment:
+                made[key] = segments.make(shm.Segment(*segment))
+                _fill(made[key], runs, stream)
+                continue
             same = paths.find_same(place, path, plain["boot"] if path else b"", (device, inode))
             made[key] = os.memfd_create(os.fsdecode(name), os.MFD_CLOEXEC) if same is None else same
             if same is None:
@@ -317,6 +353,8 @@ def _rights(plain: Mapping[str, Any]) -> Credentials:
 def _check(table: Any, memory: Any) -> None:
     if any(len(entry["fds"]) != 1 for entry in table):
         raise ValueError("a thing that is shared has one key")
-    for _, name, _, _, size, runs in memory:
+    for _, name, _, _, size, runs, segment in memory:
+        if segment and (len(segment) != 9 or any(type(one) is not int for one in segment) or segment[7] != size):
+            raise ValueError("no System V shared memory")
         if len(name) > 200 or not 0 <= size <= img.TOP or any(o < 0 or n <= 0 or o + n > size + 4096 for o, n in runs):
             raise ValueError("memory of an impossible size")

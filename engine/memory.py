@@ -105,7 +105,7 @@ class Survey:
                 if flag in vma.flags and not (flag == WATCHED and self._watched):
                     self._refuse(f"it maps {what} at {vma.start:#x}" + (f" ({vma.path})" if vma.path else ""))
                     return
-        if HUGE in vma.flags and not vma.path.startswith("/SYSV"):
+        if HUGE in vma.flags and not (vma.path.startswith("/SYSV") and not self._kin.memory):
             kind = nameless.huge_flags(vma, self._vmas, self._page_sizes[vma.start])
             if kind is None:
                 self._refuse(f"it maps huge pages (hugetlb) of a file at {vma.start:#x} ({vma.path})")

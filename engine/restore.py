@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from engine import binder, cpu, nameless, note, state, strict, timers, vdso
+from engine import binder, cpu, nameless, note, state, strict, sysv, timers, vdso
 from engine import image as img
 from engine.descriptors import Placed, Row, after_placed, at_resume, close_all, rebuild
 from engine.descriptors.paths import is_fuse
@@ -297,6 +297,7 @@ class Builder:
         calls = Calls(target.injection)
         self._limits_before = procfs.read_limits(target.pid)
         self._describe(calls)
+        sysv.attach_rows(calls, image)
         nameless.narrow(image, lambda *span: calls.add("mprotect", *span))
         for r in image.regions:
             if r.lock:

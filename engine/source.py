@@ -14,7 +14,7 @@ from typing import Final
 
 import msgpack
 
-from engine import dump, faults, kin, lending, note, packing, tracking
+from engine import dump, faults, kin, lending, note, packing, sysv, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.kin import Kin
@@ -68,6 +68,7 @@ class Source:
         self._left = False  # and the process has gone
         self._foreseen = b""  # smaps of the process, a moment ago
         self._shared: kin.Shared | None = None  # of a tree that moves
+        self._segments: sysv.Segments | None = None  # likewise; they live on without us
         self.afterwards: Callable[[], object] | None = None
         self._look: Callable[..., dump.Inspection] | None = None  # as `inspect` did
         self._seen: tuple[Reply, Reply] = ({}, {})  # what `inspect` is going to be asked, and its answer
@@ -91,8 +92,10 @@ class Source:
         `bare`, `at_home`, `contents`: as for `inspect`.
         """
         self._drop_shared()
+        self._drop_segments()
         pids, bare = [int(pid) for pid in request["pids"]], bool((request.get("unlike") or {}).get("bare"))
         self._shared = kin.gather(pids, _contents(request), bare, bool(request.get("at_home")))
+        self._segments = self._shared.segments
         return self._shared.told()
 
     def give_kin(self, request: Reply, fds: list[int]) -> Reply:
@@ -102,6 +105,14 @@ class Source:
         total = self._give(request, self._shared.send)
         self._drop_shared()
         return {"bytes": total}
+
+    def end_kin(self, request: Reply, fds: list[int]) -> Reply:
+        """The processes of `find_kin` have gone: what they had of System V's goes as well."""
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.remove()
+            segments.close()
+        return {}
 
     def give_files(self, request: Reply, fds: list[int]) -> Reply:
         """Stream what a process that runs maps of `files` to the destination's `take_files`; wait as `give_kin`."""
@@ -128,6 +139,11 @@ class Source:
         finally:
             stream.close()
         return total
+
+    def _drop_segments(self) -> None:
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.close()
 
     def _drop_shared(self) -> None:
         shared, self._shared = self._shared, None
@@ -580,6 +596,7 @@ class Source:
         frozen, settled = self._frozen, self._settled
         watched = self._rounds is not None
         self._drop_shared()
+        self._drop_segments()
         self._unpledge()
         self._take_back()
         owed = self._end_owing()

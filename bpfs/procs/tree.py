@@ -231,6 +231,9 @@ class _Tree:
                 nursery.start_soon(carry, member, move)
         with suppress(BpfsError), trio.CancelScope(shield=True):
             assert self._members.kin.there is not None
+            if company.agreed:
+                await self._members.kin.there.call("keep_kin")
+                await self._members.kin.here.call("end_kin")
             await self._members.kin.there.call("discard")  # who holds what they share would be in the next move's way
         if errors:
             await self._sweep()

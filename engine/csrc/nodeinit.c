@@ -667,7 +667,10 @@ __attribute__((used)) _Noreturn void start(long *stack)
 		run_as_init();
 	set_clocks();
 	own_program = call(__NR_open, "/proc/self/exe", O_RDONLY | O_CLOEXEC, 0);
-	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	/* Ids of System V's are the cluster's own, too; a kernel may have no such namespaces. */
+	long pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	if (pid == -EINVAL)
+		pid = call(__NR_clone, CLONE_NEWPID | CLONE_NEWNS | CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0)
 		begin_as_init(argv, envp);
 	if (pid < 0)

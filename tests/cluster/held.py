@@ -46,7 +46,7 @@ class Interrupted:
             assert echo(it, what, f"nodes/{self.source}/migrate").returncode == 0
         gate = gates / phase
         reached = gate.with_suffix(".reached")
-        reached.unlink(missing_ok=True)  # those of a tree come there one by one, the last after the test before was done
+        reached.unlink(missing_ok=True)  # those of a tree come there one by one: the last after the test before
         gate.touch()
         self.writer = subprocess.Popen(
             ["bash", "-c", f"echo {what} > {it.mount}/nodes/{self.destination}/migrate"],

@@ -74,17 +74,44 @@ os.write(there[1], b".")
 print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in (worker, stopped, dead)], flush=True)
 """
 
-# Memory of shmget(2) that parent and child have attached.
+# Memory of shmget(2): the parent has it attached twice, the child once, for reading. A line is a round: the parent
+# counts on, and tells what the child reads and what is told of the segment (struct shmid64_ds: key, uid, mode, nattch).
 SEGMENT = """
-import ctypes, os, signal, sys
-libc = ctypes.CDLL(None)
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
 libc.shmat.restype = ctypes.c_void_p
-segment = libc.shmget(0, 4096, 0o600)
-assert libc.shmat(segment, None, 0) not in (None, 2**64 - 1)
-libc.shmctl(segment, 0, None)  # IPC_RMID: it goes with the last of them
-if not os.fork(): signal.pause()
-print("ready", flush=True)
-sys.stdin.read()
+libc.shmdt.argtypes = [ctypes.c_void_p]
+key, mode, removed = int(sys.argv[1]), 0o640, sys.argv[2] == "removed"
+segment = libc.shmget(key, 12345, 0o3000 | mode)
+assert segment >= 0
+def attach(flags):
+    at = libc.shmat(segment, None, flags)
+    assert at not in (None, 2**64 - 1)
+    return at
+one, two = attach(0), attach(0)
+if removed: assert libc.shmctl(segment, 0, None) == 0
+there, back = os.pipe(), os.pipe()
+if not os.fork():
+    for at in (one, two): assert libc.shmdt(at) == 0
+    at = attach(0o10000)
+    while os.read(there[0], 1) == b"x":
+        os.write(back[1], ctypes.string_at(at + 8192, 8))
+    os._exit(0)
+ctypes.memmove(one + 8192, struct.pack("q", 0), 8)
+print("ready", segment, flush=True)
+for line in sys.stdin:
+    number = struct.unpack("q", ctypes.string_at(one + 8192, 8))[0] + 1
+    ctypes.memmove(two + 8192, struct.pack("q", number), 8)
+    os.write(there[1], b"x")
+    status = ctypes.create_string_buffer(112)
+    assert libc.shmctl(segment, 2, status) == 0
+    said = struct.unpack("<iIIIII24xQ32xQ16x", status.raw)
+    print(struct.unpack("q", os.read(back[0], 8))[0], said[0], said[1], oct(said[5]), said[6], said[7], flush=True)
+assert libc.shmdt(two) == 0
+os.write(there[1], b".")
+os.wait()
+if not removed: assert libc.shmctl(segment, 0, None) == 0
+print("over", flush=True)
 """
 
 
@@ -163,17 +190,52 @@ def test_a_user_cannot_move_anothers_child(it):
         assert [place(it, pid) for pid in (parent.pid, child)] == ["0", "0"]
 
 
-def test_system_v_memory_is_named_for_each(it):
+def segments() -> list[int]:
+    """Ids of System V shared memory of the master."""
+    with open("/proc/sysvipc/shm") as file:
+        return [int(line.split()[1]) for line in list(file)[1:]]
+
+
+@pytest.mark.parametrize("uid", [0, USER])
+@pytest.mark.parametrize("how", ["kept", "removed"])
+def test_system_v_memory(it, how, uid):
+    """By id and key, with all of its attachments, and gone where it was; also where it is marked to go."""
+    key = 0 if how == "removed" else 0x62707600 + uid
     with subprocess.Popen(
-        [sys.executable, "-c", SEGMENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [PYTHON, "-c", SEGMENT, str(key), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        user=uid, group=uid, extra_groups=[], cwd="/",
     ) as parent:  # fmt: skip
+        family = [parent.pid]
         try:
-            assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+            assert parent.stdout is not None and parent.stdin is not None
+            number = int(parent.stdout.readline().split()[1])
+            family += children(parent.pid)
+            mode = oct(0o640 | (0o1000 if how == "removed" else 0))
+            for count, node in enumerate((-1, 0, 1, -1), 1):
+                if count > 1:
+                    move(it, parent.pid, node)
+                parent.stdin.write("\n")
+                parent.stdin.flush()
+                assert (number in segments()) == (node == -1)
+                assert parent.stdout.readline() == f"{count} {key} {uid} {mode} 12345 3\n"
+            out, _ = parent.communicate(timeout=60)
+            assert (out, parent.returncode) == ("over\n", 0)
+            wait_until(lambda: number not in segments(), "it should be gone")
+        finally:
+            subprocess.run(["kill", "-KILL", *map(str, family)], check=False, stderr=subprocess.DEVNULL)
+
+
+def test_system_v_memory_of_others_as_well_is_named(it):
+    with subprocess.Popen(
+        [sys.executable, "-c", SEGMENT, "0", "removed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            assert parent.stdout is not None
+            number = parent.stdout.readline().split()[1]
             (child,) = children(parent.pid)
-            assert "Operation not supported" in echo(it, f"{parent.pid} tree", "nodes/0/migrate").stderr
+            assert "Operation not supported" in echo(it, f"{child} tree", "nodes/0/migrate").stderr
             said = it.read("nodes/0/migrate").splitlines()[-1]
-            for pid in (parent.pid, child):
-                assert f"process {pid}: it has System V shared memory attached" in said
+            assert f"process {child}: System V shared memory {number} is attached by another process as well" in said
         finally:
             subprocess.run(["kill", "-KILL", *map(str, [parent.pid, *children(parent.pid)])], check=False)
 
