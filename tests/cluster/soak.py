@@ -1,10 +1,10 @@
 """A soak: random moves, forks, signals, stops, checkpoints, ends, losses of nodes, deaths of slaves and of the master,
 and a check that nothing is lost or doubled.
 
-`python -m tests.cluster.soak --seconds 600 [--seed N]` by hand; a short form runs in the suite. Several drivers act at
-once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its status has to be
-the one that fits what was done to it; it waits for each of its children once. A job or a child may end as killed only
-when a node where it was or was moving was lost, or when the master died while it was moving.
+`python -m tests.cluster.soak --seconds 600 [--seed N] [--no-forks]` by hand; a short form runs in the suite. Several
+drivers act at once, each on jobs of its own. A job counts on a pipe; every number has to come once, in order, and its
+status has to be the one that fits what was done to it; it waits for each of its children once. A job or a child may end
+as killed only when a node where it was or was moving was lost, or when the master died while it was moving.
 """
 
 from __future__ import annotations
@@ -203,8 +203,9 @@ class Job:
 class Soak:
     """All of it."""
 
-    def __init__(self, it: VirtualCluster, seed: int, folder: Path) -> None:
+    def __init__(self, it: VirtualCluster, seed: int, folder: Path, forks: bool) -> None:
         self.it, self.seed, self.folder = it, seed, folder
+        self.actions = {act: weight for act, weight in ACTIONS.items() if forks or act is not Soak.fork}
         self.lost: list[tuple[float, int]] = []
         self.crashes = self.restarts = 0
         self.counts: dict[str, int] = {}
@@ -232,7 +233,7 @@ class Soak:
                 while len(jobs) < JOBS:
                     jobs.append(Job(self.it, rng))
                 job = rng.choice(jobs)
-                act = rng.choices(list(ACTIONS), weights=list(ACTIONS.values()))[0]
+                act = rng.choices(list(self.actions), weights=list(self.actions.values()))[0]
                 with self._lock:
                     self.counts[act.__name__] = self.counts.get(act.__name__, 0) + 1
                 act(self, job, rng)
@@ -433,11 +434,15 @@ ACTIONS = {
 }  # fmt: skip
 
 
-def soak(mount: Path, seconds: float, seed: int) -> dict[str, int]:
-    """Runs one; how often each thing was done. Raises Wrong, with the seed."""
+def soak(mount: Path, seconds: float, seed: int, forks: bool = True) -> dict[str, int]:
+    """Runs one; how often each thing was done. Raises Wrong, with the seed.
+
+    Args:
+        forks: jobs have children.
+    """
     print(f"soak: seed {seed}", flush=True)
     with cluster(mount, "--lease", str(LEASE), nodes=NODES) as it, tempfile.TemporaryDirectory() as folder:
-        one = Soak(it, seed, Path(folder))
+        one = Soak(it, seed, Path(folder), forks)
         one.run(seconds)
         for role in ("master", *(f"n{node}" for node in range(NODES))):
             if "Traceback" in it.log(role):
@@ -449,10 +454,11 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--forks", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bpfs-soak-") as folder:
-        print(soak(Path(folder) / "m", arguments.seconds, arguments.seed))
+        print(soak(Path(folder) / "m", arguments.seconds, arguments.seed, arguments.forks))
     return 0
 
 
