@@ -62,6 +62,7 @@ class Takeover:
         self._alive: dict[int, set[int]] = {}  # node that is back -> what lived there then
         self._ownerless: set[int] = set()  # jobs whose ghosts were killed meanwhile, or never came to be
         self._torn: dict[int, Bound] = {}  # whose move from node to node was under way
+        self._left: list[Away] = []  # those that have just left the master
 
     async def take_up(self) -> None:
         """Adopt all ghosts that still are there; from now on their nodes are expected back."""
@@ -76,6 +77,8 @@ class Takeover:
             self._take_up_child(child, parent)
         for away in list(self._ghosts.all()):
             await carefully(away.proc.pid, self._end_unknown(away))
+        for away in self._left:
+            await carefully(away.proc.pid, self._part(away, MASTER))
         bound = {where.place for where in self._torn.values()}
         for number in bound | {int(away.proc.place) for away in self._ghosts.all()}:
             node = self._nodes.find(number) or self._nodes.add(number)
@@ -108,6 +111,7 @@ class Takeover:
         if bound is not None and proc.place == MASTER:
             self._arrive(away, bound)
             away.known = self._known[bound.place]
+            self._left.append(away)
         self._ghosts.take_charge(away)
         self._ghosts.table.add(proc)
         if bound is not None and proc.place != bound.place:
@@ -233,6 +237,7 @@ class Takeover:
         stays = proc.pid in self._alive.get(source, ())
         if not stays and bound.place in self._alive:
             self._arrive(away, bound)
+            await carefully(proc.pid, self._part(away, source))
             await self._ghosts.reports.catch_up(proc)
         else:
             self._ghosts.reports.expect_no_more(proc)
@@ -251,7 +256,13 @@ class Takeover:
         proc, stdio = away.proc, away.stdio
         stdio.stream, stdio.ends, stdio.files = bound.stream, bound.ends, {}
         proc.arrived(bound.place, 0.0, 0)
+        proc.hostpid = 0  # which was that at its source
         _log.info("process %d has moved to node %d after all", proc.pid, bound.place)
+
+    async def _part(self, away: Away, source: int) -> None:
+        """It hears from afar of the children that it has left there, and they of it."""
+        await self._ghosts.families.parted(away, source)
+        await self._ghosts.families.keep_children(away, procfs.children(away.proc.pid))
 
 
 def _is_there(pid: int, start: int) -> bool:

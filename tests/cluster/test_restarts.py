@@ -214,3 +214,22 @@ def test_moves_are_under_way(it, gates, phase):
         start_master(it)
         for process in processes.values():
             check_one_end(it, process, phase in LATE)
+
+
+def test_a_parent_whose_move_is_under_way(it, gates):
+    """It has arrived after all: it can be moved on, and hears of the child that it has left."""
+    with shell("sleep 1000 >&- 2>&- & echo $!; read; wait $!; echo $?; exit 8") as process:
+        child = int(process.stdout.readline())
+        one = Interrupted(it, gates, process, LEAVE, "go")
+        kill(it.pid("master"))
+        one.gate.unlink()
+        one.writer.kill()
+        one.writer.communicate()
+        start_master(it)
+        wait_until(lambda: it.read(f"procs/{process.pid}/state") == "running\n", "what has become of it is known")
+        assert place(it, process.pid) == "0"
+        move(it, process.pid, 1)
+        tell(process, "on")
+        os.kill(child, signal.SIGTERM)
+        assert process.stdout.read() == "143\n"
+        assert process.wait(60) == 8
