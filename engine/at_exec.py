@@ -14,7 +14,7 @@ from engine import dump, execorder, note
 from engine.linux import ptrace
 from engine.onexec import Armed, end
 from engine.operation import ORDER, Reply
-from engine.source import Source, question
+from engine.source import Source, contents_of, question
 
 
 class AtExec(Source):
@@ -51,13 +51,17 @@ class AtExec(Source):
         return {}
 
     def _order(self, request: Reply) -> Reply:
-        frozen, told = self._held(), self.inspect(request, [])
-        self.afterwards, self._seen = None, (question(request), told)
-        if self._inspection is None or told["refusals"]:
-            return {}
-        image = self._image = dump.build(self._inspection)
-        order = execorder.write(frozen, image, told["externals"], told["process"]["cmdline"])
+        frozen = self._held()
+        seen = self._inspection = dump.inspect(
+            frozen, request.get("unlike"), family=True, at_home=True, contents=contents_of(request), bare=True
+        )
+        order = None
+        if not seen.refusals:
+            image = self._image = dump.build(seen)
+            told = self._told()
+            order = execorder.write(frozen, image, seen.externals, told["process"]["cmdline"])
         if order is None:
+            self._inspection = self._image = None
             return {}
         ptrace.ptrace(ptrace.SETOPTIONS, frozen.pid, 0, ptrace.O_TRACESYSGOOD | ptrace.O_EXITKILL)
         frozen.options, self._ordered = ptrace.O_EXITKILL, True
@@ -75,7 +79,7 @@ class AtExec(Source):
         """The order was of no use: the process moves in another way."""
         frozen = self._held()
         self._take_back()
-        self._passed = self._ready = None
+        self._passed = self._ready = self._inspection = self._image = None
         frozen.options, self._ordered = 0, False
         ptrace.ptrace(ptrace.SETOPTIONS, frozen.pid, 0, ptrace.O_TRACESYSGOOD)
         return {}

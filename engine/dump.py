@@ -127,6 +127,7 @@ def inspect(
     lazy: bool = False,
     foreseen: bytes = b"",
     kin: Kin | None = None,
+    bare: bool = False,
 ) -> Inspection:
     """Look at a settled process without touching it; collect every obstacle.
 
@@ -141,6 +142,7 @@ def inspect(
         lazy: what can of its memory comes after it.
         foreseen: its smaps a moment ago; else they are read now.
         kin: what it shares with others that move with it.
+        bare: it stands at its exec, and its memory does not move.
 
     Raises:
         OSError: the process ended meanwhile, or a kernel interface failed.
@@ -150,7 +152,7 @@ def inspect(
     differences = facts.obstacles(frozen, there) if there else []
     stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
     refusals = obstacles(frozen, stat, family)
-    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests, foreseen, kin)
+    survey = Survey(frozen, rounds.marks if rounds is not None else None, digests, foreseen, kin, bare)
     files_stay = bool(there and there.get("bare"))
     descriptors = inspect_descriptors(
         frozen.pid, tid=frozen.threads[0].tid, content_limit=contents, close=close, files_stay=files_stay,
@@ -163,7 +165,8 @@ def inspect(
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     later = owed.choose(frozen, survey) if lazy else []
-    seen = Inspection(frozen, stat, descriptors, survey, survey.runs(carried, later), refusals, later=later)
+    runs = survey.runs(carried, later) if not bare else []
+    seen = Inspection(frozen, stat, descriptors, survey, runs, refusals, later=later)
     seen.recheck = recheck if survey.foreseen else None
     if rounds is not None:
         seen.left, seen.keep = rounds.settle(survey, seen.runs)

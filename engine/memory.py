@@ -57,11 +57,12 @@ class Survey:
         digests: whether files are to be known by their content.
         foreseen: its smaps, read a moment before it stood still (engine/foresight.py).
         kin: what it shares with others that move with it.
+        files_only: which files it maps is all that counts.
     """
 
     def __init__(
         self, frozen: Frozen, marks: "Callable[[], tuple[Runs, Runs]] | None" = None, digests: bool = False,
-        foreseen: bytes = b"", kin: Kin | None = None,
+        foreseen: bytes = b"", kin: Kin | None = None, files_only: bool = False,
     ) -> None:  # fmt: skip
         self._frozen, self._digests, self._kin = frozen, digests, kin or Kin()
         self._watched = marks is not None
@@ -82,8 +83,8 @@ class Survey:
         self._handed: set[tuple[int, int, int]] = set()  # of `shared`, what the others that move are handed as well
         scratch = frozen.injection.base if frozen.injection else 0
         self.foreseen = still_said(frozen, foreseen) if foreseen else b""
-        raw = self.foreseen or procfs.read(f"{frozen.live}/smaps")
-        self._vmas = frozen.vmas = procfs.parse_smaps(raw)
+        raw = self.foreseen or procfs.read(f"{frozen.live}/{'maps' if files_only else 'smaps'}")
+        self._vmas = frozen.vmas = procfs.parse_maps(raw) if files_only else procfs.parse_smaps(raw)
         self._page_sizes = procfs.huge_page_sizes(raw) if HUGE.encode() in raw else {}
         for vma in self._vmas:
             if not (scratch and vma.start == scratch):

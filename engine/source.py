@@ -94,7 +94,7 @@ class Source:
         self._drop_shared()
         self._drop_segments()
         pids, bare = [int(pid) for pid in request["pids"]], bool((request.get("unlike") or {}).get("bare"))
-        self._shared = kin.gather(pids, _contents(request), bare, bool(request.get("at_home")))
+        self._shared = kin.gather(pids, contents_of(request), bare, bool(request.get("at_home")))
         self._segments = self._shared.segments
         return self._shared.told()
 
@@ -167,7 +167,7 @@ class Source:
     def obstacles(self, request: Reply, fds: list[int]) -> Reply:
         """Say why a process cannot move; it runs on."""
         family, at_home = bool(request.get("family")), bool(request.get("at_home"))
-        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home, _contents(request))}
+        return {"refusals": dump.obstacles_of(int(request["pid"]), family, at_home, contents_of(request))}
 
     def freeze(self, request: Reply, fds: list[int]) -> Reply:
         """Seize and stop, and `inspect` where that is asked for; `writing`: return before the stop.
@@ -205,7 +205,7 @@ class Source:
         if self._frozen is not None or self._rounds is not None:
             raise OSError(16, f"{ORDER}: a process is held already")
         pid = int(request["pid"])
-        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")), _contents(request))
+        refusals = dump.forecast(pid, bool(request.get("close")), bool(request.get("at_home")), contents_of(request))
         if refusals:
             return {"watched": False, "why": refusals[0]}
         try:
@@ -270,7 +270,7 @@ class Source:
             outlast(frozen.pid)
         self._look = functools.partial(
             dump.inspect, frozen, request.get("unlike"), bool(request.get("close")), bool(request.get("family")),
-            bool(request.get("at_home")), self._rounds, _contents(request), bool(request.get("digests")),
+            bool(request.get("at_home")), self._rounds, contents_of(request), bool(request.get("digests")),
             bool(request.get("lazy")), kin=Kin.told(request["kin"]) if "kin" in request else None,
         )  # fmt: skip
         self._inspection = self._look(foreseen=self._rounds.smaps if self._rounds is not None else self._foreseen)
@@ -608,7 +608,8 @@ class Source:
         return frozen is not None or watched or owed
 
 
-def _contents(request: Reply) -> int:
+def contents_of(request: Reply) -> int:
+    """Bytes of open files without a name that may travel."""
     return int(request.get("contents", CONTENT_LIMIT))
 
 
