@@ -56,8 +56,7 @@ class Destination:
         """Make the stopped child, or seize the ghost, and listen, where `listen` has not been asked for.
 
         `lazy`: some of its memory will come later.
-        `soon`: return when it is known where the image is to go; the rest is done then, before the next operation, which
-        fails should that.
+        `soon`: return when it is known where the image is to go; the rest is done then, and fails the next operation.
         """
         self._check()
         if self._target is not None:

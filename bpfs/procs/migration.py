@@ -102,6 +102,7 @@ class Migration(ABC):
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
         self.wants_strict = proc.wants_strict
         self.before = proc.state  # what it does when no move owns it
+        self.asked: WriteRequest | None = None  # the write that waits for its end
         self.compress = False  # pages may be packed, where that is faster
         self.ahead = False  # the destination has memory that went ahead
         self.watched = False  # the source's engine may hold its record of writes
@@ -123,6 +124,12 @@ class Migration(ABC):
     def be_lazy(self, keep: Keep) -> None:
         """What can of its memory comes when the process runs at its new place; `keep` sees to it then."""
         self.keep, self.precopy, self.looking["lazy"] = keep, None, True
+
+    async def answer(self) -> None:
+        """The copy is whole and was told to run, its source is no more: to whoever asked, the process is there."""
+        if self.asked is not None:
+            self.proc.there = True
+            await self.asked.answer()
 
     @property
     def along(self) -> Sequence[int]:

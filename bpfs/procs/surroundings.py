@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from bpfs.config import Config
 from bpfs.nodes.blocks import Blocks
 from bpfs.procs.ghost import ROOM_FOR_HEIR
@@ -11,6 +9,7 @@ from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.programs import Programs
 from bpfs.view.exports import Exports
 from bpfs.wire.streams import StreamBook
+from engine.linux.procfs import read
 
 
 class Surroundings:
@@ -50,6 +49,6 @@ class Surroundings:
         Its environment tells: /proc/PID/exe of a process without new privileges goes on naming the ghost.
         """
         try:
-            return Path(f"/proc/{pid}/environ").read_bytes().startswith(self.environment[0] + b"\0")
+            return read(f"/proc/{pid}/environ").startswith(self.environment[0] + b"\0")
         except OSError:
             return False

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection
-from pathlib import Path
 
-from engine.linux.procfs import own_file
+from engine.linux.procfs import own_file, read
 
 # Majors of terminals (Documentation/admin-guide/devices.txt): consoles, serial lines, ptys, /dev/tty.
 _TTY_MAJORS = frozenset({3, 4, 5, 166, 188, 204, 207, 229, *range(136, 144)})
@@ -17,7 +16,7 @@ _OWN_TTY = os.makedev(5, 0)  # /dev/tty
 
 def _stat(pid: int) -> list[str]:
     try:
-        return Path(own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
+        return read(own_file(pid, "stat")).decode(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 

@@ -6,7 +6,6 @@ import errno
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 from bpfs.errors import BpfsError
@@ -242,7 +241,7 @@ def relatives(pids: Iterable[int]) -> list[Relative]:
     found: list[Relative] = []
     for pid in pids:
         with suppress(OSError):
-            fields = Path(procfs.own_file(pid, "stat")).read_text(errors="replace").rpartition(")")[2].split()
-            _, _, status = Path(procfs.own_file(pid, "status")).read_text(errors="replace").partition("\nUid:")
+            fields = procfs.read(procfs.own_file(pid, "stat")).decode(errors="replace").rpartition(")")[2].split()
+            _, _, status = procfs.read(procfs.own_file(pid, "status")).decode(errors="replace").partition("\nUid:")
             found.append((pid, int(fields[2]), int(fields[3]), int(status.split(None, 1)[0])))
     return found

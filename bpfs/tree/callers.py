@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path as FilePath
 from signal import SIGCHLD, SIGCONT, SIGURG, SIGWINCH
 
 import trio
 
-from engine.linux.procfs import own_file
+from engine.linux.procfs import own_file, read
 
 POLL_S = 0.1
 """Seconds between two looks at a waiting caller's signals: ^C then takes 8 ms to 100 ms, which people call at once."""
@@ -45,7 +44,7 @@ _HARMLESS = _bit(SIGCHLD) | _bit(SIGCONT) | _bit(SIGURG) | _bit(SIGWINCH)
 def _status(tid: int) -> dict[str, str]:
     """The fields of /proc/TID/status; empty when there is no such thread."""
     try:
-        text = FilePath(own_file(tid, "status")).read_text(errors="replace")
+        text = read(own_file(tid, "status")).decode(errors="replace")
     except OSError:
         return {}
     return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
@@ -79,7 +78,7 @@ def is_interrupted(tid: int) -> bool:
 def _waits_for(tid: int, inode: int) -> bool:
     """Whether a thread is inside a system call on a descriptor of this inode, as told by fdinfo."""
     try:
-        call = FilePath(f"/proc/{tid}/syscall").read_text().split()
+        call = read(f"/proc/{tid}/syscall").decode().split()
     except OSError:
         return False
     # "running", or number, six arguments, sp, pc. One of the first three is the descriptor in all calls that read or
@@ -95,8 +94,8 @@ def _waits_for(tid: int, inode: int) -> bool:
 
 def _inode_of(tid: int, fd: int) -> int:
     try:
-        for line in FilePath(f"/proc/{tid}/fdinfo/{fd}").read_text().splitlines():
-            if line.startswith("ino:"):  # Linux 5.14
+        for line in read(f"/proc/{tid}/fdinfo/{fd}").splitlines():
+            if line.startswith(b"ino:"):  # Linux 5.14
                 return int(line[4:])
     except OSError:
         pass
@@ -113,7 +112,7 @@ def _threads(pid: int) -> Iterator[int]:
 def _settled(tid: int) -> bool:
     # The request may reach us before its sender has gone to sleep: some microseconds.
     try:
-        return FilePath(f"/proc/{tid}/syscall").read_text() != "running\n"
+        return read(f"/proc/{tid}/syscall") != b"running\n"
     except OSError:
         return True
 
