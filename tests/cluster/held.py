@@ -54,7 +54,8 @@ class Interrupted:
         )  # fmt: skip
         self.said = ""
         try:
-            wait_until(reached.exists, f"the move should reach {phase}")
+            wait_until(lambda: reached.exists() or self.writer.poll() is not None, f"the move should reach {phase}")
+            assert reached.exists(), f"it ended before {phase}: {self.finish()}, {self.said}"
             reached.unlink()
         except BaseException:
             self.writer.kill()
