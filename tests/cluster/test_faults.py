@@ -251,6 +251,7 @@ def test_the_network_is_cut_meanwhile(wired, gates, counter, phase):
     set_link(wired.leg(1), up=False)
     try:
         move.go_on()
+        wired.wait_state(1, "down")
     finally:
         set_link(wired.leg(1), up=True)
     assert counter.wait(60) == -signal.SIGKILL
