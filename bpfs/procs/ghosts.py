@@ -246,6 +246,8 @@ class Ghosts:
         if proc.state is ProcState.RUNNING:
             proc.state = ProcState.STOPPED
             self.table.changed(proc, "stopped")
+        elif proc.state is ProcState.MIGRATING:  # it is there already, and runs
+            proc.before = ProcState.STOPPED
         away.asked_stop, away.stopped_by, away.stopped_after = True, signo, self.families.heard.get(proc.pid, 0)
         self.note(away)
         if away.awake:
@@ -259,6 +261,8 @@ class Ghosts:
         if proc.state is ProcState.STOPPED:
             proc.state = ProcState.RUNNING
             self.table.changed(proc, "running")
+        elif proc.state is ProcState.MIGRATING:
+            proc.before = ProcState.RUNNING
         away.asked_stop = away.to_stop = False
         self.note(away)
         await tell(away.ghost.cont())

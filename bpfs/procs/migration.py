@@ -44,7 +44,7 @@ from bpfs.procs.exchange import refuse, together, transfer
 from bpfs.procs.lazy import Keep, Lazy
 from bpfs.procs.phases import Figures, Landing, Phase, is_watched_closely
 from bpfs.procs.places import Engine, Place
-from bpfs.procs.process import ExitStatus, Process
+from bpfs.procs.process import ExitStatus, Process, ProcState
 from bpfs.procs.straight import go_straight
 from bpfs.tree.base import WriteRequest
 from engine.facts import share_files, unlike, unpacks
@@ -101,8 +101,7 @@ class Migration(ABC):
         self.on_failure: Callable[[BpfsError], None] | None = None  # called once, before the source runs on
         self.precopy: int | None = None  # bytes of memory from which on it goes ahead; None: never
         self.wants_strict = proc.wants_strict
-        self.before = proc.state  # what it does when no move owns it
-        self.asked: WriteRequest | None = None  # the write that waits for its end
+        self.before = proc.state
         self.compress = False  # pages may be packed, where that is faster
         self.ahead = False  # the destination has memory that went ahead
         self.watched = False  # the source's engine may hold its record of writes
@@ -125,11 +124,14 @@ class Migration(ABC):
         """What can of its memory comes when the process runs at its new place; `keep` sees to it then."""
         self.keep, self.precopy, self.looking["lazy"] = keep, None, True
 
-    async def answer(self) -> None:
-        """The copy is whole and was told to run, its source is no more: to whoever asked, the process is there."""
-        if self.asked is not None:
-            self.proc.there = True
-            await self.asked.answer()
+    @property
+    def before(self) -> ProcState:
+        """What it does when no move owns it."""
+        return self.proc.before
+
+    @before.setter
+    def before(self, state: ProcState) -> None:
+        self.proc.before = state
 
     @property
     def along(self) -> Sequence[int]:

@@ -93,6 +93,7 @@ class Process:
     identity: Identity
     place: int = MASTER
     state: ProcState = ProcState.RUNNING
+    before: ProcState = ProcState.RUNNING  # where a migration owns it: what it does otherwise
     hostpid: int = 0  # what the node's engine calls it; 0: not known
     native: bool = False  # forked where it is: there its parent alone hears of its end
     leaving: bool = False  # its copy on the node is being ended after a move: that death is not its own
@@ -102,7 +103,6 @@ class Process:
     progress: str = ""  # where a migration is, in words
     copying: str = ""  # likewise, while its memory goes ahead and it runs on, as if nothing moved it
     landing: bool = False  # its outcome is a moment away, and the process itself may know it before the master
-    there: bool = False  # who asked for its move has been told that it is where it was to go
     owed: Owed | None = None  # it runs, and has not got all of its memory yet
     why: str = ""  # it was killed, in words; empty: there is no more to say than its status
     onloss: OnLoss = OnLoss.KILL

@@ -89,7 +89,6 @@ class Procs:
             migration.be_lazy(self._look_after)
         if verb.close:
             migration.looking["close"] = True
-        migration.asked = request
         writer = request if writes_itself(request.caller, proc) else None
         await self.carry_out(migration, lambda: migration.run(writer))
 
@@ -119,8 +118,8 @@ class Procs:
         may_control(caller, proc)
         target = self.nodes.get(node)
         await self.ghosts.wait_born(proc)
-        if proc.state is ProcState.MIGRATING and (caller.pid == pid or proc.there):
-            await proc.settled.wait()  # it runs: what is left of its last move is our own business
+        if proc.state is ProcState.MIGRATING and caller.pid == pid:
+            await proc.settled.wait()  # it writes, so it runs: what is left of its last move is our own business
         if proc.state is ProcState.MIGRATING:
             raise BpfsError(errno.EBUSY, f"process {pid} is moving already: {proc.progress}")
         if proc.owed is not None and proc.place != node:
@@ -168,7 +167,7 @@ class Procs:
             self._under_way.discard(migration)
             if homing is not None:
                 homing.home(proc)
-            proc.landing = proc.there = proc.pledged = False
+            proc.landing = proc.pledged = False
             proc.settled.set()
 
     def refused(self, pid: int, node: int, error: BpfsError) -> None:

@@ -105,7 +105,6 @@ class _Going:
         self._left = True
         with trio.CancelScope(shield=True):  # the copy may run already
             await move.departed()
-        await move.answer()
         return reply
 
     def _check(self, reply: dict[str, Any]) -> None:
