@@ -108,6 +108,7 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, "-c", JOB, str(self.code), str(rng.choice([0, 0, 3]))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            process_group=0,  # SIGTSTP means nothing to a group that is orphaned, as ours may be
         )  # fmt: skip
         self.pid = self.process.pid
         self.places = {-1}  # where it is or, while and after a move, may be
