@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, dataclass_transform
 
-VERSION = 20
+VERSION = 19
 """Raised with every change of a message. Both sides must have the same."""
 
 Plain: TypeAlias = Any
