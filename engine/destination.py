@@ -1,13 +1,11 @@
 """A worker's operations on the machine that a process comes to: engine/worker.py."""
 
 import contextlib
-import errno
-import functools
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from engine import faults, filling, kin, lending, placeholders, sysv
@@ -33,8 +31,6 @@ class Destination:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self.afterwards: Callable[[], object] | None = None  # of what comes when a reply is on its way
-        self._failure: OSError | None = None  # of that
         self._target: Target | None = None
         self._listener: socket.socket | None = None
         self._token = b""
@@ -56,32 +52,14 @@ class Destination:
         """Make the stopped child, or seize the ghost, and listen, where `listen` has not been asked for.
 
         `lazy`: some of its memory will come later.
-        `soon`: return when it is known where the image is to go; the rest is done then, and fails the next operation.
         """
-        self._check()
         if self._target is not None:
             raise OSError(16, f"{ORDER}: a process is being built already")
         if request.get("lazy") and not userfaultfd.answers():
             raise OSError(95, NOT_LAZY)
+        place = request["place"]
         if self._listener is None:
             self._expect_source(_listen(request["address"]))
-        if request.get("soon"):
-            self.afterwards = functools.partial(self._make_soon, request)
-        else:
-            self._make(request)
-        return self._where()
-
-    def _make_soon(self, request: Reply) -> None:
-        try:
-            self._make(request)
-        except OSError as error:
-            self._failure = error
-        except Exception as error:
-            report(error)
-            self._failure = OSError(errno.EIO, sentence(error))
-
-    def _make(self, request: Reply) -> None:
-        place = request["place"]
         try:
             if "init" in place:
                 pid, ppid, pgid, sid = (int(request[key]) for key in ("pid", "ppid", "pgid", "sid"))
@@ -97,16 +75,7 @@ class Destination:
         except BaseException:
             self._close_listener()
             raise
-
-    def _check(self) -> None:
-        """Raises OSError: that of what was to be made soon."""
-        if self._failure is not None:
-            raise self._failure
-
-    def made(self, request: Reply, fds: list[int]) -> Reply:
-        """After a `prepare` that was to return `soon`: wait until all of it is done."""
-        self._check()
-        return {}
+        return self._where()
 
     def gather(self, request: Reply, fds: list[int]) -> Reply:
         """Have the `files` that the process maps at hand, while it still runs. Returns which of them the place `lacks`.
@@ -114,7 +83,6 @@ class Destination:
         Raises:
             OSError: one that should be here cannot be had.
         """
-        self._check()
         if self._target is None:
             raise OSError(22, f"{ORDER}: prepare first")
         here = gather([MappedFile(*file) for file in request["files"]], self._target.pid)
@@ -122,7 +90,6 @@ class Destination:
 
     def take_files(self, request: Reply, fds: list[int]) -> Reply:
         """Take the content of `files`, which are not here, from the source's `give_files`."""
-        self._check()
         if self._listener is None:
             raise OSError(22, f"{ORDER}: prepare first")
         files = [MappedFile(*file) for file in request["files"]]
@@ -195,7 +162,6 @@ class Destination:
 
         `receive`, with `ahead`, goes on with the same connection.
         """
-        self._check()
         if self._listener is None or self._stage is not None:
             raise OSError(22, f"{ORDER}: prepare or listen first")
         if self._target is None and "ghost" not in request:
@@ -220,9 +186,7 @@ class Destination:
         `lends`: the source gives the content of files that are mapped and not here.
         `memory`: [device, inode, index] of shared memory that is among `fds`.
         `front`: the process group that it has put in front of its terminal, where that comes as well.
-        `ready`: tell the source, whose process runs still, that it can be stopped.
         """
-        self._check()
         if self._target is None or self._listener is None or self._builder is not None:
             raise OSError(22, f"{ORDER}: prepare first")
         externals = {int(key): fds[index] for key, index in request.get("externals", {}).items()}
@@ -242,8 +206,6 @@ class Destination:
         self._stream = stream
         try:
             with self._telling(stream):
-                if request.get("ready"):
-                    stream.send(img.frame(img.READY, b""))
                 total = self._build(stream, externals, ghost_fds, ahead, bool(request.get("lends")), given)
                 if not request.get("part"):
                     self._complete(stream)
@@ -411,7 +373,6 @@ class Destination:
 
     def undo(self) -> bool:
         """Nothing of the new process stays; a ghost is a ghost again. Returns whether there was anything to undo."""
-        self._failure = self.afterwards = None
         self._close_listener()
         self._close_stream()
         self._close_carried()

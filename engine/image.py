@@ -46,7 +46,6 @@ PIECE: Final = 17  # a span, all of which has been dealt with then, and the span
 TAKEN: Final = 18  # from the destination: these are where they belong
 LAST: Final = 19  # from the source: all has been sent; and back, when it is there
 LATER: Final = 21  # from the source, after META: STATE comes after the pages
-READY: Final = 22  # from the destination, before all else: what is going to be the copy is made
 KIN: Final = 20  # what the processes of a tree share (engine/kin.py)
 _HEADER: Final = struct.Struct("<4sHHII")
 HEADER_SIZE: Final = _HEADER.size

@@ -174,7 +174,7 @@ class Source:
 
         `unless`: leave it alone, and say so (`large`), where it has at least so many bytes of its own.
         `host`, `port`, `token`, `pack`, `builds`: where the image goes as soon as `inspect` has answered, unasked;
-        `send` goes on from there. `awaits`: not before the destination is ready to take it.
+        `send` goes on from there.
         `children`: say also what `family` says.
         """
         if self._frozen is not None:
@@ -185,8 +185,6 @@ class Source:
         writing = bool(request.get("writing"))
         if "token" in request:
             self._opened = self._open_stream(request)  # while it runs
-            if request.get("awaits"):
-                _read_answer(self._opened, img.READY)
             faults.hold("ahead")
         self._frozen_at = time.monotonic()
         self._frozen = freeze(int(request["pid"]), wait=not writing)
@@ -640,11 +638,7 @@ def _read_verdict(stream: Stream) -> bytes:
 
     Raises OSError where it could not be made.
     """
-    return _read_answer(stream, img.HELD, img.LACKS)
-
-
-def _read_answer(stream: Stream, *kinds: int) -> bytes:
-    kind, body = img.read_frame(stream.receive, (*kinds, img.ERROR), img.MAX_SMALL)
+    kind, body = img.read_frame(stream.receive, (img.HELD, img.ERROR, img.LACKS), img.MAX_SMALL)
     if kind == img.ERROR:
         raise img.failure(body)
     return body

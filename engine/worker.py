@@ -59,7 +59,6 @@ def serve(control: socket.socket) -> bool:
         "vanish": source.vanish,
         "owing": source.owing,
         "prepare": destination.prepare,
-        "made": destination.made,
         "gather": destination.gather,
         "take_files": destination.take_files,
         "listen": destination.listen,
@@ -102,15 +101,14 @@ def serve(control: socket.socket) -> bool:
                     os.close(fd)
             clean = clean and reply["ok"]
             _reply(control, reply)
-            for one in (source, destination):
-                if one.afterwards is not None:
-                    afterwards, one.afterwards = one.afterwards, None
-                    _try(afterwards)
+            if source.afterwards is not None:
+                afterwards, source.afterwards = source.afterwards, None
+                _try(afterwards)
     except OSError:
         clean = False  # the daemon is gone
     finally:
-        for end in (source, destination, keeper, giver, original):
-            clean = not _try(end.undo) and clean
+        for one in (source, destination, keeper, giver, original):
+            clean = not _try(one.undo) and clean
     return clean
 
 

@@ -113,7 +113,6 @@ class Migration(ABC):
         self.looked: dict[str, Any] = {}  # what the source's engine said of it while it ran
         self.front = 0  # the group that it has put in front of its terminal where it is; 0: that is known here
         self._agreed = False  # the engines know what they may do if it still is that
-        self.soon = False  # the destination need not be asked whether it is ready: it tells the source's engine
         self.own = 0  # bytes of memory that it had then
         self.mapped: list[Any] = []  # files that it mapped then
         self.lacking: list[Any] = []  # those of them that the destination does not have, and cannot fetch
@@ -331,8 +330,6 @@ class Migration(ABC):
                 await self._carry(src, dst, self.landing)
         if self._may_agree():
             return self.landing
-        if self.soon:
-            await dst.call("made")
         summary = await stop()
         if "large" in summary:
             await copy_ahead(self, src, dst)
@@ -375,7 +372,7 @@ class Migration(ABC):
         """What the source's engine is told so that the image goes as soon as the process stands still."""
         if self.landing is None or self.ahead or self.company or is_watched_closely():
             return {}
-        return self._where(self.landing) | {"awaits": self._agreed and self.soon}
+        return self._where(self.landing)
 
     @property
     def packs(self) -> bool:

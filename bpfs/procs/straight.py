@@ -43,7 +43,7 @@ async def go_straight(
     if stop is None:
         return await _Going(move, src, dst, landing).go(None)
     try:
-        return await _Going(move, src, dst, landing, ready=move.soon).go(stop)
+        return await _Going(move, src, dst, landing).go(stop)
     except Surprise as surprise:
         _log.info("process %d: once more, as it is: %s", move.proc.pid, surprise)
         anew = await move.land_anew(dst, surprise.summary)
@@ -53,9 +53,8 @@ async def go_straight(
 class _Going:
     """One attempt."""
 
-    def __init__(self, move: Migration, src: Engine, dst: Engine, landing: Landing, ready: bool = False) -> None:
+    def __init__(self, move: Migration, src: Engine, dst: Engine, landing: Landing) -> None:
         self._move, self._src, self._dst, self._landing = move, src, dst, landing
-        self._ready = ready  # the source's engine waits for the destination's
         self._may_depart = self._left = False
         self._heard: BpfsError | None = None  # from the source's engine
         self._arrived: dict[str, Any] | None = None
@@ -114,5 +113,5 @@ class _Going:
             raise Surprise(self._move.proc.pid, reply)
 
     async def _follow(self) -> dict[str, Any]:
-        self._arrived = await self._move.receive(self._dst, self._landing, follow=True, ready=self._ready)
+        self._arrived = await self._move.receive(self._dst, self._landing, follow=True)
         return self._arrived

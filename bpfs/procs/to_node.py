@@ -217,12 +217,11 @@ class ToNode(Migration):
         identity = proc.identity
         address = place.address(self.source)
         terminal = self._attached.terminal if self._attached is not None and self._session else ""
-        self.soon = self.company is None
         async with self.company.birth(proc.pid, identity.ppid) if self.company is not None else nullcontext():
             reply = await dst.call(
                 "prepare", pid=proc.pid, ppid=identity.ppid, pgid=identity.pgid, sid=identity.sid,
                 place=place.target(proc.pid) | {"strict": self.strict}, address=address, front=self._front != 0,
-                terminal=terminal, children=self.children, lazy=self.keep is not None, soon=self.soon,
+                terminal=terminal, children=self.children, lazy=self.keep is not None,
             )  # fmt: skip
         self.landing = Landing(address, reply["port"], reply["token"])
 
