@@ -94,10 +94,12 @@ there, back = os.pipe(), os.pipe()
 if not os.fork():
     for at in (one, two): assert libc.shmdt(at) == 0
     at = attach(0o10000)
+    os.write(back[1], b"!")
     while os.read(there[0], 1) == b"x":
         os.write(back[1], ctypes.string_at(at + 8192, 8))
     os._exit(0)
 ctypes.memmove(one + 8192, struct.pack("q", 0), 8)
+assert os.read(back[0], 1) == b"!"
 print("ready", segment, flush=True)
 for line in sys.stdin:
     number = struct.unpack("q", ctypes.string_at(one + 8192, 8))[0] + 1
