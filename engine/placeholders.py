@@ -27,7 +27,7 @@ from engine.linux import nsfs, pidfd, process_vm, procfs
 
 INIT = 1  # nodeinit's pid in its namespace
 COMMAND_SIGNAL = 64  # SIGRTMAX, see csrc/nodeinit.h
-_NAMES = (b"nodeinit", b"nodeinit-halted", b"nodeinit-ending")  # of placeholders; what these others were told to do
+_NAMES = (b"nodeinit", b"nodeinit-halted")  # of placeholders; the other one is told to stop
 _RETRY_S = 0.05
 _DEATH_S = 0.5  # a placeholder's end takes some 50 us
 _PATIENCE_S = 5.0  # one placeholder takes about 0.1 ms

@@ -26,10 +26,11 @@ from bpfs.nodes.registry import Node, NodeTable
 from bpfs.procs.away import SI_USER, Away, carefully, tell
 from bpfs.procs.ghost import Birth, Ghost, Signal
 from bpfs.procs.ghosts import Ghosts
+from bpfs.procs.kernelfiles import ANSWER_S
 from bpfs.procs.process import ExitStatus, Identity, Pid, Process, ProcState
-from bpfs.procs.standins import StandIns
 from bpfs.procs.stdio import Stdio
 from bpfs.procs.table import read_identity
+from bpfs.tree.base import Caller
 from bpfs.wire import messages
 from engine.jobwatch import Kind, Record, parse
 
@@ -51,7 +52,7 @@ class Births:
     def __init__(self, ghosts: Ghosts, nodes: NodeTable, blocks: Blocks, nursery: trio.Nursery) -> None:
         self._ghosts = ghosts
         self._table = ghosts.table
-        self._stand_ins = StandIns(ghosts, nodes)
+        self._nodes = nodes
         self._blocks = blocks
         self._complained: set[int] = set()  # nodes of which a child could not be shown
         self._waiting: dict[tuple[int, int], tuple[Node, list[Record]]] = {}  # by node and pid, oldest first
@@ -128,7 +129,7 @@ class Births:
             await self._reaped(node, record.pid)
             return
         if record.kind is Kind.STOOD:
-            self._stand_ins.stood(node, record)
+            self._stood(node, record)
             return
         proc = self._table.known(record.pid)
         if proc is None:
@@ -249,6 +250,39 @@ class Births:
         elif theirs and record.state != "T" and proc.state is ProcState.STOPPED:
             await self._ghosts.continued(away)
 
+    # -- what its parent did to what stands for a child there -----------------------------------------------------
+
+    def _stood(self, node: Node, record: Record) -> None:
+        """SIGKILL and SIGSTOP cannot be passed on by whom they reach. So they are guessed, where nobody of ours has
+        ended or stopped what stands for a child, and its parent lives."""
+        parent = self._ghosts.stand_in(self._ghosts.families.parents.get(record.pid, 0))
+        if parent is None or parent.proc.place != node.number or parent.proc.leaving:
+            return
+        child = self._table.known(record.pid)
+        if child is not None and (child.place == node.number or child.state in (ProcState.MIGRATING, ProcState.ENDED)):
+            return
+        if record.state == "T":
+            work = partial(self._pass_on, parent, record.pid, child, signal.SIGSTOP)
+        elif record.code < 0 or record.code & 0x7F == signal.SIGKILL:  # nobody saw how it ended: not by order
+            work = partial(self._pass_on, parent, record.pid, child, signal.SIGKILL)
+        else:
+            return
+        self._ghosts.signals.in_order(record.pid, work)
+
+    async def _pass_on(self, parent: Away, pid: int, child: Process | None, signo: signal.Signals) -> None:
+        link = self._nodes.get(parent.proc.place).live_session().link
+        reply = await link.request(messages.JobsStatus((parent.proc.pid, pid), ("status",)), ANSWER_S)
+        assert isinstance(reply, messages.JobsStatusAre)
+        status, stand_in = reply.texts
+        if not _lives(status):  # the whole node may be ending just now
+            return
+        if signo == signal.SIGSTOP and b"\nState:\tT" not in stand_in:
+            return  # it has been continued already, and that may have been passed on
+        if child is not None and child.away:
+            await self._ghosts.signals.signal(child, signo, Caller(parent.proc.pid, parent.proc.identity.uid, 0))
+        elif read_identity(Pid(pid)).ppid == parent.proc.pid:  # at home, below its parent's ghost
+            os.kill(pid, signo)
+
     # -- ends --------------------------------------------------------------------------------------------------
 
     async def _reaped(self, node: Node, pid: int) -> None:
@@ -257,6 +291,15 @@ class Births:
         if parent is None or parent.proc.place != node.number or parent.proc.state is ProcState.MIGRATING:
             return
         await self._ghosts.families.waited_for(parent, pid)
+
+
+def _lives(status: bytes) -> bool:
+    """Whether the process of a /proc/PID/status is neither dead nor about to die by SIGKILL."""
+    if not status:
+        return False
+    fields = dict(line.split(b":\t", 1) for line in status.splitlines() if b":\t" in line)
+    pending = int(fields[b"ShdPnd"], 16) | int(fields[b"SigPnd"], 16)
+    return fields[b"State"][:1] not in b"ZX" and not pending >> (signal.SIGKILL - 1) & 1
 
 
 def _ids(identity: Identity) -> tuple[int, int, int, int]:

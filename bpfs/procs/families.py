@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
-from collections.abc import Container, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,31 +16,10 @@ from bpfs.procs.away import BORN_WITHIN, Away, tell
 from bpfs.procs.groups import Groups
 from bpfs.procs.ledger import Part
 from bpfs.procs.parents import Parents
-from bpfs.procs.process import Pid
-from bpfs.procs.table import read_identity
 from bpfs.wire import messages
 
 if TYPE_CHECKING:
     from bpfs.procs.ghosts import Ghosts
-
-KEPT = 10.0  # seconds for what a node has to tell of what its job did as its last acts
-
-
-@dataclass(frozen=True, slots=True)
-class Kin:
-    """What a child is to its parent, which is away.
-
-    Attributes:
-        parent, uid, place: of the parent.
-        start: of the child, or its ghost: Identity.start; None: it had ended when it became one.
-        until: when this is forgotten, by trio's clock.
-    """
-
-    parent: int
-    uid: int
-    place: int
-    start: int | None
-    until: float = math.inf
 
 
 class Families:
@@ -57,32 +33,15 @@ class Families:
         """SIGCONTs from its stand-in, of who is a child elsewhere."""
         self.parents: dict[int, int] = {}
         """Child -> the process whose ghost has it (or its ghost) as a child, until that process has waited for it."""
-        self._starts: dict[int, int] = {}  # Identity.start of children, or their ghosts
-        self._former: dict[int, Kin] = {}  # by child; oldest first
-
-    def kin(self, pid: int) -> Kin | None:
-        """Whose child it is, or was a moment ago, when it was waited for or its parent ended; None while that moves."""
-        parent = self._ghosts.stand_in(self.parents.get(pid, 0))
-        if parent is not None:
-            return None if parent.proc.leaving else self._kin(parent, pid)
-        former = self._former.get(pid)
-        return former if former is not None and former.until > trio.current_time() else None
-
-    def _kin(self, parent: Away, pid: int, until: float = math.inf) -> Kin:
-        proc = parent.proc
-        return Kin(proc.pid, proc.identity.uid, proc.place, self._starts.get(pid), until)
 
     def has_child(self, away: Away, pid: int) -> None:
         """A process, or its ghost, is a child of this ghost."""
         self.parents[pid] = away.proc.pid
-        with suppress(BpfsError):  # it has ended
-            self._starts[pid] = read_identity(Pid(pid)).start
         away.children.add(pid)
         self._ghosts.ledger.put(Part.CHILD, pid, int(away.proc.pid))
 
     async def waited_for(self, away: Away, pid: int) -> None:
         """The process has waited for a child: so does its ghost."""
-        self._part_with(away, [pid])
         self.parents.pop(pid, None)
         self.groups.forget(pid)
         away.children.discard(pid)
@@ -123,27 +82,11 @@ class Families:
         if parent is not None and parent.proc.away:
             await tell(parent.ghost.keep([away.proc.pid], also=True))
 
-    def part(self, away: Away) -> None:
-        """The ghost has ended."""
-        self._part_with(away, away.children)
-        self.forget(away)
-
-    def _part_with(self, away: Away, children: Iterable[int]) -> None:
-        """What the process did to these just before may be told yet."""
-        now = trio.current_time()
-        while self._former and self._former[first := next(iter(self._former))].until < now:
-            del self._former[first]
-        for pid in children:
-            self._former.pop(pid, None)
-            self._former[pid] = self._kin(away, pid, now + KEPT)
-            self._starts.pop(pid, None)
-
     def forget(self, away: Away) -> None:
         for pid in away.children:
             self.groups.forget(pid)
             if self.parents.get(pid) == away.proc.pid:
                 del self.parents[pid]
-                self._starts.pop(pid, None)
                 self._ghosts.ledger.drop(Part.CHILD, pid)
 
     async def keep_children(self, away: Away, children: list[int], along: Container[int] = ()) -> None:

@@ -206,7 +206,7 @@ class Ghosts:
     async def _gone(self, away: Away) -> None:
         if away.retired:
             return
-        self.families.part(away)
+        self.families.forget(away)
         proc = away.proc
         self._drop(proc.pid)
         if proc.status is not None:

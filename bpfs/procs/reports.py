@@ -112,10 +112,6 @@ class Reports:
         """Whether a process may run on `node` though we have not been told yet."""
         return pid in self._early and self._early[pid][0] == node
 
-    def expects(self, node: int) -> bool:
-        """Whether any process may run on `node` though we have not been told yet."""
-        return any(number == node for number, _ in self._early.values())
-
     def defer(self, pid: int, node: Node, take: Callable[[], Awaitable[object]]) -> bool:
         """Whether what a node has reported of a process was put off to `catch_up`."""
         number, early = self._early.get(pid, (None, []))

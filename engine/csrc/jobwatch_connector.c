@@ -160,13 +160,6 @@ static void one_event(const struct proc_event *e)
 	case PROC_EVENT_EXIT:
 		ended(e->event_data.exit.process_tgid, (int)e->event_data.exit.exit_code);
 		break;
-	case PROC_EVENT_COMM:
-		job = find(e->event_data.comm.process_tgid);
-		if (job && job->placeholder && is_ending(e->event_data.comm.comm)) {
-			job->ending = true;
-			break;
-		}
-		/* fall through */
 	default:
 		job = find(e->event_data.exec.process_tgid);
 		if (job)

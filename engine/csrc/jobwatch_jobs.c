@@ -97,10 +97,10 @@ static bool idle(const struct job *job)
 	return parent && parent->client == job->client && (parent->pid == 1 || (parent->placeholder && parent->print));
 }
 
-/* Who it stands for shall hear of it, unless it was by order. */
+/* Who it stands for shall hear of it. */
 static void stood(struct job *job, char state)
 {
-	if (idle(job) || (state == 'Z' && job->ending))
+	if (idle(job))
 		return;
 	if (state == 'Z' && job->code < 0 && outer(job->client, job->pid) > 0)
 		return; /* noticed late, and followed by another already */

@@ -27,7 +27,6 @@ struct job {
 	struct client *client;
 	int global, pid, parent; /* parent: global, as far as it is known; else 0 */
 	bool reported, ended, told_end, placeholder, seen;
-	bool ending; /* it was ordered to end */
 	int code, first_code; /* wait status; that of the first thread, which may leave others behind */
 	int64_t due;      /* when it is to be read or looked at; 0: not before the next look at all */
 	int64_t backoff;
@@ -66,8 +65,6 @@ bool read_stat(const struct job *job, struct stat_line *s);
 bool is_placeholder(const struct stat_line *s);
 /* Whether a placeholder that is stopped was ordered to. */
 bool was_ordered(const struct stat_line *s);
-/* Whether this is the name of a placeholder that has been ordered to end. */
-bool is_ending(const char *comm);
 /* Of what is told of a process and no event says. */
 uint64_t print_of(const struct stat_line *s);
 /* Tells how a process is now. */

@@ -6,8 +6,7 @@
 
 #include <sys/socket.h>
 
-#define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop or end has a longer one meanwhile */
-#define ENDING PLACEHOLDER "-ending"
+#define PLACEHOLDER "nodeinit" /* its name; one that was ordered to stop has a longer one meanwhile */
 
 void flush_packet(struct client *client)
 {
@@ -83,11 +82,6 @@ bool is_placeholder(const struct stat_line *s)
 bool was_ordered(const struct stat_line *s)
 {
 	return s->comm[sizeof(PLACEHOLDER) - 1];
-}
-
-bool is_ending(const char *comm)
-{
-	return !strncmp(comm, ENDING, sizeof(ENDING));
 }
 
 static uint32_t id_of(const char *status, const char *key)

@@ -347,10 +347,8 @@ static void obey(uint64_t command, uint32_t uid, uint32_t more)
 			sent_value = (uint64_t)more << 32 | uid;
 		return;
 	}
-	if (command & COMMAND_END && own_pid() != 1) {
-		call(__NR_prctl, PR_SET_NAME, "nodeinit-ending"); /* jobwatch: nobody else has ended it */
+	if (command & COMMAND_END && own_pid() != 1)
 		end_as(pid);
-	}
 	if (command & COMMAND_STOP && own_pid() != 1) {
 		if (continues > more)
 			return;
