@@ -243,14 +243,15 @@ ALIVE = "a=$(wc -l < /root/out); sleep 5; test $(wc -l < /root/out) -gt $a"
 def test_units_in_a_machine_with_systemd(lab: Lab, master: Master) -> None:
     on = master.run
     # An empty machine: what the guide says.
-    on("dd if=phase1.iso of=/dev/vdb bs=4M")
+    on("dd if=phase1.iso of=/dev/vdb bs=4M && sync")
+    shutil.copy(lab.folder / "stick", lab.folder / "pulled")  # the master's machine has the former's lock
     on(
         "printf 'lease 600\\npingtimeout 700\\n' >> /etc/beowulf/config"
     )  # an emulated master needs half a minute to start
     on("cd /opt/bpfs && cp mountscripts/systemd/*.service /etc/systemd/system/")
     on("systemctl daemon-reload && systemctl enable --now bpmaster && ls /bpfs/nodes/-1")
     assert on("systemctl is-active bpmaster; findmnt -no FSTYPE /bpfs") == "active\nfuse.bpfs\n"
-    with lab.machine(1, ["-drive", f"file={lab.folder / 'stick'},if=virtio,format=raw"]):
+    with lab.machine(1, ["-drive", f"file={lab.folder / 'pulled'},if=virtio,format=raw"]):
         master.wait("cat /bpfs/nodes/0/state", "^up")
         assert f"node 0 {mac(1)}" in on("cat /etc/beowulf/config")
         assert on("bpsh 0 hostname") == "n0\n"

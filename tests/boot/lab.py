@@ -53,7 +53,7 @@ def kernel_package(name: str = "linux-image-cloud-amd64") -> Path:
 
 def run(*command: str | Path) -> str:
     """Runs a command of ours that has to work; gives its output."""
-    done = subprocess.run([*command], capture_output=True, text=True, timeout=120, check=False, cwd=TOP)
+    done = subprocess.run([*command], capture_output=True, text=True, timeout=VM_DEADLINE, check=False, cwd=TOP)
     assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
     return done.stdout
 
