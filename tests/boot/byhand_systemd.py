@@ -183,8 +183,8 @@ class Master:
 
     def wait(self, script: str, pattern: str, seconds: float = DEADLINE) -> str:
         """Runs a script until its output matches."""
-        until = f"x=$({script}); grep -qzP '{pattern}' <<<\"$x\" && break; sleep 0.2"
-        said = self.run(f'for i in $(seq {seconds * 5:.0f}); do {until}; done; echo "$x"')
+        until = f"x=$({script} 2>&1); grep -qzP '{pattern}' <<<\"$x\" && break; sleep 1"
+        said = self.run(f'for i in $(seq {seconds:.0f}); do {until}; done; echo "$x"')
         assert re.search(pattern, said), f"no {pattern!r}"
         return said
 
@@ -279,7 +279,10 @@ def test_units_in_a_machine_with_systemd(lab: Lab, master: Master) -> None:
         # A stop ends all; the machine's own restart brings it back by itself.
         on(COUNT)
         master.wait("cat /root/out", "3")
-        on("systemctl stop bpmaster && ! mountpoint -q /bpfs && ! kill -0 $(cat /root/pid)")
+        on("systemctl stop bpmaster")
+        on("ps -o pid,ppid,stat,args -p $(cat /root/pid); systemctl status bpmaster; grep bpfs /proc/mounts", None)
+        assert on("grep -c ' /bpfs ' /proc/self/mountinfo", 1) == "0\n"
+        master.wait("kill -0 $(cat /root/pid)", "No such process", 60)
         assert on("systemctl show -P Result bpmaster") == "success\n"
         on("systemctl start bpmaster")
         master.reboot()
