@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from errno import EAGAIN, EBUSY, EINVAL, ENOTCONN
+from errno import EAGAIN, EBUSY, ECONNABORTED, EINVAL, ENOTCONN
 from typing import Any, NoReturn
 
 import pyfuse3
@@ -110,18 +110,12 @@ async def mount(
                 nursery.cancel_scope.cancel()
     finally:
         notifier.close()
-        # First abort the connection: nobody waits for us any more, not even our own notifier.
-        _umount(mountpoint, _MNT_FORCE)
+        # First abort the connection: nobody waits for us any more, not even our own notifier. That may be all where
+        # somebody's working directory is there, and libfuse leaves what it finds aborted.
+        if not _umount(mountpoint, _MNT_FORCE):
+            _umount(mountpoint, kernel.MNT_DETACH)
         pyfuse3.close(unmount=True)
-        _SPIN_S = 30e-6
-
-
-"""Seconds to look for the next request before going to sleep: longer than a caller's way between two requests."""
-
-_IN_A_ROW = 32
-"""Requests served without a chance for other tasks: some 2 ms at most, far below what a heartbeat would notice."""
-
-_mounted = False
+        _mounted = False
 
 
 async def _end_flushes(mountpoint: str) -> None:
@@ -244,10 +238,10 @@ def clear_dead_mount(mountpoint: str) -> None:
     """Removes mounts whose daemon is dead (killed) from a directory."""
     for _ in range(16):  # they may lie on top of each other
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # not stat, which the kernel may answer by itself from what it remembers
             return
         except OSError as error:
-            if error.errno != ENOTCONN:
+            if error.errno not in (ENOTCONN, ECONNABORTED):
                 return
         if not _umount(mountpoint, kernel.MNT_DETACH):
             return

@@ -163,14 +163,20 @@ def test_a_service_manager_is_told_when_the_master_is_ready(place, key, tmp_path
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(60)
         command = [sys.executable, "-m", "bpfs.cli.bpmaster", "-f", "--port", "0", "--config", config]
-        with subprocess.Popen(
-            command, cwd=TOP, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
-        ) as daemon:
-            try:
-                assert manager.recv(100) == b"READY=1" and os.path.ismount(mount)
-            finally:
-                daemon.terminate()
-            assert daemon.wait(30) == 0 and not os.path.ismount(mount)
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, 0), (signal.SIGTERM, 0)):
+            with subprocess.Popen(command, cwd=TOP, env=environment) as daemon:
+                try:
+                    assert manager.recv(100) == b"READY=1"
+                    assert Path("/proc/self/mountinfo").read_text().count(f" {mount} ") == 1
+                    assert os.listdir(mount)
+                    sitter = subprocess.Popen(["sleep", "1000"], cwd=mount)
+                finally:
+                    daemon.send_signal(end)
+                assert daemon.wait(30) == code
+                sitter.kill()
+                sitter.wait()
+        assert f" {mount} " not in Path("/proc/self/mountinfo").read_text()
 
 
 @pytest.mark.parametrize("program", ["bpmaster", "bpslave"])
