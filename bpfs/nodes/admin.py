@@ -75,8 +75,11 @@ class Administrator:
             return
         if node.state is NodeState.ERROR:
             session = node.live_session()
-            self._table.set_state(node, NodeState.BOOT, Cause.ADMIN, "its start is finished once more")
-            await session.finish()
+            if node.init == 0:  # it cannot hold jobs
+                await session.fence("its slave starts afresh", "afresh")
+            else:
+                self._table.set_state(node, NodeState.BOOT, Cause.ADMIN, "its start is finished once more")
+                await session.finish()
         elif node.state is NodeState.UNAVAILABLE:
             self._table.set_state(node, NodeState.UP, Cause.ADMIN)
         if node.state is NodeState.UP:

@@ -34,7 +34,8 @@ _log = log.get("stage")
 STEP_TIMEOUT = 600.0
 """Seconds that one step may take; the longest that is usual is mkfs of a large disk."""
 
-CLOCK_TIMEOUT = 10.0
+CLOCK_TIMEOUT = 120.0
+"""Seconds for a slave that is there and slow: one that is not is given up by its session."""
 
 LINE_MOST = 1000
 

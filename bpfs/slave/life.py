@@ -93,6 +93,9 @@ _log = log.get("slave")
 
 THEN = {"afresh": End.AFRESH, "reboot": End.REBOOT, "halt": End.HALT, "pwroff": End.PWROFF}
 
+FAULT_PAUSE = 30.0
+"""Seconds that a node is in `error` which could not make ready for jobs, before it starts afresh."""
+
 LAST_WORDS = 2.0
 """Seconds for the answer to a fence to reach the master, which closes the link then."""
 
@@ -219,8 +222,18 @@ class Slave:
         except BpfsError as error:
             if self._join.returns:
                 raise
-            _log.error("%s", error)
-            self.link.notify_nowait(Fault(error.sentence))
+            self._tell_fault(error)
+
+    def _tell_fault(self, error: BpfsError) -> None:
+        """Have the master show why this node can hold no jobs, and try again: whatever was slow may be so no more."""
+        _log.error("%s", error)
+        self.link.notify_nowait(Fault(error.sentence))
+        if self._nursery is not None:
+            self._nursery.start_soon(self._start_again, name="another start")
+
+    async def _start_again(self) -> None:
+        await trio.sleep(FAULT_PAUSE)
+        self._stop(End.AFRESH, "it tries once more to hold jobs")
 
     def _make_job_space(self, lease: Lease) -> None:
         if self.options.empty and self.view is None:
@@ -235,8 +248,7 @@ class Slave:
         except BpfsError as error:
             if self._join.returns:
                 raise  # nothing is left to be taken up
-            _log.error("%s", error)
-            self.link.notify_nowait(Fault(error.sentence))
+            self._tell_fault(error)
             return
         lease.hold(jobs.space)
         if self.stdio is not None:

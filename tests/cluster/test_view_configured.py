@@ -55,10 +55,17 @@ def test_a_node_shows_and_fetches_what_the_file_says(session_folder):
         rundir = RunDir(str(mount))
         wait_until(lambda: os.path.ismount(mount) and rundir.read("port"), "the master should be ready")
         host, port = (rundir.read("port") or "").split()
+        # A node that cannot make its view is in error, and its slave starts afresh at a word.
+        cache.mkdir()
+        (cache / "root").touch()
         slave = start(
             "bpslave", "-f", "-k", key, "-n", 0, "--no-mount", "--root", "empty", "--cache", cache, f"{host}:{port}"
         )
-        wait_until(lambda: text(mount / "nodes/0/state") == "up\n", "the node should be up")
+        wait_until(lambda: text(mount / "nodes/0/state") == "error\n", "it should be in error")
+        assert text(mount / "nodes/0/reason") == f"no view of the master's files: File exists ({cache}/root)\n"
+        (cache / "root").unlink()
+        (mount / "nodes/0/state").write_text("up\n")
+        assert text(mount / "nodes/0/state") == "up\n"
         wait_until(lambda: "fetched_bytes 700000\n" in text(mount / "nodes/0/cache"), "it should fetch what was said")
         assert f"limit {50 << 20}\n" in text(mount / "nodes/0/cache")
         assert there(f"cat {data}/other").stdout == "other\n"
