@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ PROGRAMS = {
 }
 """What is run on a node in each phase."""
 
-HARDWARE = ("virtio_pci", "virtio_mmio", "virtio_rng", "i6300esb", "iTCO_wdt", "sp5100_tco")
-"""Modules beside the network drivers: buses, randomness, watchdogs."""
+HARDWARE = (
+    "virtio_pci", "virtio_mmio", "virtio_rng",
+    "i6300esb", "iTCO_wdt", "lpc_ich", "i2c_i801", "wdat_wdt", "sp5100_tco", "hpwdt",
+)  # fmt: skip
+"""Modules beside the network drivers: buses, randomness, watchdogs (and what makes iTCO_wdt's device appear)."""
 DISKS = ("virtio_blk", "virtio_scsi", "sd_mod", "ahci", "nvme", "megaraid_sas", "mpt3sas")
 """Of phase 2: what local disks hang on. The file systems on them come with bpmodprobe(8)."""
 SOFTWARE = ("fuse", "unix_diag", "binfmt_misc", "overlay")
@@ -77,27 +81,31 @@ class Recipe:
 
 
 def entries(recipe: Recipe) -> list[Entry]:
-    """Everything in the image.
+    """Everything in the image. Raises BootError: something that it needs is not there."""
+    return [*programs(recipe.phase), *kernels_part(recipe)]
 
-    Raises:
-        BootError: something that it needs is not there.
-    """
+
+def programs(phase: int) -> list[Entry]:
+    """What in an image is the same for every kernel. Raises BootError."""
     try:
         init = INIT.read_bytes()
     except OSError:
         raise BootError(f"{INIT} is missing: build it with make -C mountscripts helpers") from None
-    found = [cpio.file("init", init, 0o755), cpio.file("etc/beowulf/phase", b"%d\n" % recipe.phase), *_skeleton()]
+    found = [cpio.file("init", init, 0o755), cpio.file("etc/beowulf/phase", b"%d\n" % phase), *_skeleton()]
     absent = {path.stem: path.read_bytes() for path in ABSENT.glob("[!_]*.py")}
-    found += python.entries(PROGRAMS[recipe.phase], WITHOUT | set(absent))
+    found += python.entries(PROGRAMS[phase], WITHOUT | set(absent))
     for name, text in sorted(absent.items()):
         path = name.replace(".", "/")
         found.append(cpio.file(f"{python.HOME}/{path}.pyc", python.compiled_text(text, f"/{path}.py")))
-    found += _modules(recipe)
+    return found + (python.helpers() if phase == 2 else [])
+
+
+def kernels_part(recipe: Recipe) -> list[Entry]:
+    """The rest: modules, and what phase 1 knows of its server. Raises BootError."""
+    found = list(_modules(recipe))
     if recipe.phase == 1:
         found.append(cpio.file("etc/beowulf/bootkey", recipe.boot_key + b"\n"))
         found.append(cpio.file("etc/beowulf/bootport", b"%d\n" % recipe.port))
-    else:
-        found += python.helpers()
     return found
 
 
@@ -121,7 +129,7 @@ def _modules(recipe: Recipe) -> Iterable[Entry]:
     always = kernel.having(SOFTWARE) if recipe.phase == 2 else []
     found = kernel.closure(always) if recipe.phase == 2 else _drivers(recipe)
     for module in found:
-        yield _file(kernel, module)
+        yield from _files(kernel, module)
     yield cpio.file(modules.IMAGE, _table(kernel, found, always).lines().encode())
 
 
@@ -152,8 +160,16 @@ def _table(kernel: Kernel, found: Iterable[Module], always: Iterable[str] = ()) 
     return table
 
 
-def _file(kernel: Kernel, module: Module) -> Entry:
-    return cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
+def _files(kernel: Kernel, module: Module) -> Iterator[Entry]:
+    yield cpio.file(f"lib/modules/{kernel.release}/{module.path}", module.data)
+    for name, data in kernel.firmware(module).items():
+        yield cpio.file(f"lib/firmware/{name}", data)
+
+
+def without_firmware(recipe: Recipe) -> list[str]:
+    """The drivers that name files of firmware of which there is none here: cards may want them. Raises BootError."""
+    named = (module for module in _drivers(recipe) if module.firmware)
+    return [module.name for module in named if not recipe.kernel.firmware(module)]
 
 
 def _lines(lines: Iterable[str]) -> bytes:
@@ -181,9 +197,8 @@ class Parcels:
 def parcels(recipe: Recipe) -> Parcels:
     """What of a phase 2 kernel travels apart. Raises BootError."""
     found = _drivers(recipe)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        packed = pool.map(lambda it: compress(cpio.archive([_file(recipe.kernel, it)])), found)
-        return Parcels(_table(recipe.kernel, found), {m.name: data for m, data in zip(found, packed, strict=True)})
+    archives = {module.name: cpio.archive(_files(recipe.kernel, module)) for module in found}
+    return Parcels(_table(recipe.kernel, found), compress_each(archives))
 
 
 LEVEL = 12
@@ -198,8 +213,29 @@ def compress(archive: bytes) -> bytes:
     Raises:
         BootError: zstd is not installed, or failed.
     """
+    return _zstd("-T0", "-c", data=archive)
+
+
+def compress_each(archives: Mapping[str, bytes]) -> dict[str, bytes]:
+    """As `compress` does with one: many are small, and a process for each would start longer than it works.
+
+    Raises:
+        BootError: zstd is not installed, or failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="bpboot-") as folder:
+        paths = {name: Path(folder, name) for name in archives}
+        for name, path in paths.items():
+            path.write_bytes(archives[name])
+        cores = len(os.sched_getaffinity(0))
+        shares = [share for first in range(cores) if (share := list(paths.values())[first::cores])]
+        with ThreadPoolExecutor(cores) as pool:
+            list(pool.map(lambda share: _zstd("-T1", "--", *share), shares))
+        return {name: path.with_name(f"{name}.zst").read_bytes() for name, path in paths.items()}
+
+
+def _zstd(*arguments: str | Path, data: bytes = b"") -> bytes:
     try:
-        run = subprocess.run(["zstd", f"-{LEVEL}", "-T0", "-q", "-c"], input=archive, capture_output=True, check=True)
+        run = subprocess.run(["zstd", f"-{LEVEL}", "-q", *arguments], input=data, capture_output=True, check=True)
     except FileNotFoundError:
         raise BootError("zstd is not installed (package zstd)") from None
     except subprocess.CalledProcessError as error:
@@ -207,20 +243,37 @@ def compress(archive: bytes) -> bytes:
     return run.stdout
 
 
+def make_folder(folder: Path) -> None:
+    """Where images are kept. Raises BootError."""
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BootError(f"{folder} cannot be made: {error.strerror}") from None
+
+
 def modules_folder(folder: Path, release: str) -> Path:
     """Where the modules of a phase 2 kernel are kept, for those that a node wants later."""
     return folder / "modules" / release
 
 
-def keep_modules(folder: Path, kernel: Kernel) -> None:
-    """Keep the modules of a kernel that is not installed here, and drop those of others. Raises BootError."""
+def keep_modules(folder: Path, kernel: Kernel, take: bool = False) -> None:
+    """Keep the modules of a kernel that is not installed here, and drop those of others.
+
+    Args:
+        take: they are nobody else's, and may be moved.
+
+    Raises:
+        BootError: they cannot be written.
+    """
     target = modules_folder(folder, kernel.release)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for other in target.parent.iterdir():
             if other != kernel.modules:
                 shutil.rmtree(other)
-        if target != kernel.modules:
+        if take:
+            shutil.move(kernel.modules, target)
+        elif target != kernel.modules:
             shutil.copytree(kernel.modules, target, symlinks=True)
     except OSError as error:
         raise BootError(f"{target} cannot be written: {error.strerror or error}") from None
@@ -240,7 +293,6 @@ def publish(folder: Path, recipe: Recipe, packed: bytes, drivers: Parcels | None
     """
     try:
         kernel = recipe.kernel.image.read_bytes()
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         if recipe.phase == 1:
             replace(folder / "phase1.img", packed)
             replace(folder / "phase1.vmlinuz", kernel)

@@ -20,6 +20,10 @@ from boot.errors import BootError
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 
+_PACKED = ("", ".xz", ".zst")
+
+FIRMWARE = Path("/lib/firmware")
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -31,6 +35,7 @@ class Module:
         data: uncompressed.
         needs: names of the modules that have to be loaded before.
         aliases: patterns of the devices that it drives.
+        firmware: files that it may ask for, below /lib/firmware.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Module:
     data: bytes
     needs: tuple[str, ...]
     aliases: tuple[str, ...]
+    firmware: tuple[str, ...]
 
 
 @dataclass
@@ -47,10 +53,12 @@ class Kernel:
     Attributes:
         image: the bootable file, vmlinuz.
         modules: its folder lib/modules/RELEASE.
+        firmware_folder: what the devices' own programs are taken from; they come with no kernel.
     """
 
     image: Path
     modules: Path
+    firmware_folder: Path = FIRMWARE
     _read: dict[str, Module] = field(default_factory=dict)
 
     @property
@@ -115,6 +123,25 @@ class Kernel:
             add(plain(name))
         return list(ordered.values())
 
+    def firmware(self, module: Module) -> dict[str, bytes]:
+        """What there is of the files that a module may ask for, uncompressed, by name.
+
+        Of most drivers some are not, being for other cards or versions.
+
+        Raises:
+            BootError: one cannot be read.
+        """
+        found = {}
+        for name in module.firmware:
+            places = (self.firmware_folder / f"{more}{name}{suffix}" for more in ("updates/", "") for suffix in _PACKED)
+            path = next((place for place in places if place.is_file()), None)
+            if path is not None:
+                try:
+                    found[name] = _uncompressed(path)
+                except (OSError, EOFError, lzma.LZMAError, subprocess.CalledProcessError) as error:
+                    raise BootError(f"{path} cannot be read: {error}") from None
+        return found
+
     def having(self, names: Iterable[str]) -> list[str]:
         """Those of the names that this kernel has as modules."""
         return [plain(name) for name in names if plain(name) in self._files]
@@ -132,31 +159,47 @@ def find(where: Path) -> Kernel:
         BootError: there is none.
     """
     found = []
+    own = where / "lib/firmware"
     for image in where.glob("boot/vmlinuz-*"):
         release = image.name.removeprefix("vmlinuz-")
         for modules in (where / "lib/modules" / release, where / "usr/lib/modules" / release):
             if (modules / "kernel").is_dir():
-                found.append(Kernel(image, modules))
+                found.append(Kernel(image, modules, own if own.is_dir() else FIRMWARE))
                 break
     if not found:
         raise BootError(f"{where} has no kernel: no boot/vmlinuz-RELEASE with lib/modules/RELEASE")
     return max(found, key=lambda kernel: _version(kernel.release))
 
 
-def unpack(package: Path, into: Path) -> Kernel:
-    """The kernel of a Debian package.
+class Package:
+    """The kernel of a Debian package, which is unpacked while others work."""
 
-    Raises:
-        BootError: it is none, or cannot be unpacked.
-    """
-    into.mkdir(parents=True, exist_ok=True)
-    try:
-        run = subprocess.run(["dpkg-deb", "-x", package, into], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BootError(f"dpkg-deb cannot be run: {error.strerror}") from None
-    if run.returncode != 0:
-        raise BootError(f"{package} cannot be unpacked: {run.stderr.strip().splitlines()[-1:]}")
-    return find(into)
+    def __init__(self, package: Path, into: Path) -> None:
+        """Starts. Raises BootError: there is no dpkg."""
+        self._package = package
+        self._into = into
+        into.mkdir(parents=True, exist_ok=True)
+        try:
+            self._process = subprocess.Popen(["dpkg-deb", "-x", package, into], stderr=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise BootError(f"dpkg-deb cannot be run: {error.strerror}") from None
+
+    def kernel(self) -> Kernel:
+        """The kernel, when it is unpacked. Raises BootError: it is none, or cannot be unpacked."""
+        said = self._process.communicate()[1]
+        if self._process.returncode != 0:
+            raise BootError(f"{self._package} cannot be unpacked: {''.join(said.strip().splitlines()[-1:])}")
+        return find(self._into)
+
+    def close(self) -> None:
+        """Nothing writes any more."""
+        with self._process:
+            self._process.kill()
+
+
+def unpack(package: Path, into: Path) -> Kernel:
+    """The kernel of a Debian package. Raises BootError."""
+    return Package(package, into).kernel()
 
 
 def _version(release: str) -> list[int]:
@@ -175,8 +218,9 @@ def _parse(name: str, path: Path, base: Path, known: Container[str]) -> Module:
     soft = [value.partition("post:")[0] for key, value in pairs if key == "softdep" and value.startswith("pre:")]
     needs += [plain(need) for value in soft for need in value.split()[1:] if plain(need) in known]
     aliases = tuple(sorted(value for key, value in pairs if key == "alias"))
+    firmware = tuple(sorted({value for key, value in pairs if key == "firmware"}))
     relative = path.relative_to(base).with_name(path.name.partition(".")[0] + ".ko")
-    return Module(name, str(relative), data, tuple(needs), aliases)
+    return Module(name, str(relative), data, tuple(needs), aliases, firmware)
 
 
 def _uncompressed(path: Path) -> bytes:

@@ -7,8 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from errno import EINVAL
 from pathlib import Path
 
@@ -74,49 +74,58 @@ def _image(args: argparse.Namespace) -> int:
     signature.ensure_key(key)
     folder = args.output or config.bootimages
     drivers = tuple(args.drivers.replace(",", " ").split()) or DEFAULT_DRIVERS
-    began = time.monotonic()
-    with _kernel(args.kernel) as found:
-        progress = Progress(f"phase {args.phase}, kernel {found.release}")
+    image.make_folder(folder)
+    progress, began = Progress(f"phase {args.phase}"), time.monotonic()
+    with _kernel(args.kernel, folder) as find, progress:
+        progress.step("Python")
+        programs = image.programs(args.phase)
+        progress.step("kernel and drivers")
+        found = find()
         recipe = Recipe(args.phase, found, drivers, signature.public_key(key), config.bootport)
-        progress.step("Python and drivers")
-        archive = cpio.archive(image.entries(recipe))
+        archive = cpio.archive([*programs, *image.kernels_part(recipe)])
         progress.step("compressing")
         packed = image.compress(archive)
         apart = image.parcels(recipe) if args.phase == 2 else None
+        bare = image.without_firmware(recipe)
         progress.step("writing")
         paths = [folder / name for name in image.publish(folder, recipe, packed, apart)]
         if args.phase == 2 and args.kernel != Path("/"):
-            image.keep_modules(folder, found)
+            image.keep_modules(folder, found, take=not args.kernel.is_dir())
         if args.pxe:
             paths += [folder / name for name in media.pxe(folder, config.bootport, config.kernelcommandline)]
         if args.iso is not None:
             media.iso(args.iso, found.image, packed, config.kernelcommandline)
             paths.append(args.iso)
-        progress.done()
     print(f"{len(archive) / 1e6:.1f} MB, compressed {len(packed) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
     if apart is not None:
         sizes = [len(data) / 1e6 for data in apart.packed.values()]
         print(f"{len(sizes)} drivers apart: {sum(sizes):.1f} MB, the largest {max(sizes, default=0):.1f} MB")
+    if bare:
+        print(f"without firmware, of which {found.firmware_folder} has none for them: {' '.join(bare)}")
     for written in paths:
         print(written)
     return 0
 
 
 @contextmanager
-def _kernel(where: Path) -> Iterator[Kernel]:
+def _kernel(where: Path, folder: Path) -> Iterator[Callable[[], Kernel]]:
+    """Gives what gives the kernel: a package is unpacked meanwhile, where its modules need only be moved to be kept."""
     if where.is_dir():
-        yield kernel.find(where)
+        yield lambda: kernel.find(where)
         return
     if not where.exists():
         raise BootError(f"there is no {where}")
-    with tempfile.TemporaryDirectory(prefix="bpboot-") as folder:
-        yield kernel.unpack(where, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix=".bpboot-", dir=folder) as into,
+        closing(kernel.Package(where, Path(into))) as package,
+    ):
+        yield package.kernel
 
 
 class Progress:
-    """A bar on a terminal; nothing elsewhere."""
+    """A bar on a terminal, of which nothing stays; nothing elsewhere."""
 
-    STEPS = 3
+    STEPS = 4
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -130,8 +139,10 @@ class Progress:
         if self._shown:
             print(f"\r\x1b[K{self._title} [{bar}] {what}", end="", file=sys.stderr, flush=True)
 
-    def done(self) -> None:
-        """Nothing of it stays."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -12,7 +12,7 @@ import pytest
 from boot import cpio, image, python
 from boot.errors import BootError
 from boot.image import Recipe
-from boot.kernel import Kernel, unpack
+from boot.kernel import Kernel, find, unpack
 from boot.modules import Table
 from engine import packing
 from tests.boot.lab import TOP, kernel_package
@@ -59,9 +59,9 @@ def test_the_same_input_gives_the_same_bytes_with_a_bar_on_a_terminal(packed: by
     os.close(screen)
     assert process.returncode == 0, shown
     assert re.fullmatch(r"[\d.]+ MB, compressed [\d.]+ MB, [\d.]+ s", said.splitlines()[0])
-    steps = re.findall(r"\r\x1b\[Kphase 2, kernel [\w.-]+ \[([# ]{10})\] ([\w ]+)(?=\r)", shown)
+    steps = re.findall(r"\r\x1b\[Kphase 2 \[([# ]{10})\] ([\w ]+)(?=\r)", shown)
     shown_steps = [(bar.count("#"), step) for bar, step in steps]
-    assert shown_steps == [(0, "Python and drivers"), (3, "compressing"), (6, "writing")]
+    assert shown_steps == [(0, "Python"), (2, "kernel and drivers"), (5, "compressing"), (7, "writing")]
     assert shown.endswith("\r\x1b[K")  # nothing of it stays
     (made,) = (tmp_path / "images").glob("image-*")
     assert made.read_bytes() == packed
@@ -93,6 +93,35 @@ def test_drivers_travel_apart_to_machines_that_have_the_hardware(kernel: Kernel,
     assert archive == cpio.archive(
         [cpio.file(f"lib/modules/{table.files['virtio_net']}", kernel.module("virtio_net").data)]
     )
+
+
+CARD = """
+#define INFO(name, text) __attribute__((section(".modinfo"), used)) static const char name[] = text
+INFO(a, "alias=pci:v00001234d*"); INFO(b, "firmware=maker/card.fw"); INFO(c, "firmware=maker/older.fw");
+"""
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz", ".zst"])
+def test_firmware_travels_with_its_driver(tmp_path: Path, suffix: str) -> None:
+    modules, firmware = tmp_path / "lib/modules/6.1.0/kernel/drivers/net", tmp_path / "lib/firmware"
+    for place in (modules, firmware / "maker", tmp_path / "boot"):
+        place.mkdir(parents=True)
+    (tmp_path / "boot/vmlinuz-6.1.0").touch()
+    subprocess.run(["cc", "-x", "c", "-c", "-o", modules / "card.ko", "-"], input=CARD, text=True, check=True)
+    found = find(tmp_path)
+    assert image.without_firmware(Recipe(2, found, ("card",))) == ["card"]
+    (firmware / "maker/card.fw").write_bytes(b"for the card")
+    if suffix:
+        command = {".xz": ["xz"], ".zst": ["zstd", "-q", "--rm"]}[suffix]
+        subprocess.run([*command, firmware / "maker/card.fw"], check=True)
+    for phase in (1, 2):
+        recipe = Recipe(phase, found, ("card",))
+        assert image.without_firmware(recipe) == []
+        packed = image.parcels(recipe).packed["card"]
+        parcel = subprocess.run(["zstd", "-dc"], input=packed, capture_output=True, check=True).stdout
+        assert b"lib/firmware/maker/card.fw\0" in parcel and b"for the card" in parcel and b"older" not in parcel[-300:]
+        inside = {entry.path: entry.data for entry in image.kernels_part(recipe)}
+        assert inside.get("lib/firmware/maker/card.fw") == (b"for the card" if phase == 1 else None)
 
 
 @pytest.mark.parametrize("line", ["module x", "parcel x y 1 z", "nothing", "module", "parcel"])
