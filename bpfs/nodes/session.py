@@ -45,7 +45,11 @@ NodeHandlers: TypeAlias = Mapping[type[Message], NodeHandler]
 RESERVED = "unavailable by the administrator"
 
 FENCE_TIMEOUT = 10.0
+
 """Seconds that a slave may take to kill its jobs on command; then its link is closed, and its lease is waited for."""
+
+FIRST_AGAIN, LAST_AGAIN = 60.0, 600.0
+"""Seconds after which the final stage of a node's start is tried again where it has failed, doubling."""
 
 
 class Session:
@@ -76,6 +80,8 @@ class Session:
         self._resumes = bool(join.resumes)
         self._told_before = join.told  # number of the last report before this link
         self._finished = False  # its start is
+        self._failures = 0  # of the final stage, one after the other
+        self._nursery: trio.Nursery | None = None
         self._reports = 0  # that have come: JobReport, JobEvents
         self._taken = 0  # of which nothing is left to be done
         self._table = table
@@ -112,6 +118,7 @@ class Session:
             table.set_reason(node, "the slave makes its job space")  # it was in this state where its machine booted
             self.link.notify_nowait(welcome)
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._watch_silence, name=f"silence of node {node.number}")
                 await self.link.run(bound | own)
                 nursery.cancel_scope.cancel()
@@ -166,11 +173,21 @@ class Session:
             return  # something else came in between
         if failure:
             table.set_state(node, NodeState.ERROR, Cause.FAULT, failure)
+            self._failures += 1
+            if self._nursery is not None:
+                self._nursery.start_soon(self._finish_again, self._failures, name=f"another try of node {node.number}")
             return
-        self._finished = True
+        self._finished, self._failures = True, 0
         state = NodeState.UNAVAILABLE if node.reserved else NodeState.UP
         table.set_state(node, state, Cause.READY, RESERVED)
         _log.info("node %d is %s, at %s", node.number, state.value, node.address)
+
+    async def _finish_again(self, failures: int) -> None:
+        """What failed may have been slow, or not there yet, as a file server that starts with the master."""
+        await trio.sleep(min(FIRST_AGAIN * 2 ** (failures - 1), LAST_AGAIN))
+        if failures == self._failures and self.node.state is NodeState.ERROR and self.node.session is self:
+            self._table.set_state(self.node, NodeState.BOOT, Cause.AGAIN, "its start is tried again")
+            await self.finish()
 
     def _fault(self, message: Fault) -> None:
         if self.node.state.linked:

@@ -42,6 +42,7 @@ class Cause(enum.Enum):
     BOOTING = "its machine boots"  # bpbootd answered it
     JOINED = "the slave joined"  # a slave proved the key and was given the number
     READY = "the slave is ready"  # its job space and engine are there
+    AGAIN = "its start is tried again"  # some time after it has failed
     FAULT = "the slave is at fault"  # it said that it cannot hold jobs
     LOST = "the link was lost"  # closed, or silent for longer than the lease and margin
     LEFT = "the slave left"  # it said good-bye after its last job had ended
@@ -61,8 +62,8 @@ def _transitions() -> dict[tuple[NodeState, NodeState], frozenset[Cause]]:
         (frozenset({s.BOOT, s.UP, s.UNAVAILABLE}), s.ERROR, {c.FAULT}),
         (frozenset({s.UP, s.ERROR}), s.UNAVAILABLE, {c.ADMIN}),
         (frozenset({s.UNAVAILABLE}), s.UP, {c.ADMIN}),
-        # The administrator's word for "the fault is mended": the last stage of its start is done once more.
-        (frozenset({s.ERROR}), s.BOOT, {c.ADMIN}),
+        # The last stage of its start is done once more: after a while, or by the administrator's "the fault is mended".
+        (frozenset({s.ERROR}), s.BOOT, {c.ADMIN, c.AGAIN}),
         (frozenset({s.UP, s.UNAVAILABLE}), s.ERROR, {c.ADMIN, c.FAULT}),
         (_LINKED, s.DOWN, {c.ADMIN, c.LOST, c.LEFT}),
         (_ENDING, s.DOWN, {c.ADMIN, c.LOST, c.LEFT}),

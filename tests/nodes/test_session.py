@@ -143,16 +143,35 @@ async def test_good_bye_leaves_no_doubt(nursery):
 
 async def test_a_fault_is_an_error_and_the_administrator_mends_it(nursery):
     async with master() as it:
-        slave = SimulatedSlave(it.port, number=0, ready=False)
+        slave = SimulatedSlave(it.port, number=0)
         nursery.start_soon(slave.run)
+        await it.wait_state(0, "up")
+        assert slave.link is not None
+        slave.link.notify_nowait(Fault("no more jobs"))
+        await it.wait_state(0, "error")
+        node = it.cluster.nodes.get(0)
+        assert node.reason == "no more jobs"
+        await it.cluster.administrator.set_state(node, NodeState.UP)
+        assert it.state(0) == "up" and node.reason == ""
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_was_never_ready_starts_afresh_to_be_up(nursery):
+    async with master() as it:
+        slave, next_life = SimulatedSlave(it.port, number=0, ready=False), SimulatedSlave(it.port, number=0)
+
+        async def lives() -> None:
+            await slave.run()
+            await next_life.run()
+
+        nursery.start_soon(lives)
         await it.wait_state(0, "boot")
         assert slave.link is not None
         slave.link.notify_nowait(Fault("no job space"))
         await it.wait_state(0, "error")
-        node = it.cluster.nodes.get(0)
-        assert node.reason == "no job space"
-        await it.cluster.administrator.set_state(node, NodeState.UP)
-        assert it.state(0) == "up" and node.reason == ""
+        await it.cluster.administrator.set_state(it.cluster.nodes.get(0), NodeState.UP)
+        assert it.state(0) == "up" and it.cluster.nodes.get(0).session.link.reason == ""
+        nursery.cancel_scope.cancel()
 
 
 async def test_down_and_up_by_the_administrator(nursery):

@@ -11,7 +11,7 @@ import trio
 
 from bpfs.config import NodeEntry
 from bpfs.errors import BpfsError
-from bpfs.nodes import admin, power
+from bpfs.nodes import admin, power, session
 from bpfs.nodes.stage import steps
 from bpfs.nodes.states import NodeState
 from tests.nodes.simslave import SimulatedSlave, master
@@ -59,6 +59,22 @@ async def test_a_step_that_fails_is_the_reason_and_can_be_repeated(nursery: trio
         (tmp_path / "disk").touch()
         await it.cluster.administrator.set_state(node, NodeState.UP)
         assert it.state(0) == "up"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_step_that_fails_is_tried_again(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "FIRST_AGAIN", 0.01)
+    step(tmp_path / "up", "10-late", f"echo >> {tmp_path}/tries; [ $(wc -l < {tmp_path}/tries) = 4 ]")
+    async with master(nodeup=tmp_path / "up") as it:
+        nursery.start_soon(SimulatedSlave(it.port, 0).run)
+        await it.wait_state(0, "up")
+        assert (tmp_path / "tries").read_text() == 4 * "\n"
+        # What the administrator calls an error stays one.
+        await it.cluster.administrator.set_state(it.cluster.nodes.get(0), NodeState.ERROR)
+        await trio.sleep(0.2)  # that nothing happens can only be seen by waiting
+        assert it.state(0) == "error" and it.cluster.nodes.get(0).reason == "error by the administrator"
         nursery.cancel_scope.cancel()
 
 

@@ -39,7 +39,7 @@ ALLOWED = {
         "pwroff": "ADMIN",
     },
     "error": {
-        "boot": "ADMIN",
+        "boot": "ADMIN AGAIN",
         "unavailable": "ADMIN",
         "down": "ADMIN LOST LEFT",
         "reboot": "ADMIN",
