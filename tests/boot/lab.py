@@ -80,13 +80,11 @@ def uefi(http: bool = False) -> list[str | Path]:
 class Machine:
     """One virtual machine without a disk; its serial line is kept."""
 
-    def __init__(
-        self, lab: Lab, number: int, medium: list[str | Path], card: str = "virtio-net-pci", board: str = "pc"
-    ) -> None:
+    def __init__(self, lab: Lab, number: int, medium: list[str | Path], card: str = "virtio-net-pci") -> None:
         # Without the card's ROM the firmware never tries the network.
         device = f"{card},netdev=n0,mac={mac(number)}" + ("" if medium[:2] == NETWORK else ",romfile=")
         command = [
-            *lab.inside, QEMU, "-machine", board, "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
+            *lab.inside, QEMU, "-machine", "pc", "-accel", "tcg", "-cpu", "max,-sse4a,-mpx,-pku", "-m", "256",
             "-nographic", "-nodefaults", "-serial", "stdio", *medium, "-device", device,
             "-netdev", f"tap,id=n0,ifname={lab.tap(number)},script=no,downscript=no",
             "-qmp", f"unix:{lab.folder / f'qmp{number}'},server=on,wait=off",
