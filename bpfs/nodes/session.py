@@ -45,7 +45,6 @@ NodeHandlers: TypeAlias = Mapping[type[Message], NodeHandler]
 RESERVED = "unavailable by the administrator"
 
 FENCE_TIMEOUT = 10.0
-
 """Seconds that a slave may take to kill its jobs on command; then its link is closed, and its lease is waited for."""
 
 FIRST_AGAIN, LAST_AGAIN = 60.0, 600.0
