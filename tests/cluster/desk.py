@@ -89,6 +89,16 @@ class Desk:
         """Waits until the shell's line editor has given the terminal away: it does so after it has echoed the line."""
         wait_until(lambda: self.local_modes() & termios.ICANON, "the terminal should be in line mode")
 
+    def await_turn(self) -> None:
+        """Waits until the shell has given the terminal to a job of `fg`: it does so after it has said to which."""
+        self.await_lines()
+        wait_until(self._in_background, "the job should have the terminal")
+
+    def _in_background(self) -> bool:
+        """Whether the shell has given its terminal away where it is: of that its ghost says nothing."""
+        _, group, _, _, front, *_ = stat_of(real_of(self.shell.pid))[1]
+        return front != group
+
     def await_shell(self) -> None:
         """Waits until the shell has the terminal, and its line editor as well."""
         wait_until(
@@ -151,6 +161,19 @@ def session(leader: int) -> list[int]:
         if state not in "ZX" and fields[2] == str(leader):
             found.append(int(name))
     return found
+
+
+def real_of(pid: int) -> int:
+    """The process on a node of this machine that has this pid there; the same pid where there is none, as at home."""
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = dict(line.split(":\t", 1) for line in (entry / "status").read_text().splitlines() if ":\t" in line)
+        except OSError:  # no process, or not any more
+            continue
+        spaces = fields["NSpid"].split()
+        if len(spaces) == 3 and spaces[-1] == str(pid) and not fields["Name"].startswith("nodeinit"):
+            return int(entry.name)
+    return pid
 
 
 def stat_of(pid: int) -> tuple[str, list[str]]:

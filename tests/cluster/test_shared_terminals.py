@@ -54,13 +54,7 @@ def suspend(at: Desk) -> None:
 def fg(at: Desk, job: int) -> None:
     at.type(f"fg %{job}\r")
     at.see("\nsh -c")  # the job's command line
-    await_turn(at)
-
-
-def await_turn(at: Desk) -> None:
-    """Waits until bash has given the terminal away: it does so after it has said to whom."""
-    at.await_lines()
-    wait_until(lambda: at.foreground() != at.shell.pid, "the job should have the terminal")
+    at.await_turn()
 
 
 def stopped(it: VirtualCluster, pid: int) -> None:
@@ -297,14 +291,14 @@ def test_bpsh_beside_bpsh(it, at):
     suspend(at)
     at.type("fg\r")
     at.see("bpsh")
-    await_turn(at)
+    at.await_turn()
     at.type("\x03")
     at.see("^C", PROMPT)
     assert at.status() == 130
     assert lives(it, first)
     at.type("fg\r")
     at.see("bpsh")
-    await_turn(at)
+    at.await_turn()
     assert at.foreground() == first
     at.type("\x03")
     at.see("^C", PROMPT)
