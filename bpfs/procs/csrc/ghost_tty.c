@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef TIOCGPGRP
@@ -38,9 +39,17 @@ static bool in_foreground(struct chan *c)
 	return !c->tty->controlling || group == getpgrp();
 }
 
+static bool has_child_in(pid_t group)
+{
+	siginfo_t info;
+
+	return waitid(P_PGID, (id_t)group, &info, WEXITED | WNOHANG | WNOWAIT | __WALL) == 0 || errno != ECHILD;
+}
+
 /* A child of ours that is, or was, in this group has stopped or ended. Where the terminal was that group's and it stands
- * still now or has nobody left, it is ours: the job is the shell that waited for them, and has taken the terminal on its
- * node. Here nobody else does: our signals are blocked, so the kernel lets us. */
+ * still now or has no child of ours left, it is ours: the job is the shell that waited for them, and has taken the terminal
+ * on its node. Others may be left: what they have started in the background, and a pump of theirs. Here nobody else does:
+ * our signals are blocked, so the kernel lets us. */
 void ttys_left(pid_t group, bool stopped)
 {
 	for (int i = 0; i < the_stream.nchans; i++) {
@@ -49,7 +58,7 @@ void ttys_left(pid_t group, bool stopped)
 
 		if (fd < 0 || group <= 0 || ioctl(fd, TIOCGPGRP, &front) < 0 || front != group || group == own)
 			continue;
-		if ((stopped || (kill(-group, 0) < 0 && errno == ESRCH)) && ioctl(fd, TIOCSPGRP, &own) == 0)
+		if ((stopped || !has_child_in(group)) && ioctl(fd, TIOCSPGRP, &own) == 0)
 			ttys_refresh(false);
 	}
 }
