@@ -104,9 +104,10 @@ def outlook(pid: int) -> dict[str, Any]:
 def _outline(process: Frozen, stat: procfs.Stat) -> dict[str, Any]:
     status = process.status
     uid, euid, *_ = (int(word) for word in status["Uid"].split())
+    pgid, sid = (int(status[key].split()[-1]) for key in ("NSpgid", "NSsid"))  # as it has them itself
     return {
         "comm": stat.comm, "uid": uid, "gid": int(status["Gid"].split()[0]), "euid": euid, "ppid": stat.ppid,
-        "pgid": stat.pgid, "sid": stat.sid, "stopped": process.group_stopped, "children": children_of(process),
+        "pgid": pgid, "sid": sid, "stopped": process.group_stopped, "children": children_of(process),
         "rights": int(status["CapPrm"], 16),
     }  # fmt: skip
 

@@ -230,20 +230,17 @@ class Births:
 
     async def _changed(self, away: Away, record: Record) -> None:
         proc, before = away.proc, away.proc.identity
-        after = proc.identity = replace(
+        after = replace(
             before, uid=record.uid, gid=record.gid, ppid=record.ppid if proc.native else before.ppid,
             pgid=record.pgid or before.pgid, sid=record.sid or before.sid, cmdline=record.cmdline or before.cmdline,
         )  # fmt: skip
-        renamed = record.comm != away.stdio.comm
-        away.stdio.comm = record.comm
-        if renamed or after != before:
+        if record.comm != away.stdio.comm:
+            away.stdio.comm = record.comm
             self._ghosts.note(away)
-        if renamed:
             await tell(away.ghost.name(record.comm))
+        await self._ghosts.identify(away, after)
         if after.cmdline != before.cmdline:
             await tell(away.ghost.arguments(after.cmdline))
-        if _ids(after) != _ids(before):
-            await tell(away.ghost.ids(*_ids(after)))
         theirs = self._has_parent_there(proc)
         if theirs and record.state == "T" and proc.state is ProcState.RUNNING:
             await self._ghosts.stopped(away, signal.SIGSTOP)
@@ -300,10 +297,6 @@ def _lives(status: bytes) -> bool:
     fields = dict(line.split(b":\t", 1) for line in status.splitlines() if b":\t" in line)
     pending = int(fields[b"ShdPnd"], 16) | int(fields[b"SigPnd"], 16)
     return fields[b"State"][:1] not in b"ZX" and not pending >> (signal.SIGKILL - 1) & 1
-
-
-def _ids(identity: Identity) -> tuple[int, int, int, int]:
-    return identity.sid, identity.pgid, identity.uid, identity.gid
 
 
 def status_of(code: int) -> ExitStatus:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import trio
 
@@ -20,7 +21,7 @@ from bpfs.procs.families import Families
 from bpfs.procs.ghost import Ghost, NoGhost
 from bpfs.procs.kernelfiles import ANSWER_S, read_local
 from bpfs.procs.ledger import Ledger, Part
-from bpfs.procs.process import ExitStatus, Process, ProcState
+from bpfs.procs.process import ExitStatus, Identity, Process, ProcState
 from bpfs.procs.reports import Reports
 from bpfs.procs.signals import Signals
 from bpfs.procs.stdio import Stdio, carry_offsets, reconnect
@@ -240,6 +241,26 @@ class Ghosts:
 
     # -- from the node -----------------------------------------------------------------------------------------
 
+    async def identify(self, away: Away, identity: Identity) -> None:
+        """This is what the process is now, and its ghost: name and arguments apart."""
+        before, away.proc.identity = away.proc.identity, identity
+        if identity == before:
+            return
+        self.note(away)
+        if _ids(identity) == _ids(before):
+            return
+        if identity.pgid != before.pgid and self.stand_in(identity.pgid) not in (None, away):
+            await _wait_led(identity.pgid)
+        await tell(away.ghost.ids(*_ids(identity)))
+
+    async def belongs(self, away: Away, pgid: int, sid: int, uid: int) -> None:
+        """The process stands still and has these now. That it changed them its node may be about to tell."""
+        before = away.proc.identity
+        leader = self.stand_in(pgid)
+        if pgid != before.pgid and leader is not None and leader is not away:
+            await self.identify(leader, replace(leader.proc.identity, pgid=pgid, sid=sid))
+        await self.identify(away, replace(before, pgid=pgid or before.pgid, sid=sid or before.sid, uid=uid))
+
     async def stopped(self, away: Away, signo: int) -> None:
         """The process was stopped on its node: so is its ghost."""
         proc = away.proc
@@ -355,3 +376,14 @@ class Ghosts:
         for away in list(self._away.values()):
             with trio.move_on_after(2.0):
                 await away.ghost.wait_gone()
+
+
+async def _wait_led(pgid: int) -> None:
+    """Nobody can join a group whose leader's ghost has not yet obeyed."""
+    with suppress(ProcessLookupError), trio.move_on_after(BORN_WITHIN):
+        while os.getpgid(pgid) != pgid:
+            await trio.sleep(BORN_WITHIN / 1000)
+
+
+def _ids(identity: Identity) -> tuple[int, int, int, int]:
+    return identity.sid, identity.pgid, identity.uid, identity.gid

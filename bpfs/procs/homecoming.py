@@ -61,9 +61,11 @@ class Return(Migration):
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
         await self._enter(Phase.ATTACH)
         away = self._away
-        self._has_tids_of_nodes = summary["process"]["highest_tid"] >= BLOCK_BASE
+        process = summary["process"]
+        self._has_tids_of_nodes = process["highest_tid"] >= BLOCK_BASE
         self.goes_straight = not self._has_tids_of_nodes
-        await self._around.ghosts.families.settle(away, summary["process"]["children"])
+        await self._around.ghosts.families.settle(away, process["children"])
+        await self._around.ghosts.belongs(away, process["pgid"], process["sid"], process["uid"])
         externals = summary["externals"]
         if self.company is not None:
             externals = await self.company.tell(self.proc.pid, externals)

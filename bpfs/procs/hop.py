@@ -45,7 +45,9 @@ class Hop(ToNode):
         return self._away.stdio.channels[channel.number].fds
 
     async def land(self, dst: Engine, summary: dict[str, Any]) -> Landing:
-        await self._around.ghosts.families.settle(self._away, summary["process"]["children"])
+        process = summary["process"]
+        await self._around.ghosts.families.settle(self._away, process["children"])
+        await self._around.ghosts.belongs(self._away, process["pgid"], process["sid"], process["uid"])
         return await super().land(dst, summary)
 
     async def hold(self) -> None:

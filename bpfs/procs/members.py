@@ -217,8 +217,9 @@ class Members:
                 continue
             child = await self._known(pid)
             if child is not None:  # what a node tells of its jobs may come late
-                who = child.identity
-                child.identity = replace(who, ppid=int(member.proc.pid), pgid=pgid, sid=sid, uid=uid)
+                child.identity = replace(child.identity, ppid=int(member.proc.pid))
+                if (away := self._procs.ghosts.stand_in(pid)) is not None:
+                    await self._procs.ghosts.belongs(away, pgid, sid, uid)
                 found.append(child)
         return found
 

@@ -31,6 +31,7 @@ struct tty {
 	bool pending;      /* F_PENDING was sent, F_WANT not yet seen */
 	uint32_t want;     /* bytes the job would read now */
 	bool changed;      /* `termios` is to be applied, once in the foreground */
+	bool missed;       /* `termios` came while the terminal was another job's */
 	size_t before;     /* bytes of `out` that come before that */
 	struct kernel_termios termios;
 	int64_t next_ttin, next_ttou; /* at most one such signal a second */

@@ -58,8 +58,10 @@ void ttys_left(pid_t group, bool stopped)
 
 		if (fd < 0 || group <= 0 || ioctl(fd, TIOCGPGRP, &front) < 0 || front != group || group == own)
 			continue;
-		if ((stopped || !has_child_in(group)) && ioctl(fd, TIOCSPGRP, &own) == 0)
+		if ((stopped || !has_child_in(group)) && ioctl(fd, TIOCSPGRP, &own) == 0) {
+			the_chans[i].tty->changed |= the_chans[i].tty->missed; /* the job has been quicker than we */
 			ttys_refresh(false);
+		}
 	}
 }
 
@@ -154,7 +156,7 @@ static void refresh(struct chan *c, bool force)
 		return;
 	}
 	t->foreground = front;
-	t->pending = false;
+	t->pending = t->missed = false;
 	t->want = 0;
 	c->src_gate = front;
 	frame_put_u32(c->stream, F_FOREGROUND, c->id, !front ? 0 : t->controlling ? getpgrp() : 1);
@@ -280,9 +282,10 @@ void tty_settle(struct chan *c)
 void tty_set(struct chan *c, const struct kernel_termios *t)
 {
 	c->stream->settings++;
-	if (c->tty->native && !in_foreground(c))
-		return; /* not ours: the terminal is shared, and whose it is sets it */
 	c->tty->termios = *t;
+	c->tty->missed = c->tty->native && !in_foreground(c);
+	if (c->tty->missed)
+		return; /* not ours: the terminal is shared, and whose it is sets it */
 	c->tty->changed = true;
 	c->tty->before = c->out.len;
 	if (!in_foreground(c) && c->tty->controlling && !c->tty->native && now_ms() >= c->tty->next_ttou) {
