@@ -136,7 +136,7 @@ class Births:
             if record.kind is Kind.IS and record.pid in self._blocks.of(node.number):
                 await self._born(node, record, since)
             return
-        if not self._ghosts.reports.defer(record.pid, node, partial(self._known, node, proc, record)):
+        if not self._ghosts.reports.defer(record.pid, node, since, partial(self._known, node, proc, record)):
             await self._known(node, proc, record)
 
     async def _known(self, node: Node, proc: Process, record: Record) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,21 @@ if TYPE_CHECKING:
 SIGNAL_REPORT = 2  # kind of a report, csrc/nodeinit.h
 
 
+@dataclass(slots=True)
+class _Early:
+    """Reports of a process that is expected at a place."""
+
+    place: int
+    since: float  # by trio's clock
+    reports: list[Callable[[], Awaitable[object]]] = field(default_factory=list)
+
+
 class Reports:
     """Those to one master."""
 
     def __init__(self, ghosts: Ghosts) -> None:
         self._ghosts = ghosts
-        self._early: dict[int, tuple[int, list[Callable[[], Awaitable[object]]]]] = {}  # see `expect`
+        self._early: dict[int, _Early] = {}  # see `expect`
         self._reports, self._incoming = trio.open_memory_channel[Callable[[], Awaitable[object]]](math.inf)
         self._reporting = False
         ghosts.nursery.start_soon(self._take_all, name="job reports")
@@ -40,7 +50,7 @@ class Reports:
         stops = report.kind != SIGNAL_REPORT and report.code == os.CLD_STOPPED
         if stops and self._ghosts.signals.is_continuing(report.pid):
             return
-        self._reports.send_nowait(partial(self._reported, node, report))
+        self._reports.send_nowait(partial(self._reported, node, report, trio.current_time()))
 
     def after(self, work: Callable[[], Awaitable[object]]) -> None:
         """Has something done when all that was reported up to now has been dealt with."""
@@ -58,13 +68,13 @@ class Reports:
             await work()
             self._reporting = False
 
-    async def _reported(self, node: Node, report: messages.JobReport) -> None:
+    async def _reported(self, node: Node, report: messages.JobReport, since: float) -> None:
         if report.kind == SIGNAL_REPORT and self._has_sent(report):
             if report.status == signal.SIGCONT:
                 self._ghosts.families.heard[report.pid] = report.stime_us
         elif report.kind == SIGNAL_REPORT:
             self._ghosts.signals.in_order(report.pid, partial(self._ghosts.signals.forward, report))
-        elif not self.defer(report.pid, node, partial(self._changed, node, report)):
+        elif not self.defer(report.pid, node, since, partial(self._changed, node, report)):
             await carefully(report.pid, self._changed(node, report))
 
     def _has_sent(self, report: messages.JobReport) -> bool:
@@ -89,7 +99,7 @@ class Reports:
     def expect(self, proc: Process, bound: Bound, stdio: Stdio) -> None:
         """A process may run elsewhere before we are told that it is gone from where it was: what is reported of it from
         there waits for `catch_up`."""
-        self._early[proc.pid] = (bound.place, [])
+        self._early[proc.pid] = _Early(bound.place, trio.current_time())
         self.note_bound(proc, bound, stdio)
 
     def note_bound(self, proc: Process, bound: Bound, stdio: Stdio) -> None:
@@ -103,21 +113,22 @@ class Reports:
 
     async def catch_up(self, proc: Process) -> None:
         """The process is at its new place: takes what was reported from there already."""
-        _, early = self._early[proc.pid]
-        while early:
-            await carefully(proc.pid, early.pop(0)())
+        reports = self._early[proc.pid].reports
+        while reports:
+            await carefully(proc.pid, reports.pop(0)())
         del self._early[proc.pid]
 
     def is_expected(self, pid: int, node: int) -> bool:
         """Whether a process may run on `node` though we have not been told yet."""
-        return pid in self._early and self._early[pid][0] == node
+        return pid in self._early and self._early[pid].place == node
 
-    def defer(self, pid: int, node: Node, take: Callable[[], Awaitable[object]]) -> bool:
-        """Whether what a node has reported of a process was put off to `catch_up`."""
-        number, early = self._early.get(pid, (None, []))
-        if number != node.number:
+    def defer(self, pid: int, node: Node, since: float, take: Callable[[], Awaitable[object]]) -> bool:
+        """Whether what a node reported of a process, at `since` by trio's clock, was put off to `catch_up`. What came
+        before it was expected is not: that is of an earlier stay."""
+        early = self._early.get(pid)
+        if early is None or early.place != node.number or since < early.since:
             return False
-        early.append(take)
+        early.reports.append(take)
         return True
 
     def expect_no_more(self, proc: Process) -> None:
