@@ -87,8 +87,11 @@ class Ghosts:
             entry = entry_of(proc, away.stdio, away.real, away.stopped_by, away.stopped_after, away.bound)
             self.ledger.put(Part.AWAY, proc.pid, entry)
 
-    def _drop(self, pid: int) -> None:
-        self._away.pop(pid, None)
+    def _drop(self, away: Away) -> None:
+        pid = away.proc.pid
+        if self._away.get(pid) is not away:
+            return  # by now the pid is another's
+        del self._away[pid]
         self.families.orphans.forget(pid)
         self.ledger.drop(Part.AWAY, pid)
 
@@ -136,8 +139,7 @@ class Ghosts:
         away.retired = True
         self.families.forget(away)
         away.ghost.close()
-        if self._away.get(away.proc.pid) is away:
-            self._drop(away.proc.pid)
+        self._drop(away)
 
     @asynccontextmanager
     async def awake(self, away: Away) -> AsyncIterator[None]:
@@ -209,7 +211,7 @@ class Ghosts:
             return
         self.families.forget(away)
         proc = away.proc
-        self._drop(proc.pid)
+        self._drop(away)
         if proc.status is not None:
             return
         # Nothing but SIGKILL ends a ghost that was not told to end.
@@ -310,7 +312,7 @@ class Ghosts:
         self.table.end(proc, status)
         away = self._away.get(proc.pid)
         if away is not None and away.proc is proc and not away.real:
-            self._drop(proc.pid)
+            self._drop(away)
         elif away is not None and away.proc is proc:
             await self._carry_offsets(away)
             self._orphan(away)
