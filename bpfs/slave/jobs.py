@@ -132,10 +132,12 @@ class Jobs:
 
     async def run(self) -> str:
         """Pass reports on; returns, with the reason, when the job space has died."""
-        while not self.closed:
+        while True:
             try:
                 await trio.lowlevel.wait_readable(self._space.reports)
             except (trio.ClosedResourceError, OSError):
+                break
+            if self.closed:  # between a report's coming and this task's turn
                 break
             told = self.take_reports()
             if told is None:
