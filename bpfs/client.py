@@ -342,7 +342,7 @@ class Process:
         """Waits until it ended, and returns how. No need to be its parent.
 
         Raises:
-            BpfsError: ENOENT, there is no such process in the cluster.
+            BpfsError: ENOENT, there is no such process in the cluster; it may have ended before.
         """
         return parse_exit(self.read("wait"))
 

@@ -134,7 +134,7 @@ def test_a_process_comes_back_under_its_pid_where_its_image_was_taken(it, folder
     with ended(pid):
         assert pid == process.pid and place(it, pid) == str(again)
         goes_on(folder)
-        assert steps(folder)[len(steps(folder)) - 1] > 1 and last > 3
+        assert steps(folder)[-1] > 1 and last > 3
         line = (folder / "out").read_text().splitlines()[-1].split()
         assert line[1:] == [str(pid), "3"]
         stat = Path(f"/proc/{pid}/status").read_text()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from errno import EINVAL
 from itertools import islice
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_client_says_what_went_wrong(it: VirtualCluster) -> None:
         api.nodes[1].migrate(4194304)
 
 
+def is_open(path: Path) -> bool:
+    """Whether this process has opened a file."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed since the listing
+            if os.readlink(f"/proc/self/fd/{number}") == str(path):
+                return True
+    return False
+
+
 def test_client_moves_a_process_and_waits_for_it(it: VirtualCluster) -> None:
     api = Cluster(it.mount)
     child = subprocess.Popen(["sleep", "1000"])
@@ -141,6 +151,8 @@ def test_client_moves_a_process_and_waits_for_it(it: VirtualCluster) -> None:
         status: list[ExitStatus] = []
         waiter = threading.Thread(target=lambda: status.append(process.wait()))
         waiter.start()
+        # Who comes after its end finds nobody to wait for.
+        wait_until(lambda: is_open(process.path / "wait"), "the thread should wait")
         process.signal(signal.SIGTERM)
         waiter.join(60)
         assert status == [ExitStatus(None, signal.SIGTERM)]
