@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +91,11 @@ class Leave(ToNode):
         if process["stopped"]:
             self.before = ProcState.STOPPED  # at home the kernel's word is enough
         self._stdio.comm = os.fsencode(process["comm"])
+        identity = self.proc.identity
+        if not identity.cmdline:  # it was in the middle of an exec
+            with suppress(OSError):
+                cmdline = procfs.read(f"/proc/{self.proc.pid}/cmdline")
+                self.proc.identity = replace(identity, cmdline=cmdline)
         self._program = self._around.programs.descriptor(self.proc.pid, int(process["euid"]), int(process["rights"]))
 
     async def depart(self, src: Engine, go: bool) -> None:
