@@ -216,6 +216,7 @@ class Supervisor:
                 timeout = left if timeout is None else min(timeout, left)
             if timeout is not None and timeout <= 0:
                 _log.warning("the slave is killed: %s", "it did not end" if asked else "it outlived its lease")
+                _kill_others(pid)
                 os.kill(pid, signal.SIGKILL)
                 self._abort_mount()
                 self._killed = True
@@ -356,6 +357,17 @@ def _reap() -> dict[int, int]:
                 break
             ended[pid] = os.waitstatus_to_exitcode(status)
     return ended
+
+
+def _kill_others(slave: int) -> None:
+    """Kill all but the slave and wait, for `EXIT_TIMEOUT`: its own end tells the master that no job lives any more."""
+    others = [pid for pid in procfs.children(os.getpid()) if pid != slave]
+    for pid in others:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    while time.monotonic() < deadline and not all(procfs.has_ended(f"/proc/{pid}") for pid in others):
+        time.sleep(0.002)
 
 
 def kill_descendants() -> list[int]:
