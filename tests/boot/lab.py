@@ -66,6 +66,9 @@ def python(module: str, *arguments: str | Path) -> list[str | Path]:
 NETWORK: list[str | Path] = ["-boot", "n"]
 """The medium of a machine whose firmware boots from its network card."""
 
+DEAD_CARD: list[str | Path] = ["-netdev", "hubport,id=n9,hubid=9", "-device", "virtio-net-pci,netdev=n9,romfile="]
+"""One more network card, before the other, with a link and nobody on it."""
+
 _OVMF = Path("/usr/share/ovmf/OVMF.fd")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from boot.kernel import unpack
 from tests.boot import nfs
-from tests.boot.lab import NETWORK, VM_DEADLINE, Lab, kernel_package, python, run, uefi
+from tests.boot.lab import ADDRESS, DEAD_CARD, NETWORK, VM_DEADLINE, Lab, kernel_package, mac, python, run, uefi
 from tests.cluster.virtual import TOP, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -35,6 +36,22 @@ def lab(session_folder: Path) -> Iterator[Lab]:
 
 LIMIT = 90.0
 """Seconds from power-on to `up` that are promised, for a machine that nothing else slows down."""
+
+
+PROTOCOLS = ("tcp", "tcp6", "udp", "udp6", "udplite", "raw", "raw6", "packet")
+"""What sockets are of that somebody else's packets can come to: files of /proc/net."""
+
+LISTENS = "0A"
+"""TCP_LISTEN in the fourth column of /proc/net/tcp (include/net/tcp_states.h)."""
+
+
+def doors(lab: Lab, number: int) -> list[str]:
+    """Where a node takes in what it has not asked for, a line each, as its own kernel names it."""
+    script = 'cd /proc/net; for name in "$@"; do test ! -e $name || sed "1d;s/^/$name /" $name; done'
+    done = lab.bpsh(str(number), "/bin/sh", "-c", script, "sh", *PROTOCOLS)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert any(row[0] == "tcp" for row in rows), "bpslave's own connection, at least"
+    return [f"{row[0]} {row[2]}" for row in rows if not row[0].startswith("tcp") or row[4] == LISTENS]
 
 
 def home(lab: Lab) -> Path:
@@ -95,7 +112,8 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
     files = f"$MASTER:{home(lab)} {home(lab)} nfs4\n"
     (lab.folder / "fstab").write_text(files)
     (lab.folder / "fstab.0").write_text(f"/dev/vda /scratch ext4 noatime\n/dev/vdb none swap\n{files}")
-    disc = ["-cdrom", lab.folder / "phase1.iso", *lab.disk("scratch", 64 << 20), *lab.disk("swap", 32 << 20)]
+    disks = [*lab.disk("scratch", 64 << 20), *lab.disk("swap", 32 << 20)]
+    disc = ["-cdrom", lab.folder / "phase1.iso", *disks, *DEAD_CARD]
     with lab.machine(0, disc) as first, lab.machine(1) as second:
         # They were there before their master was: they ask on.
         for machine in (first, second):
@@ -105,6 +123,8 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
             lab.wait_state(number, "up")
             assert machine.busy < LIMIT
         assert "fetching the image" in first.text and "switching kernels" in first.text
+        # It has another card that nobody answers on, and that is its first one.
+        assert first.text.count(f"eth1 {mac(0)} is 10.54.0.10, server {ADDRESS}\n") == 2
         assert [lab.read(f"nodes/{number}/address") for number in (0, 1)] == ["10.54.0.10\n", "10.54.0.11\n"]
         # The kernel is the one that the image was made with, not this machine's.
         assert lab.read("nodes/0/kernel").strip() in (lab.images / "manifest").read_text()
@@ -112,11 +132,11 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
 
         # Its disks had nothing on them; the file systems' modules are none of the image's.
         assert "fstab: /scratch: /dev/vda" in lab.read("nodes/0/log")
-        script = 'stat -f -c %T /scratch "$0"; sed 1d /proc/swaps; cat "$0/here"; echo there > "$0/there"'
+        script = 'df --output=fstype /scratch "$0"; sed 1d /proc/swaps; cat "$0/here"; echo there > "$0/there"'
         (home(lab) / "here").write_text("from the master\n")
         seen = lab.bpsh("0", "/bin/sh", "-c", script, str(home(lab))).stdout.splitlines()
-        assert seen[:2] == ["ext2/ext3", "nfs"] and seen[2].split()[:2] == ["/dev/vdb", "partition"]
-        assert seen[3:] == ["from the master"] and (home(lab) / "there").read_text() == "there\n"
+        assert seen[:3] == ["Type", "ext4", "nfs4"] and seen[3].split()[:2] == ["/dev/vdb", "partition"]
+        assert seen[4:] == ["from the master"] and (home(lab) / "there").read_text() == "there\n"
 
         # More modules come by hand, each with what it needs, once; one that is for other hardware is refused by name.
         modprobe = [*lab.inside, *python("bpfs.cli.bpmodprobe", "-c", lab.config, "--mount", lab.mount, "0")]
@@ -128,6 +148,11 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
 
         # It takes every pid that its master may have, and those of its own block.
         assert lab.bpsh("0", "/bin/cat", "/proc/sys/kernel/pid_max").stdout == "4194304\n"
+
+        # Nobody can call a node but at bpslave's two doors (bpslave(8)), and at port 933 where images are passed on.
+        assert [door.partition(":")[0] for door in doors(lab, 1)] == 2 * ["tcp 0B00360A"]
+        assert [door.partition(":")[0] for door in doors(lab, 0)] == 3 * ["tcp 0A00360A"]
+        assert "tcp 0A00360A:03A5" in doors(lab, 0)
 
         # It has no program, library or script of its own, and runs the master's.
         done = lab.bpsh("0", "/bin/sh", "-c", "/usr/bin/uname -r; exit 3")
@@ -167,12 +192,21 @@ def test_two_machines_with_nothing_on_them_become_nodes_and_live_as_such(lab: La
         assert "silent" not in lab.read("nodes/1/reason")
 
 
-def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: Path) -> None:
-    package = kernel_package("linux-image-amd64")
+FIRMWARE = ("e100/d102e_ucode.bin", bytes(134 * 4) + bytes([1, 2, 3]))
+"""What the driver of an i82551 does not do without: a program for the card, which the emulated one passes over, and
+where three figures are in it (drivers/net/ethernet/intel/e100.c, e100_request_firmware)."""
+
+
+def test_a_general_kernel_and_cards_that_take_their_time_or_firmware(session_folder: Path) -> None:
+    kernel = session_folder / "kernel"
+    unpack(kernel_package("linux-image-amd64"), kernel)
+    name, program = FIRMWARE
+    (kernel / "lib/firmware" / name).parent.mkdir(parents=True)
+    (kernel / "lib/firmware" / name).write_bytes(program)
     lab = Lab(session_folder / "boot2", config="pxe br0")
     try:
         lab.open()
-        lab.make_images(package, "--drivers", "e1000,virtio_net", media=("--pxe",))
+        lab.make_images(kernel, "--drivers", "e100,e1000,virtio_net", media=("--pxe",))
         lab.start()
         # The link of this card is up seconds after its driver: the first requests are lost.
         with lab.machine(0, medium=[*NETWORK, "-device", "i6300esb"], card="e1000") as machine:
@@ -193,5 +227,10 @@ def test_a_general_kernel_and_a_slow_card_that_boots_by_itself(session_folder: P
             before = len(machine.text)
             lab.write("nodes/0/state", "reboot")
             machine.wait_for(r"reboot: Restarting system[\s\S]*iPXE initialising devices", before)
+        # This card's link is up with its firmware only, in both phases.
+        with lab.machine(1, card="i82551") as machine:
+            lab.wait_state(1, "up")
+            assert re.findall("drivers: .*", machine.text) == 2 * ["drivers: e100 mii"]
+            assert f"direct-loading firmware {name}" in lab.bpsh("1", "/bin/dmesg").stdout
     finally:
         lab.close()
