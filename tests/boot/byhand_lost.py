@@ -61,7 +61,7 @@ def test_nodes_that_have_lost_their_master(lab: Lab) -> None:
         assert "no master for" not in said and "RARP on" not in said, said
 
         script = 'echo on; sleep 30; echo "<2>the job is over" > /dev/kmsg'
-        command = [TOP / "bpfs/bin/bpsh", "0", "/bin/sh", "-c", script]
+        command = [*lab.inside, TOP / "bpfs/bin/bpsh", "0", "/bin/sh", "-c", script]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/", env={"BPFS": str(lab.mount)}) as job:
             assert job.stdout is not None and job.stdout.readline() == "on\n"
             before = lose(lab, machine)
