@@ -75,6 +75,17 @@ def _make_folder(config: pytest.Config) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeat", type=int, default=1, metavar="N", help="run every test N times in a row")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    times = metafunc.config.getoption("repeat")
+    if times > 1:
+        metafunc.fixturenames.append("_turn")
+        metafunc.parametrize("_turn", range(times), ids=lambda turn: f"turn{turn}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _take_signals_back()
     _take_own_group()
