@@ -406,10 +406,14 @@ async def open_relay(address: str | None = None, keeper: Keeper | None = None) -
         keeper: has it started, and kept; None: it ends with this process.
 
     Raises:
-        BpfsError: EIO out of the context when iorelay dies.
+        BpfsError: EIO out of the context when iorelay dies, or has.
     """
     pid, ours = _adopt(keeper) or _start(keeper)
-    process = os.pidfd_open(pid)
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        ours.close()
+        raise BpfsError(EIO, "iorelay has ended") from None
     try:
         listener = (await trio.open_tcp_listeners(0, host=address))[0] if address is not None else None
         relay = Relay(pid, ours, listener)
