@@ -20,7 +20,7 @@ from typing import Final
 
 from engine.linux import nsfs, process_vm
 from engine.linux.packets import MAX_PACKET
-from engine.placeholders import INIT, Birth, Command, Step, World, carry_out, command, outer_pid, plan
+from engine.placeholders import INIT, Birth, Command, Step, World, carry_out, clear_way, command, outer_pid, plan
 
 # csrc/nodeinit.h
 _ORDERS_FD: Final = 60
@@ -69,6 +69,7 @@ class Bearer:
         namespace = nsfs.open_pid_namespace(self.init)
         try:
             fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            clear_way(self.init, namespace, set(ids))
             maker, head = self._prepare(namespace, ids, uid)
             status, theirs = os.pipe2(os.O_CLOEXEC)
             try:

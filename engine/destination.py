@@ -14,6 +14,7 @@ from engine.descriptors.ghost import take_from
 from engine.image import MappedFile
 from engine.linux import userfaultfd
 from engine.operation import FDS, NOT_LAZY, ORDER, TOKEN_SIZE, Reply, report, sentence
+from engine.reserve import sweep
 from engine.restore import Builder
 from engine.restore_files import gather
 from engine.spans import Spans
@@ -154,7 +155,7 @@ class Destination:
     def sweep(self, request: Reply, fds: list[int]) -> Reply:
         """End what stands for nobody on a node (`init`). Returns which of `pids` something has there still."""
         init = int(request["init"])
-        placeholders.sweep(init)
+        sweep(init, request["pids"])
         return {"left": placeholders.present(init, request["pids"])}
 
     def stage(self, request: Reply, fds: list[int]) -> Reply:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import cpu, facts, owed, placeholders, vdso
+from engine import cpu, facts, owed, placeholders, reserve, vdso
 from engine import image as img
 from engine.descriptors import Descriptors
 from engine.descriptors import inspect as inspect_descriptors
@@ -76,7 +76,7 @@ class Inspection:
 
     def end_stand_ins(self, init: int) -> None:
         """It has left and is stood for: what stood for its children that are elsewhere has nobody to wait for it."""
-        placeholders.end_stand_ins(init, self._children)
+        reserve.reserve(init, reserve.end_stand_ins(init, self._children))
 
     def summary(self) -> dict[str, Any]:
         """The `process` map of the worker's inspect reply."""

@@ -16,13 +16,13 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from engine import placeholders
+from engine import placeholders, reserve
 from engine.bearing import Bearer, Bearing
 from engine.linux import nsfs, pidfd, process_vm, procfs
 from engine.placeholders import INIT, Command
@@ -346,13 +346,24 @@ class JobSpace:
         finally:
             world.close()
 
-    def drop_unneeded_placeholders(self) -> list[int] | None:
+    def reserve(self, owners: Mapping[int, int]) -> None:
+        """Keep pids of the block for processes that are elsewhere; see engine/reserve.py. Raises OSError."""
+        reserve.reserve(self.init, owners)
+
+    def reserved(self) -> list[int]:
+        """The pids of the block that are kept so. Raises OSError."""
+        return reserve.reserved(self.init)
+
+    def drop_unneeded_placeholders(self, free: Container[int] = ()) -> list[int] | None:
         """Kill the placeholders that are no job's parent, group or session leader.
+
+        Args:
+            free: pids of the block that need not be kept for a process elsewhere any more.
 
         Returns:
             Their pids; None while a process is being born here: try again.
         """
-        swept = placeholders.sweep(self.init)
+        swept = reserve.sweep(self.init, free)
         if swept is None:
             return None
         # One that was killed before and is not dead yet is found again; its death is reported once.

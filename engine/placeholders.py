@@ -7,6 +7,8 @@ Session and group are inherited at birth, so the order matters: session leader, 
 group's leader is a child of the session's: a group without a member whose parent is in another group of the same
 session is orphaned, and the kernel discards SIGTSTP for it.
 
+A process that was forked here and has left is stood for as long as it lives, or the node would give its pid away again.
+
 There is no state beside the kernel's: whatever exists in the job namespace is read there, so daemon and workers agree.
 A lock on the namespace itself (flock on its nsfs file) keeps them apart.
 """
@@ -19,7 +21,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -324,6 +326,7 @@ def placing(
     world = None
     try:
         fcntl.flock(namespace, fcntl.LOCK_EX)
+        clear_way(init, namespace, {pid, ppid, pgid, sid})
         world = World(init)
         steps, birth = plan(world, pid, ppid, pgid, sid)
         leading = [step for step in steps if step.command & Command.SETSID]
@@ -349,6 +352,7 @@ def find_placeholder(init: int, pid: int, others: list[int]) -> tuple[int | None
     namespace = nsfs.open_pid_namespace(init)
     try:
         fcntl.flock(namespace, fcntl.LOCK_EX)
+        clear_way(init, namespace, {pid, *others})
         world = World(init)
         try:
             found = world.get(pid)
@@ -406,20 +410,6 @@ def stands_for_child(init: int, pid: int) -> bool | None:
         return found.ppid != INIT and parent is not None and not parent.placeholder
     finally:
         world.close()
-
-
-def end_stand_ins(init: int, pids: Sequence[int]) -> None:
-    """Kill those of these job pids that are placeholders."""
-    namespace = nsfs.open_pid_namespace(init)
-    world = World(init)
-    try:
-        for pid in pids:
-            ids = world.get(pid)
-            if ids is not None and ids.placeholder and (handle := _end(init, namespace, pid)) >= 0:
-                os.close(handle)
-    finally:
-        world.close()
-        os.close(namespace)
 
 
 def own_program(init: int) -> tuple[int, int, list[bytes], list[bytes]]:
@@ -535,7 +525,7 @@ def send_for(
             send_as(init, outer, pid, number, value)
             return True
         finally:
-            handle = _end(init, namespace, sender)
+            handle = end(init, namespace, sender)
             if handle >= 0:
                 select.select([handle], [], [], _DEATH_S)
                 os.close(handle)
@@ -624,35 +614,42 @@ def _is_made(seen: tuple[int, int] | None, step: Step) -> bool:
     return group == step.pid if step.command & Command.SETPGID else True
 
 
-def sweep(init: int) -> list[int] | None:
-    """End the placeholders that are no process's parent, group leader or session leader any more.
+def block_of(init: int) -> range:
+    """The pids that a node hands out itself. Raises OSError."""
+    first, end = procfs.read(f"/proc/{init}/cmdline").split(b"\0")[2:4]
+    return range(int(first), int(end))
 
-    Returns:
-        Their job pids; None while there is a birth: try again later.
-    """
+
+def clear_way(init: int, namespace: int, pids: set[int]) -> None:
+    """End what stands for these where it does no more than keep a pid of the node's own: it may have another parent,
+    group or session than is needed now. The namespace's lock is held."""
+    world = World(init)
     try:
-        namespace = nsfs.open_pid_namespace(init)
-    except OSError:
-        return []  # the namespace is gone, and they with it
-    try:
-        try:
-            fcntl.flock(namespace, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        ended = {pid: handle for pid in _unneeded(init) if (handle := _end(init, namespace, pid)) >= 0}
-        # Dead before the lock is given back: a birth must not build on one that is about to die.
-        deadline = time.monotonic() + _DEATH_S
-        for handle in ended.values():
-            if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                with suppress(ProcessLookupError):
-                    pidfd.send(handle, signal.SIGKILL)  # it waits to tell us something
-            os.close(handle)
-        return list(ended)
+        own = block_of(init)
+        standing = {pid for pid in pids if pid in own and (ids := world.get(pid)) is not None and ids.placeholder}
     finally:
-        os.close(namespace)
+        world.close()
+    if standing:
+        end_all(init, namespace, [ids.pid for ids in unneeded(init) if ids.pid in standing])
 
 
-def _unneeded(init: int) -> list[int]:
+def end_all(init: int, namespace: int, pids: Iterable[int]) -> list[int]:
+    """End placeholders while the namespace's lock is held; gives those that were there.
+
+    Dead before the lock is given back: a birth must not build on one that is about to die.
+    """
+    ended = {pid: handle for pid in pids if (handle := end(init, namespace, pid)) >= 0}
+    deadline = time.monotonic() + _DEATH_S
+    for handle in ended.values():
+        if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            with suppress(ProcessLookupError):
+                pidfd.send(handle, signal.SIGKILL)  # it waits to tell us something
+        os.close(handle)
+    return list(ended)
+
+
+def unneeded(init: int) -> list[Ids]:
+    """The placeholders that are no process's parent, group leader or session leader any more."""
     world = World(init)
     try:
         everybody = world.every()
@@ -666,10 +663,10 @@ def _unneeded(init: int) -> list[int]:
             if ids.pid != INIT:
                 jobs.add(ids.pid)
     # A job's own child stands for a real one elsewhere: the job is going to wait for it.
-    return [ids.pid for ids in everybody if ids.placeholder and ids.pid not in needed and ids.ppid not in jobs]
+    return [ids for ids in everybody if ids.placeholder and ids.pid not in needed and ids.ppid not in jobs]
 
 
-def _end(init: int, namespace: int, pid: int) -> int:
+def end(init: int, namespace: int, pid: int) -> int:
     """A pidfd of the placeholder, told to end; -1 where there is none."""
     outer = outer_pid(init, namespace, pid)
     if outer is None:

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgpack
 
-from engine import dump, faults, kin, lending, note, packing, sysv, tracking
+from engine import dump, faults, kin, lending, note, packing, reserve, sysv, tracking
 from engine import image as img
 from engine.descriptors import look
 from engine.descriptors.kin import Kin
@@ -495,6 +495,10 @@ class Source:
             else:
                 self._frozen = None
                 self._kill(frozen, gone)
+        if init and self._image is not None:
+            with contextlib.suppress(OSError):  # the node is ending
+                pids, uid = [self._image.pid], int(frozen.status["Uid"].split()[0])
+                reserve.reserve(init, dict.fromkeys(reserve.own_pids(init, pids), uid))
         self._forget()
         note.erase()
         return {}

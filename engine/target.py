@@ -20,6 +20,7 @@ from engine.linux.procfs import Vma
 from engine.linux.x86_64 import NR
 from engine.memory import SPECIAL
 from engine.placeholders import find_placeholder, placing
+from engine.reserve import end_stand_ins, reserve
 from engine.runner import ALL_SIGNALS, HEAL_STRINGS, SCRATCH_SIZE, Calls, Injection, row
 from engine.spans import Spans
 from engine.spawn import Child, Relative, bear_stand_ins, freeze_patiently, spawn_child
@@ -171,8 +172,11 @@ class Target:
 class Fresh(Target):
     """A new child in the job namespace of a node."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, init: int) -> None:
         super().__init__(child.pid, child.injection, child.vmas)
+        self._init = init
+        self.stand_ins: list[int] = []
+        """Job pids of placeholders that are its children."""
 
     def before_resume(self, high: int) -> None:
         del high
@@ -180,8 +184,14 @@ class Fresh(Target):
 
     def discard(self) -> None:
         """Kill it and wait for its end as its tracer; its parent reaps it."""
+        # They would keep its pid in use: the group or session that it leads.
+        kept: dict[int, int] = {}
+        with contextlib.suppress(OSError):
+            kept = end_stand_ins(self._init, self.stand_ins)
         _kill([*self.threads, self.pid], self.pidfd)
         self.close()
+        with contextlib.suppress(OSError):
+            reserve(self._init, kept)
 
 
 def _kill(tids: list[int], pidfd: int) -> None:
@@ -218,7 +228,7 @@ def place_child(
         return standing
     with placing(init, pid, ppid, pgid, sid, uid, tty.offer) as place:
         child = _spawn_patiently(place.maker, pid, place.sibling)
-        target = Fresh(child)
+        target = Fresh(child, init)
         try:
             calls = Calls(target.injection)
             if place.setsid:
@@ -228,6 +238,7 @@ def place_child(
             if children:
                 calls.run()
                 tty.settle(target.injection)
+                target.stand_ins = [one.pid for one in children]
                 bear_stand_ins(child, children)
                 calls = Calls(target.injection)
             calls.add("close_range", 0, 0xFFFFFFFF, 0)

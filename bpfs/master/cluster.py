@@ -51,6 +51,8 @@ class Cluster:
     succession: Succession = field(default_factory=Succession)
     idle: list[Callable[[], bool]] = field(default_factory=list)
     """What is to be true when nothing is left to be done of what slaves have reported."""
+    taken: Callable[[Node], dict[int, int]] = lambda _: {}
+    """Real uids, by pid, of processes elsewhere that have pids of a node which starts afresh."""
     nodes: NodeTable = field(init=False)
     admission: Admission = field(init=False)
     stage: Stage = field(init=False)

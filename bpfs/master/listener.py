@@ -129,7 +129,7 @@ class Listener:
         session = Session(
             node, link, join, cluster.nodes, cluster.config, cluster.nursery, cluster.stage.up, cluster.is_idle
         )
-        return await session.run(self._welcome_text(node), cluster.handlers)
+        return await session.run(self._welcome_text(node, join), cluster.handlers)
 
     async def _hear_out(self, join: Join) -> None:
         """What its last life has sent comes before the next one."""
@@ -138,15 +138,18 @@ class Listener:
             with trio.move_on_after(TIMEOUT):
                 await node.session.wait_ended()
 
-    def _welcome_text(self, node: Node) -> Welcome:
+    def _welcome_text(self, node: Node, join: Join) -> Welcome:
         config, block = self._cluster.config, self._cluster.blocks.of(node.number)
         clocks = Clocks.now()
+        taken = {} if join.resumes else self._cluster.taken(node)
         return Welcome(
             node=node.number,
             lease=config.lease,
             heartbeat=config.heartbeat,
             block_first=block[0],
             block_last=block[-1],
+            taken=tuple(taken),
+            owners=tuple(taken.values()),
             mount=config.mount,
             cluster=self._cluster.succession.identity,
             boot=boot_id(),

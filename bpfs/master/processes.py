@@ -13,6 +13,7 @@ from bpfs.procs.covers import Covers
 from bpfs.procs.files import ProcFiles
 from bpfs.procs.ghosts import Ghosts
 from bpfs.procs.ledger import Ledger
+from bpfs.procs.pids import Pids
 from bpfs.procs.programs import Programs
 from bpfs.procs.psview import PsView
 from bpfs.procs.service import Procs
@@ -42,6 +43,9 @@ async def processes(cluster: Cluster, covers: Covers) -> AsyncIterator[Procs]:
     cluster.handle(messages.JobEvents, births.report)
     cluster.handle(messages.GhostOf, births.ghost_of)
     cluster.handle(messages.JobCall, StrictCalls(ghosts).call)
+    pids = Pids(table, cluster.blocks)
+    cluster.taken = pids.taken
+    cluster.handle(messages.AskFree, pids.asked)
     takeover = Takeover(
         ghosts, cluster.nodes, cluster.blocks, cluster.streams, cluster.nursery, lambda: cluster.config.silence
     )

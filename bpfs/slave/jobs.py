@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from errno import EFBIG, EINVAL, EIO, ESRCH
 from functools import partial
@@ -23,6 +23,7 @@ from bpfs.wire.messages import (
     JOBS_AT_ONCE,
     MM_FILES,
     PROC_FILES,
+    AskFree,
     DropPlaceholder,
     HostPidIs,
     HostPidOf,
@@ -44,6 +45,8 @@ SI_QUEUE = -1  # sigqueue(3): the value counts
 STOPS = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT})
 DIRECT = STOPS | {signal.SIGKILL}  # these keep their order whoever sends them, and nobody sees the sender of most
 SWEEP_AFTER = 0.25  # seconds from a job's end until placeholders are looked over: the next one may need the very same
+RESERVED_S = 5.0  # between looks whether pids are still to be kept: a node has plenty
+ASK_S = 10.0  # for the master to answer
 TEXT_LIMIT = 900_000  # bytes of all the files of one answer: a message takes 1 MiB
 
 
@@ -83,10 +86,14 @@ class Jobs:
 
     @classmethod
     def start(
-        cls, block: range, link: Line, keeper: Keeper, root: str | None = None, clocks: Clocks | None = None
-    ) -> Jobs:
+        cls, block: range, link: Line, keeper: Keeper, root: str | None = None, clocks: Clocks | None = None,
+        taken: Mapping[int, int] | None = None,
+    ) -> Jobs:  # fmt: skip
         """Make the job space, with `root` as its root where it is not to have ours, and with the master's clocks where
         they are not ours either; takes about 3 ms.
+
+        Args:
+            taken: owners of pids of the block that processes elsewhere have.
 
         Raises:
             BpfsError: with a sentence.
@@ -96,6 +103,7 @@ class Jobs:
             if clocks is not None and not space.has_clocks:
                 _log.warning("the kernel has no time namespaces: monotonic clocks of processes that come here jump")
             keeper.keep(("space", space.has_block), space.init, [space.reports.fileno()])
+            space.reserve(taken or {})
             return cls(space, block, link)
         except (OSError, RuntimeError) as error:
             raise BpfsError(EIO, f"no job space can be made: {error}") from None
@@ -164,6 +172,15 @@ class Jobs:
             with suppress(OSError):
                 self.ordered.intersection_update(self._space.processes())
             self.sweep()
+
+    async def keep_reserved(self) -> None:
+        """Give pids free that were kept for processes elsewhere, once these are no more."""
+        while not self.closed:
+            with suppress(OSError, BpfsError):  # the master, or all, is gone
+                if kept := self._space.reserved():
+                    answer = await self._link.request(AskFree(tuple(kept)), ASK_S)
+                    self._space.drop_unneeded_placeholders(frozenset(answer.pids))
+            await trio.sleep(RESERVED_S)
 
     def sweep(self) -> None:
         """Drop placeholders that nobody needs, if jobs have ended: those of a process that comes must not be in the way

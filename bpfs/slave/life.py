@@ -177,6 +177,7 @@ class Slave:
                 if self.jobs is not None:
                     nursery.start_soon(self._until_jobs_end, self.jobs, name="job reports")
                     nursery.start_soon(self.jobs.keep_swept, name="placeholders")
+                    nursery.start_soon(self.jobs.keep_reserved, name="reserved pids")
                     if self.births is not None:
                         nursery.start_soon(self.births.run, name="births")
                     if self.strict is not None:
@@ -244,7 +245,8 @@ class Slave:
             if self._join.returns:
                 jobs = self.jobs = Jobs.adopt(block, self.link, self.keeper)
             else:
-                jobs = self.jobs = Jobs.start(block, self.link, self.keeper, root, self.clocks)
+                taken = dict(zip(self.welcome.taken, self.welcome.owners, strict=True))
+                jobs = self.jobs = Jobs.start(block, self.link, self.keeper, root, self.clocks, taken)
         except BpfsError as error:
             if self._join.returns:
                 raise  # nothing is left to be taken up

@@ -101,6 +101,8 @@ class Welcome(Message):
     boottime: int  # and CLOCK_BOOTTIME
     onlost: str  # what a real node does when it has not found a master for ...
     onlost_after: float  # ... seconds: wait, reboot or halt; continue: what any node does when its lease is over
+    taken: tuple[int, ...] = ()  # pids of these that processes elsewhere have ...
+    owners: tuple[int, ...] = ()  # ... and their real uids
     generation: int = 0  # which of these masters this is
     heard: int = 0  # number of the last report of an earlier link that this master has had; 0: it had none
 
@@ -449,6 +451,20 @@ class GhostOf(Message):
     """
 
     pid: int
+
+
+@_message(49)
+class AskFree(Message):
+    """slave -> master, request (reply AreFree): which of these pids, which it keeps, no process has any more."""
+
+    pids: tuple[int, ...]
+
+
+@_message(53)
+class AreFree(Message):
+    """master -> slave."""
+
+    pids: tuple[int, ...]
 
 
 # -- tree: 40-45 -----------------------------------------------------------------------------------
