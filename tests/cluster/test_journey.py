@@ -64,9 +64,9 @@ def travel(it: VirtualCluster, one: Victim) -> None:
 
 @pytest.mark.parametrize(
     "victim",
-    ["memory", "memory-static", "signals", "state root", "shared", "shared many", "attributes", "births", "clocks",
-     "settings", "switches", "robust",
-     "threads 1", "threads 10", "threads 500"],
+    ["memory", "memory-static", "memory-fixed", "signals", "state root", "shared", "shared many", "attributes",
+     "births", "clocks", "settings", "switches", "robust", "inherit", "leaves home",
+     "threads 1", "threads-fixed 10", "threads 10", "threads 500"],
 )  # fmt: skip
 def test_there_and_on_and_home(it: VirtualCluster, tmp_path: Path, victim: str) -> None:
     name, *arguments = victim.split()

@@ -27,7 +27,7 @@ def ended(mover: Mover, pid: int) -> tuple[int, int]:
     return result
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-static", "signals", "signals-static", "robust"])
+@pytest.mark.parametrize("name", ["memory", "memory-static", "signals", "signals-static", "robust", "leaves"])
 def test_victim_finds_everything_after_the_move(mover: Mover, victim: Callable[..., Victim], name: str) -> None:
     one = victim(name)
     mover.away(one.pid, one.output.fileno())

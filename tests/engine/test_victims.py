@@ -10,7 +10,7 @@ TABLE = TESTS / "victims/ZDTM.md"
 
 
 def test_all_that_shows_what_moves_exists() -> None:
-    victims = {path.stem for path in (TESTS / "victims").glob("*.c")} | {"memory-static"}
+    victims = {path.stem for path in (TESTS / "victims").glob("*.c")} | {"memory-static", "memory-fixed"}
     programs = {path.name for folder in ("tests", "engine") for path in (TESTS.parent / folder).rglob("*.py")}
     moves = TABLE.read_text().split("## Moves")[1].split("## Refused")[0]
     rows = [line.split("|") for line in moves.splitlines() if line.startswith("|")][2:]
