@@ -59,10 +59,10 @@ def _dump_file(source: Source, probe: Probe) -> Entry:
 
 
 def _dump_named(source: Source, probe: Probe) -> Entry:
-    _check_name(source, probe)
+    path = _name(source, probe)
     _write_back(source, probe)
     return probe.entry(
-        "file", path=probe.link, pos=probe.pos, type=stat.S_IFMT(probe.status.mode), boot=boot_id()
+        "file", path=path, pos=probe.pos, type=stat.S_IFMT(probe.status.mode), boot=boot_id()
     )  # fmt: skip
 
 
@@ -101,16 +101,21 @@ def _write_back(source: Source, probe: Probe) -> None:
             raise Refusal(f"cannot be written back to its server: {error.strerror}") from None
 
 
-def _check_name(source: Source, probe: Probe) -> None:
-    """The link's text must lead back to the object: not after unlinking one of its names, nor below an overmount."""
+def _name(source: Source, probe: Probe) -> bytes:
+    """The link's text, which must lead back to the object: not after unlinking one of its names, nor below an
+    overmount."""
+    there = False
     for root in _roots(source.pid):
         try:
             if statx.of_path(root + probe.link, follow=False).same(probe.status):
-                return
+                return probe.link
+            there = True
         except OSError:
             continue
     if not is_fuse(source.path(probe)):  # a FUSE server may renumber its files at will
         raise Refusal(f"is a file that its path does not lead to any more ({os.fsdecode(probe.link)})")
+    # Then the kernel drops the name of the one that is open.
+    return probe.link if there else probe.link.removesuffix(_DELETED)
 
 
 def _roots(pid: int) -> Iterator[bytes]:

@@ -92,3 +92,10 @@ def test_a_program_that_forks(it, folder, program, way):
         assert run(["sh", "-c", WAYS[way], target, *PROGRAMS[program]], folder) == expected
     left = lambda: [name for name in os.listdir(it.mount / "procs") if name.isdigit()]  # noqa: E731
     wait_until(lambda: left() == [], "nothing should be left")
+
+
+def test_shells_that_move_themselves_at_once(it):
+    # The kernel drops the name of a file that is open when the next writer of that file looks for it.
+    command = ["sh", "-c", f"echo $$ > {it.mount}/nodes/1/migrate || exit 98; exit 7"]
+    shells = [subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0) for _ in range(8)]
+    assert [shell.wait(60) for shell in shells] == [7] * 8
