@@ -37,7 +37,7 @@ class Blocks:
     def __init__(self) -> None:
         self._fd = os.open(LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._blocks: dict[int, int] = {}
-        self._lock = trio.Lock()
+        self._lock = trio.Semaphore(1)  # what has raised it may put it back in another task
         self._file: Path | None = None
 
     def remember(self, path: Path, afresh: bool) -> None:

@@ -40,6 +40,7 @@ AGAIN_TIMES = 25
 TURN = 0.02  # seconds at most that pid_max stays raised
 LATE = 0.05  # seconds that what a node tells may be old
 SIGCONT = Signal(signal.SIGCONT, SI_USER, 0, 0, 0)
+SLOW = 0.02  # seconds after which others are taken beside one whose parent's ghost does not answer
 STANDS_WITHIN = 3.0  # seconds for a ghost that somebody waits for
 EXPECTED = 2.0  # seconds at most that a parent's ghost may take to be known, once the parent runs on the node
 
@@ -47,7 +48,7 @@ _log = log.get("procs")
 
 
 class Births:
-    """What all nodes tell of their jobs, taken one after the other."""
+    """What all nodes tell of their jobs, taken one after the other; but nobody waits for long for somebody else."""
 
     def __init__(self, ghosts: Ghosts, nodes: NodeTable, blocks: Blocks, nursery: trio.Nursery) -> None:
         self._ghosts = ghosts
@@ -57,11 +58,12 @@ class Births:
         self._complained: set[int] = set()  # nodes of which a child could not be shown
         self._waiting: dict[tuple[int, int], tuple[Node, list[Record]]] = {}  # by node and pid, oldest first
         self._since: dict[tuple[int, int], float] = {}  # when the first of these was told, by trio's clock
-        self._taking: tuple[int, int] | None = None  # it may be in the middle of its birth
+        self._taking: set[tuple[int, int]] = set()  # these may be in the middle of their births
         self._wake = trio.Event()
         self._stood_for: dict[int, trio.Event] = {}  # who is waited for until it has a ghost
         self._raised = AsyncExitStack()
         self._is_raised = False
+        self._raising = trio.Lock()
         nursery.start_soon(self._take_all, name="births")
 
     def report(self, node: Node, message: messages.JobEvents) -> None:
@@ -86,7 +88,7 @@ class Births:
 
     def is_idle(self) -> bool:
         """Whether nothing waits to be taken."""
-        return not self._waiting and self._taking is None
+        return not self._waiting and not self._taking
 
     def _put(self, node: Node, record: Record) -> None:
         key = (int(node.number), record.pid)
@@ -96,33 +98,54 @@ class Births:
         waiting.append(record)
         self._since.setdefault(key, trio.current_time())
         # In a storm of forks we are late, and who has come and gone meanwhile is nobody's business any more.
-        unborn = self._table.known(record.pid) is None and key != self._taking
+        unborn = self._table.known(record.pid) is None and key not in self._taking
         if record.kind is Kind.REAPED and waiting[0].kind is Kind.IS and unborn:
             del self._waiting[key], self._since[key]
 
     async def _take_all(self) -> None:
-        while True:
-            self._wake = trio.Event()
-            if not self._waiting:
-                await self._wake.wait()
-            async with AsyncExitStack() as stack:
-                self._raised = stack
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._wake = trio.Event()
+                if self._next() is None:
+                    await self._wake.wait()
                 until = trio.current_time() + TURN
-                while self._waiting and trio.current_time() < until:
-                    self._taking = next(iter(self._waiting))
-                    node, records = self._waiting.pop(self._taking)
-                    since = self._since.pop(self._taking)
-                    for record in records:
-                        await carefully(record.pid, self._take(node, record, since))
-                    self._taking = None
-            self._is_raised = False
-            await trio.lowlevel.checkpoint()
+                while (key := self._next()) is not None and trio.current_time() < until:
+                    await self._take_one(nursery, key)
+                if not self._taking:
+                    await self._raised.aclose()
+                    self._is_raised = False
+                await trio.lowlevel.checkpoint()
+
+    def _next(self) -> tuple[int, int] | None:
+        """The oldest that need not wait for itself or its parent."""
+        busy = {pid for _, pid in self._taking}
+        for key, (_, records) in self._waiting.items():
+            if not busy or busy.isdisjoint((key[1], records[0].ppid)):
+                return key
+        return None
+
+    async def _take_one(self, nursery: trio.Nursery, key: tuple[int, int]) -> None:
+        node, records = self._waiting.pop(key)
+        since, done = self._since.pop(key), trio.Event()
+        self._taking.add(key)
+
+        async def take() -> None:
+            for record in records:
+                await carefully(record.pid, self._take(node, record, since))
+            self._taking.remove(key)
+            self._wake.set()
+            done.set()
+
+        nursery.start_soon(take, name=f"what process {key[1]} does")
+        with trio.move_on_after(SLOW):
+            await done.wait()
 
     async def _raise(self) -> None:
         # Once for all births of a turn: it costs as much as a birth.
-        if not self._is_raised:
-            await self._raised.enter_async_context(self._blocks.raised())
-            self._is_raised = True
+        async with self._raising:
+            if not self._is_raised:
+                await self._raised.enter_async_context(self._blocks.raised())
+                self._is_raised = True
 
     async def _take(self, node: Node, record: Record, since: float) -> None:
         if record.kind is Kind.REAPED:

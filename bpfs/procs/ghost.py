@@ -162,6 +162,7 @@ class Ghost:
         self._answers: dict[Ctl, Packet | None] = {}
         self._answered = trio.Condition()
         self._strikes = trio.Lock()
+        self._births = trio.Lock()
         self._streams = 0  # given to this run of the program
         self._seen = 0  # events for which `seen` was called
         self._pidfd = -1
@@ -335,7 +336,8 @@ class Ghost:
         text = BIRTH.pack(birth.uid, birth.gid, birth.orphan, birth.terminal, birth.comm[:15])
         text += birth.cmdline[: MAX_TEXT - len(text)]
         packet = Packet(Ctl.FORK, birth.pid, birth.pgid, birth.sid, text=text)
-        answer = await self._ask(packet, Ctl.BORN, BIRTH_SECONDS, child.fileno())
+        async with self._births:
+            answer = await self._ask(packet, Ctl.BORN, BIRTH_SECONDS, child.fileno())
         if answer.b:
             raise BpfsError(answer.b, f"no ghost can be made for process {birth.pid}: {os.strerror(answer.b)}")
         return bool(answer.c)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tests.cluster.virtual import DEADLINE
 
+LAST_MOMENTS = 300  # lines
+
 # Counts on stdout, a line a step, and tells of SIGUSR1. Told so on stdin, it forks a child, which ends with a code
 # after some seconds, and tells of its end; or it ends itself with `code`.
 JOB = """
@@ -89,9 +91,10 @@ class Diary:
         self._lines.append(f"{time.strftime('%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {what}")
 
     def about(self, pids: Iterable[int]) -> list[str]:
-        """The lines that name one of these processes, and those of nodes and daemons."""
+        """The lines that name one of these processes, and those of nodes and daemons; and all of the last moments."""
         wanted = re.compile(rf"\b(node \d+ state|lose|crash of|restart of|{'|'.join(map(str, pids))})\b")
-        return [line for line in self._lines if wanted.search(line)]
+        before = len(self._lines) - LAST_MOMENTS
+        return [line for number, line in enumerate(self._lines) if number > before or wanted.search(line)]
 
     def _follow(self) -> None:
         while not self._ended.wait(0.01):  # there may be no master just now

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.linux import procfs
+from engine.linux import procfs, ptrace
 from tests.cluster.moving import echo, place
 from tests.cluster.virtual import children, cluster, comm, kill, wait_until
 
@@ -92,6 +92,29 @@ def test_children_are_in_ps_below_their_parent(it):
         # The ids are the same over there.
         shown = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout
         assert {int(word) for word in shown.split()} == {first, middle}
+
+
+def test_a_ghost_that_does_not_answer_keeps_no_other_from_its_children(it, tmp_path):
+    # What comes on stdin, or as a signal, a traced ghost would not pass on.
+    forks = (
+        "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "if not os.fork(): time.sleep(1000)\nos.wait()"
+    )
+    script = "exec /usr/bin/python3 -c '" + forks + "' " + str(tmp_path)
+    with on_node(it, f"{script}/slow") as slow, on_node(it, f"{script}/quick") as quick:
+        wait_until(lambda: {slow.pid, quick.pid} <= set(away(it)), "both should be there")
+        with open(it.mount / "events") as events:
+            ptrace.seize(slow.pid, 0)
+            ptrace.interrupt(slow.pid)
+            ptrace.wait(slow.pid)
+            (tmp_path / "slow").touch()
+            wait_until(lambda: len(away(it)) == 3, "the slow one should have a child")
+            (tmp_path / "quick").touch()
+            born = (f"forked by {slow.pid}", f"forked by {quick.pid}")
+            assert next(line for line in events if line.strip().endswith(born)).strip().endswith(born[1])
+            ptrace.detach(slow.pid)
+        for pid in set(away(it)) - {slow.pid, quick.pid}:  # one may have no ghost
+            it.write(f"procs/{pid}/signal", "9")
 
 
 @pytest.mark.parametrize("how", ["kill", "bpfs"])
