@@ -67,6 +67,11 @@ def chunks(runs: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             address = cut
 
 
+def _count(runs: list[tuple[int, int]]) -> int:
+    """How many chunks there are: what a file claims may be more than any memory holds."""
+    return sum((address + length - 1) // CHUNK - address // CHUNK + 1 for address, length in runs)
+
+
 class Checkpoint:
     """An image file that is open for reading. The descriptor is the object's.
 
@@ -107,10 +112,10 @@ class Checkpoint:
                 raise ImageError("its table is damaged")
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ImageError("its table is damaged") from error
-        self.chunks = list(chunks(img.runs_of(self.image)))
-        missing = set(absent)
-        if len(digests) != DIGEST_SIZE * len(self.chunks) or (missing and not self.about.parent):
+        runs, missing = img.runs_of(self.image), set(absent)
+        if len(digests) != DIGEST_SIZE * _count(runs) or (missing and not self.about.parent):
             raise ImageError("its table does not fit")
+        self.chunks = list(chunks(runs))
         self.digests = [digests[i : i + DIGEST_SIZE] for i in range(0, len(digests), DIGEST_SIZE)]
         self.offsets: list[int] = []  # -1: in the parent
         at = self.pages_at
@@ -287,7 +292,8 @@ class Writer:
                 absent.append(index)
                 continue
             if to != at - chunk[1]:
-                os.pwrite(self._fd, data, to)
+                self._at = to
+                self.add(data)
             to += chunk[1]
         os.ftruncate(self._fd, to)
         self._at = to
@@ -307,7 +313,12 @@ def merge(chain: Chain, fd: int) -> int:
 
 
 def describe(chain: Chain) -> dict[str, Any]:
-    """What is inside, for people and programs: see bpckpt(1)."""
+    """What is inside, for people and programs: see bpckpt(1). Raises ImageError."""
+    with img.believing_nothing():
+        return _describe(chain)
+
+
+def _describe(chain: Chain) -> dict[str, Any]:
     newest = chain.newest
     image, about = newest.image, newest.about
     return {

@@ -251,11 +251,18 @@ class Giver:
         def beside(name: bytes) -> int:
             return open_for(who, os.path.join(os.fsencode(folder), name), os.O_RDONLY)
 
+        self.undo()
         self._chain = Chain(open_for(who, request["path"], os.O_RDONLY), beside)
         image = self._chain.newest.image
+        with img.believing_nothing():
+            found = self._adapted(image, who, request)
+        self._image = image
+        return found
+
+    def _adapted(self, image: Image, who: Credentials, request: Reply) -> Reply:
+        assert self._chain is not None
         owner, limits = os.fstat(self._chain.newest.fd).st_uid, procfs.read_limits(int(request["limits_of"]))
         externals = adapt(image, who, owner, limits, bool(request.get("relayed")))
-        self._image = image
         return {
             "pid": image.pid, "comm": image.comm, "uid": image.credentials["uids"][0],
             "gid": image.credentials["gids"][0], "groups": image.credentials["groups"],
@@ -267,7 +274,8 @@ class Giver:
         """What was loaded gets another `pid`."""
         if self._image is None:
             raise OSError(22, "load first")
-        self._patches = renumber(self._image, int(request["pid"]))
+        with img.believing_nothing():
+            self._patches = renumber(self._image, int(request["pid"]))
         return {}
 
     def give(self, request: Reply, fds: list[int]) -> Reply:

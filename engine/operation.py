@@ -1,5 +1,6 @@
 """What the operations of a worker (engine/worker.py) have in common."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -18,7 +19,8 @@ def report(error: BaseException) -> None:
     frames = reversed(traceback.extract_tb(error.__traceback__))
     trail = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
     text = f"bpfs worker: {type(error).__name__}: {error} [{trail}]".replace("\n", " | ")
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a log that is full or gone must not end the work that failed
+        print(text, file=sys.stderr, flush=True)
 
 
 def sentence(error: BaseException) -> str:

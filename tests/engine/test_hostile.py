@@ -96,6 +96,13 @@ def test_a_name_that_is_no_utf8_is_told_to_who_asked(mover: Mover) -> None:
     assert worker.ask("hello")
 
 
+def test_a_worker_outlives_what_nobody_foresaw(mover: Mover) -> None:
+    worker = mover.worker()  # its log, pytest's, is a closed file
+    with pytest.raises(Refused, match="invalid literal"):
+        worker.ask("load", path="/no", uid="nobody", gid=0, limits_of=os.getpid())
+    assert worker.ask("hello")
+
+
 def _is_gone(space: JobSpace) -> bool:
     try:
         stat = Path(f"/proc/{space.init}/root/proc/{PID}/stat").read_text()
