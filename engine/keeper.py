@@ -6,6 +6,7 @@ Whoever asked for it has named the file, so every path is opened with that user'
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -104,9 +105,7 @@ class Keeper:
             self._folder = open_for(self._who, folder, os.O_PATH | os.O_DIRECTORY)
             self._open_parent(request.get("since", ""))
             self._check_name()
-            self._spare_name = f".{self._name}.{secrets.token_hex(4)}.part"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            self._fd = open_for(self._who, self._spare_name, flags, self._folder, 0o600)
+            self._fd = self._open_spare()
             family = socket.AF_INET6 if ":" in request["address"] else socket.AF_INET
             self._listener = socket.create_server((request["address"], 0), family=family, backlog=8)
         except BaseException:
@@ -114,6 +113,19 @@ class Keeper:
             raise
         self._token = secrets.token_bytes(TOKEN_SIZE)
         return {"port": self._listener.getsockname()[1], "token": self._token}
+
+    def _open_spare(self) -> int:
+        """A file without a name, of which a crash leaves nothing; one beside its name where there are none such."""
+        try:
+            return open_for(self._who, ".", os.O_RDWR | os.O_TMPFILE, self._folder, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+        self._spare_name = self._new_name()
+        return open_for(self._who, self._spare_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, self._folder, 0o600)
+
+    def _new_name(self) -> str:
+        return f".{self._name}.{secrets.token_hex(4)}.part"
 
     def _check_name(self) -> None:
         # Nothing but an image of this user's, or nothing at all, is ever replaced.
@@ -178,6 +190,10 @@ class Keeper:
         try:
             size = self._writer.finish()
             with acting_as(self._who):
+                if not self._spare_name:
+                    name = self._new_name()
+                    os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=self._folder)
+                    self._spare_name = name
                 self._rotate(int(request.get("keep", 1)))
                 os.rename(self._spare_name, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._spare_name = ""
