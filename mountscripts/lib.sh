@@ -47,7 +47,7 @@ need_fuse() {
 # The Python that the virtual environment is made from: $PYTHON, else the first of these that is new enough.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11; do
+    for candidate in ${PYTHON:-} /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return 0
