@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 
+from bpfs.view.beside import Beside
 from bpfs.view.core import Core
 from bpfs.view.nodes import Node
 from bpfs.view.protocol import Attributes, Change
@@ -24,11 +25,13 @@ class Changes:
 
     Attributes:
         absent: paths that lead to nothing.
+        beside: what directories have in them.
     """
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self.absent: set[str] = set()
+        self.beside = Beside()
         self._listening = False
         self._epoch = 0
         self._changed: dict[str, int] = {}
@@ -66,13 +69,16 @@ class Changes:
             self._epoch += 1
             if kind is Change.ALL:
                 self._all_changed = self._epoch
+                self.beside.forget_below(directory)
                 paths = _below((*nodes.by_path, *self.absent), directory)
             else:
                 self._changed[directory] = self._epoch
+                self.beside.forget(directory)
                 path = directory.rstrip("/") + "/" + name if name else directory
                 paths = [path]
                 if _is_directory(nodes.by_path.get(path)) and kind is Change.ENTRY:
                     paths += _below((*nodes.by_path, *self.absent), path)
+                    self.beside.forget_below(path)
             told = [action for path in [*paths, directory] for action in self._outdate(path)]
         for action in told:
             action()

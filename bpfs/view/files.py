@@ -8,7 +8,9 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from errno import EACCES, EISDIR, ENOENT
+from itertools import islice
 from typing import TypeAlias
 
 from bpfs.view.exports import Exports
@@ -20,6 +22,12 @@ YOUNG = 0.02
 
 KEPT = 200_000
 """Digests kept: a large /usr, about 50 MB."""
+
+BESIDE = 512
+"""Names of a directory that are all told of at once: some milliseconds, and 60 kB."""
+
+Looked: TypeAlias = tuple[os.stat_result, str, bytes]
+"""Status, link target, and file capabilities (as capabilities(7) stores them) of an object."""
 
 Key: TypeAlias = tuple[int, int, int, int, int]
 
@@ -81,15 +89,44 @@ class Files:
         self._root = os.open("/", os.O_PATH | os.O_CLOEXEC)
         self._devices: dict[int, int] = {}
 
-    def look(self, path: str) -> tuple[os.stat_result, str, bytes]:
-        """Status, link target, and file capabilities (as capabilities(7) stores them) of an object."""
+    def look(self, path: str) -> Looked:
+        """What there is to know of an object."""
         fd = self._open(path, os.O_PATH)
         try:
-            status = os.fstat(fd)
-            if not self.exports.holds(path) and not stat.S_ISDIR(status.st_mode):
+            looked = _look(fd)
+            if not self.exports.holds(path) and not stat.S_ISDIR(looked[0].st_mode):
                 raise OSError(ENOENT, os.strerror(ENOENT), path)
-            target = os.readlink("", dir_fd=fd) if stat.S_ISLNK(status.st_mode) else ""
-            return status, target, _capability(fd) if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111 else b""
+            return looked
+        finally:
+            os.close(fd)
+
+    def beside(self, path: str) -> list[tuple[str, Looked | None]] | None:
+        """The same of all that is in a directory, by name; None where that is more than `BESIDE`.
+
+        Directories are not looked at (None): one may be where a file system is mounted that does not answer.
+        """
+        prefix, folder = path.rstrip("/") + "/", self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with os.scandir(folder) as entries:
+                named = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in islice(entries, BESIDE + 1)]
+            if len(named) > BESIDE:
+                return None
+            found: list[tuple[str, Looked | None]] = []
+            for name, is_directory in named:
+                if is_directory and self.exports.shows(prefix + name):
+                    found.append((name, None))
+                elif not is_directory and self.exports.holds(prefix + name):
+                    with suppress(FileNotFoundError):
+                        found.append((name, self._look_beside(folder, name)))
+            return found
+        finally:
+            os.close(folder)
+
+    @staticmethod
+    def _look_beside(folder: int, name: str) -> Looked:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            return _look(fd)
         finally:
             os.close(fd)
 
@@ -137,6 +174,12 @@ class Files:
             mode, status.st_nlink, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns,
             status.st_ctime_ns, status.st_ino ^ index << 48,
         )  # fmt: skip
+
+
+def _look(fd: int) -> Looked:
+    status = os.fstat(fd)
+    target = os.readlink("", dir_fd=fd) if stat.S_ISLNK(status.st_mode) else ""
+    return status, target, _capability(fd) if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111 else b""
 
 
 def _type(entry: os.DirEntry[str]) -> int:

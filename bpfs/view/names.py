@@ -10,7 +10,7 @@ from bpfs.view.changes import ABSENT_KEPT, Changes
 from bpfs.view.core import Core, Quick, Request, Slow
 from bpfs.view.fuse import Op
 from bpfs.view.nodes import Node
-from bpfs.view.protocol import Attributes
+from bpfs.view.protocol import Attributes, Entry
 from bpfs.view.remote import Refused, Remote
 from engine import digests
 
@@ -54,7 +54,24 @@ class Names:
             return self._give(request, node)
         if path in self._changes.absent:
             return self._core.reply(request, fuse.entry_out(0, 0, None, VALID))
-        return False
+        return self._lookup_beside(request, path)
+
+    def _lookup_beside(self, request: Request, path: str) -> bool:
+        directory, name = _split(path)
+        entries = self._changes.beside.of(directory)
+        if entries is None:
+            return False
+        if (entry := entries.get(name)) is None:
+            self._give_nothing(request, path, True)
+            return True
+        return entry.attributes is not None and self._enter(request, path, entry, True)
+
+    def _enter(self, request: Request, path: str, entry: Entry, fresh: bool) -> bool:
+        old = self._nodes.by_path.get(path)
+        if old is not None and entry.attributes is not None:
+            self._changes.replace(old, entry.attributes)
+        known = [entry.attributes, entry.target, entry.digest, fresh, entry.capability]
+        return self._give(request, self._nodes.enter(path, known))
 
     def _give(self, request: Request, node: Node) -> bool:
         assert node.attributes is not None
@@ -66,28 +83,42 @@ class Names:
     def _lookup_far(self, request: Request, remote: Remote) -> None:
         with self._core.lock:
             path, epoch = self._core.child(request), self._changes.epoch
+            directory = _split(path)[0]
+            due = self._changes.beside.is_due(directory)
+        if due and self._look_beside(request, directory, remote):
+            return
         try:
             attributes, target, digest, watched, capability = remote.look(path)
         except Refused as refusal:
             if refusal.errno != ENOENT:
                 raise
-            self._give_nothing(request, path, epoch)
+            with self._core.lock:
+                self._give_nothing(request, path, self._changes.may_keep(directory, epoch))
             return
         with self._core.lock:
-            old = self._nodes.by_path.get(path)
-            if old is not None:
-                self._changes.replace(old, Attributes(*attributes))
-            fresh = bool(watched) and self._changes.may_keep(_directory(path), epoch)
-            self._give(request, self._nodes.enter(path, [attributes, target, digest, fresh, capability]))
+            fresh = bool(watched) and self._changes.may_keep(directory, epoch)
+            self._enter(request, path, Entry(Attributes(*attributes), target, digest, capability), fresh)
 
-    def _give_nothing(self, request: Request, path: str, epoch: int) -> None:
-        absent = self._changes.absent
+    def _look_beside(self, request: Request, directory: str, remote: Remote) -> bool:
+        """Ask for all that is in a directory; whether the request is answered by that."""
+        epoch = self._changes.epoch
+        try:
+            entries, watched = remote.beside(directory)
+        except Refused:
+            return False  # it has gone; `look` will say so
         with self._core.lock:
-            self._nodes.detach(path)
-            keep = self._changes.may_keep(_directory(path), epoch) and len(absent) < ABSENT_KEPT
-            if keep:
-                absent.add(path)
-            self._core.reply(request, fuse.entry_out(0, 0, None, VALID if keep else 0))
+            if not self._changes.may_keep(directory, epoch):
+                return False
+            self._changes.beside.keep(directory, entries if watched else None)
+            return self._lookup(request)
+
+    def _give_nothing(self, request: Request, path: str, keep: bool) -> None:
+        absent = self._changes.absent
+        self._nodes.detach(path)
+        keep = keep and len(absent) < ABSENT_KEPT
+        if keep:
+            absent.add(path)
+        self._core.reply(request, fuse.entry_out(0, 0, None, VALID if keep else 0))
 
     def _forget(self, request: Request) -> bool:
         self._nodes.forget(request.node, *fuse.FORGET_IN.unpack_from(request.body))
@@ -120,7 +151,7 @@ class Names:
             return
         with self._core.lock:
             if not self._changes.replace(node, Attributes(*attributes)):
-                fresh = bool(watched) and self._changes.may_keep(_directory(node.path), epoch)
+                fresh = bool(watched) and self._changes.may_keep(_split(node.path)[0], epoch)
                 self._nodes.enter(node.path, [attributes, target, digest, fresh, capability])
             assert node.attributes is not None
             self._core.reply(request, fuse.attr_out(node.attributes, VALID if node.fresh else 0))
@@ -174,5 +205,6 @@ class Names:
         return self._core.reply(request, b"".join(out))
 
 
-def _directory(path: str) -> str:
-    return path.rpartition("/")[0] or "/"
+def _split(path: str) -> tuple[str, str]:
+    directory, _, name = path.rpartition("/")
+    return directory or "/", name

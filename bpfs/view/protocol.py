@@ -4,6 +4,8 @@ A packet is a u32 (little-endian) length and that many bytes of msgpack, an arra
 its answer `[errno, …]`; one request at a time a stream. After the answer to `read` with a body come its raw bytes.
 
     look  path        -> [0, attributes, link target or "", digest or "", watched, file capabilities]
+    beside path       -> [0, [[name, attributes or nil, link target or "", digest or "", file capabilities], …] or nil,
+                         watched]: all that is in a directory; attributes nil: to be asked for by `look`; nil: too much
     list  path        -> [0, [[name, type], …], watched]
     read  path, body, others -> [0, attributes, digest, bytes of the body that follows, others]; body 0: only if it is
                          small; `others`: instead of a body there may be nodes that have it: [[host, port, secret], …]
@@ -56,6 +58,15 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     ino: int
+
+
+class Entry(NamedTuple):
+    """What `look` says of an object; `attributes` None: it was not looked at."""
+
+    attributes: Attributes | None
+    target: str
+    digest: str
+    capability: bytes
 
 
 def send(sock: socket.socket, packet: list[Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bpfs.view import protocol
 from bpfs.view.peers import Giver, take
-from bpfs.view.protocol import Attributes
+from bpfs.view.protocol import Attributes, Entry
 from bpfs.view.store import CHUNK, Store
 
 
@@ -78,6 +78,17 @@ class Remote:
     def look(self, path: str) -> list[Any]:
         """What `Nodes.enter` wants to know of a path. Raises Refused or Silent."""
         return self._ask(["look", path])
+
+    def beside(self, path: str) -> tuple[dict[str, Entry] | None, bool]:
+        """All that is in a directory, None where that is too much, and whether changes are told.
+
+        Raises:
+            Refused, Silent: as `look`.
+        """
+        found, watched = self._ask(["beside", path])
+        if found is None:
+            return None, bool(watched)
+        return {str(name): _entry(*known) for name, *known in found}, bool(watched)
 
     def names(self, path: str) -> tuple[list[tuple[str, int]], bool]:
         """A directory's names and types, and whether changes are told. Raises Refused or Silent."""
@@ -208,3 +219,7 @@ class Remote:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+def _entry(attributes: list[int] | None, target: str, digest: str, capability: bytes) -> Entry:
+    return Entry(None if attributes is None else Attributes(*attributes), target, digest, capability)

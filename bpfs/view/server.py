@@ -21,9 +21,9 @@ import msgpack
 from bpfs import kernel, log
 from bpfs.view import protocol
 from bpfs.view.exports import Exports
-from bpfs.view.files import Digests, Files
+from bpfs.view.files import Digests, Files, Looked
 from bpfs.view.peers import Holders
-from bpfs.view.protocol import SMALL, Change
+from bpfs.view.protocol import SMALL, Change, Entry
 from bpfs.view.watches import Watches
 
 _log = log.get("view")
@@ -45,7 +45,7 @@ class Server:
         self._listeners: set[socket.socket] = set()
         self._telling = threading.Lock()
         self._holders = Holders()
-        self._operations = {"look": self._look, "list": self._list, "tops": self._tops}
+        self._operations = {"look": self._look, "beside": self._beside, "list": self._list, "tops": self._tops}
 
     def run(self, control: socket.socket) -> None:
         """Serve until bpmaster closes its end."""
@@ -111,6 +111,18 @@ class Server:
         with _refusing():
             status, target, capability = self._files.look(path)
         return [self._files.attributes(status), target, self._digests.known(status), watched, capability]
+
+    def _beside(self, path: str) -> list[Any]:
+        watched = self._watches.add(path)
+        with _refusing():
+            found = self._files.beside(path)
+        return [found and [[name, *self._entry(looked)] for name, looked in found], watched]
+
+    def _entry(self, looked: Looked | None) -> Entry:
+        if looked is None:
+            return Entry(None, "", "", b"")
+        status, target, capability = looked
+        return Entry(self._files.attributes(status), target, self._digests.known(status), capability)
 
     def _list(self, path: str) -> list[Any]:
         watched = self._watches.add(path)
