@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bpfs.rundir import process_start
+from bpfs.view.files import BESIDE
 from tests.benchmarks.subject import last_move
 from tests.building import build_victims
 from tests.cluster.held import Interrupted, holding
@@ -179,6 +180,40 @@ def test_a_changed_file_is_seen_by_the_next_exec(it, exported):
         (exported / "made").mkdir()
         (exported / "made/file").write_text("new\n")
         wait_until(lambda: say(f"cat {exported}/made/* 2>&1") == "new\n", "the folder should be seen")
+
+
+def test_what_is_beside_a_name_is_told_with_it_and_changes_are_seen(it, exported):
+    folder = exported / "beside"
+    (folder / "below").mkdir(parents=True)
+    for name in ("a", "b", "c", "d", "below/e"):
+        (folder / name).write_text(f"{name}\n")
+    (folder / "d").chmod(0o750)
+    (folder / "link").symlink_to("c")
+    with talking(it) as say:
+        assert say(f"cd {folder}; readlink a; stat -c %a /; cat a; cat b; echo such | grep such") == "755\na\nb\nsuch\n"
+        # Two names were looked up: with the second came all the others, and that there are no more.
+        seen = 'for name in c d link nothing below/e; do stat -L -c "%n %a %s" $name 2>&1; done'
+        with silent_master(it):
+            assert say("stat -c %a d; readlink link; stat nothing 2>&1 | grep -c such") == "750\nc\n1\n"
+        (folder / "d").chmod(0o640)
+        (folder / "nothing").write_text("something\n")
+        (folder / "link").unlink()
+        (folder / "link").symlink_to("d")
+        (folder / "c").write_text("other\n")
+        now = ["c 644 6", "d 640 2", "link 640 2", "nothing 644 10", "below/e 644 8"]
+        wait_until(lambda: say(seen).splitlines() == now, "the changes should be seen")
+        (folder / "below").rename(folder / "now")
+        wait_until(lambda: say("cat now/e below/e 2> /dev/null") == "below/e\n", "the new name should be seen")
+
+
+def test_a_folder_with_too_much_in_it_is_asked_for_name_by_name(it, exported):
+    folder = exported / "crowd"
+    folder.mkdir()
+    for number in range(BESIDE + 1):
+        (folder / str(number)).write_text(f"{number}\n")
+    with talking(it) as say:
+        names = " ".join(map(str, range(40)))
+        assert say(f"cd {folder}; cat {names}").split() == names.split()
 
 
 def test_who_has_a_file_open_keeps_it(it, exported):
