@@ -73,7 +73,6 @@ class Changes:
                 paths = _below((*nodes.by_path, *self.absent), directory)
             else:
                 self._changed[directory] = self._epoch
-                self.beside.forget(directory)
                 path = directory.rstrip("/") + "/" + name if name else directory
                 paths = [path]
                 if _is_directory(nodes.by_path.get(path)) and kind is Change.ENTRY:
@@ -88,6 +87,7 @@ class Changes:
         nodes, device, found = self._core.nodes, self._core.device, []
         self.absent.discard(path)
         parent, _, name = path.rpartition("/")
+        self.beside.forget(parent or "/")
         above, node = nodes.by_path.get(parent or "/"), nodes.by_path.get(path)
         if above is not None and name:
             found.append(lambda: device.forget_name(above.number, os.fsencode(name)))

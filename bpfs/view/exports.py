@@ -6,8 +6,8 @@ resolved on the master without either; so a path is inside an export exactly whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from glob import glob
 
 DEFAULT = (
@@ -48,7 +48,11 @@ class Exports:
         words = [word for pattern in patterns or named for word in named.get(pattern, (pattern,))]
         self.patterns = tuple(word.rstrip("/") or "/" for word in words)
         self._shown = [_split(pattern) for pattern in self.patterns]
-        self._never = [_split(pattern) for pattern in (*NEVER, *hidden)]
+        never = [_split(pattern) for pattern in (*NEVER, *hidden)]
+        # Asked for each name that anybody looks up: one match instead of a hundred.
+        self._holds = _expression(self._shown, "(?:/.*)?")
+        self._leads = _expression([pattern[:n] for pattern in self._shown for n in range(len(pattern))], "")
+        self._hides = _expression(never, "(?:/.*)?")
 
     def shows(self, path: str) -> bool:
         """Whether a path, absolute and plain, is to be seen: in an export, or on the way to one."""
@@ -56,17 +60,12 @@ class Exports:
 
     def holds(self, path: str) -> bool:
         """Whether a path is an export or inside one."""
-        words = _split(path)
-        return any(_begins(words, pattern) for pattern in self._shown) and not self.hides(words)
+        plain = _plain(path)
+        return self._holds.fullmatch(plain) is not None and self._hides.fullmatch(plain) is None
 
     def leads(self, path: str) -> bool:
         """Whether a path is a directory on the way to an export."""
-        words = _split(path)
-        return any(len(p) > len(words) and _begins(p[: len(words)], words, swap=True) for p in self._shown)
-
-    def hides(self, words: tuple[str, ...]) -> bool:
-        """Whether it is among what is never shown."""
-        return any(_begins(words, pattern) for pattern in self._never)
+        return self._leads.fullmatch(_plain(path)) is not None
 
     def tops(self) -> list[str]:
         """Where a node binds the view into its root: top directories, or within `WRITABLE` ones the exports."""
@@ -74,15 +73,20 @@ class Exports:
         for pattern in self._shown:
             depth = len(pattern) if pattern[:1] and pattern[0] in WRITABLE else 1
             found |= set(glob("/" + "/".join(pattern[:depth] or "*")))
-        return sorted(path for path in found if self.shows(path) and not self.hides(_split(path)))
+        return sorted(path for path in found if self.shows(path) and self._hides.fullmatch(path) is None)
 
 
 def _split(path: str) -> tuple[str, ...]:
     return tuple(word for word in path.split("/") if word)
 
 
-def _begins(words: tuple[str, ...], pattern: tuple[str, ...], swap: bool = False) -> bool:
-    if len(words) < len(pattern):
-        return False
-    pairs = zip(pattern, words, strict=False) if swap else zip(words, pattern, strict=False)
-    return all(fnmatchcase(name, wanted) for name, wanted in pairs)
+def _plain(path: str) -> str:
+    """Without slashes that say nothing; the root is empty."""
+    return path if "//" not in path and path[-1:] != "/" else "".join(f"/{word}" for word in _split(path))
+
+
+def _expression(patterns: Iterable[tuple[str, ...]], rest: str) -> re.Pattern[str]:
+    """For the plain paths that begin as one of the patterns and go on as `rest`."""
+    wild = {"*": "[^/]*", "?": "[^/]"}
+    written = {"".join("/" + "".join(wild.get(c) or re.escape(c) for c in name) for name in p) for p in patterns}
+    return re.compile(f"(?:{'|'.join(sorted(written))}){rest}" if written else "(?!)", re.DOTALL)

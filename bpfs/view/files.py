@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
 import time
@@ -25,6 +26,8 @@ KEPT = 200_000
 
 BESIDE = 512
 """Names of a directory that are all told of at once: some milliseconds, and 60 kB."""
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 Looked: TypeAlias = tuple[os.stat_result, str, bytes]
 """Status, link target, and file capabilities (as capabilities(7) stores them) of an object."""
@@ -103,21 +106,24 @@ class Files:
     def beside(self, path: str) -> list[tuple[str, Looked | None]] | None:
         """The same of all that is in a directory, by name; None where that is more than `BESIDE`.
 
-        Directories are not looked at (None): one may be where a file system is mounted that does not answer.
+        Where a file system is mounted is not looked at (None): it may not answer.
         """
         prefix, folder = path.rstrip("/") + "/", self._open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with os.scandir(folder) as entries:
-                named = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in islice(entries, BESIDE + 1)]
-            if len(named) > BESIDE:
+                names = [entry.name for entry in islice(entries, BESIDE + 1)]
+            if len(names) > BESIDE:
                 return None
+            mounts = _mount_points()
             found: list[tuple[str, Looked | None]] = []
-            for name, is_directory in named:
-                if is_directory and self.exports.shows(prefix + name):
+            for name in filter(lambda name: self.exports.shows(prefix + name), names):
+                if prefix + name in mounts:
                     found.append((name, None))
-                elif not is_directory and self.exports.holds(prefix + name):
-                    with suppress(FileNotFoundError):
-                        found.append((name, self._look_beside(folder, name)))
+                    continue
+                with suppress(FileNotFoundError):
+                    looked = self._look_beside(folder, name)
+                    if stat.S_ISDIR(looked[0].st_mode) or self.exports.holds(prefix + name):
+                        found.append((name, looked))
             return found
         finally:
             os.close(folder)
@@ -174,6 +180,13 @@ class Files:
             mode, status.st_nlink, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns,
             status.st_ctime_ns, status.st_ino ^ index << 48,
         )  # fmt: skip
+
+
+def _mount_points() -> set[str]:
+    """Where something is mounted: the fifth column, with white space as octal numbers (proc_pid_mountinfo(5))."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        fields = [line.split(b" ", 5)[4] for line in file]
+    return {os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), field)) for field in fields}
 
 
 def _look(fd: int) -> Looked:

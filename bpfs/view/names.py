@@ -183,9 +183,15 @@ class Names:
     def _opendir_far(self, request: Request, remote: Remote) -> None:
         with self._core.lock:
             node, epoch = self._core.node(request), self._changes.epoch
-        listing, watched = remote.names(node.path)
+        # Who lists a directory mostly looks up what is there next.
+        entries, watched = remote.beside(node.path)
+        listing = _listing(entries) if entries is not None else None
+        if listing is None:
+            listing, watched = remote.names(node.path)
         with self._core.lock:
             keep = watched and self._changes.may_keep(node.path, epoch)
+            if keep:
+                self._changes.beside.keep(node.path, entries)
             node.listing = listing if keep else None
             node.reading = listing
             self._core.reply(request, fuse.open_out(node.number, fuse.FOPEN_CACHE_DIR if keep else 0))
@@ -203,6 +209,12 @@ class Names:
                 break
             out.append(item)
         return self._core.reply(request, b"".join(out))
+
+
+def _listing(entries: dict[str, Entry]) -> list[tuple[str, int]] | None:
+    """Names and types; None where one is not known."""
+    found = [(name, entry.attributes.mode >> 12) for name, entry in entries.items() if entry.attributes is not None]
+    return found if len(found) == len(entries) else None
 
 
 def _split(path: str) -> tuple[str, str]:

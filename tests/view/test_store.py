@@ -125,6 +125,21 @@ def test_the_default_shows_programs_and_no_secrets():
     assert not Exports(["/etc"]).shows("/etc/shadow-")
 
 
+def test_slashes_wild_cards_and_odd_names():
+    exports = Exports(["/", "/srv/a?/x*/sub"], ["/data/secret"])
+    for path in ("/", "//", "/a\nb", "/data", "/data/secrets", "/data/secret\n", "/etc/ssh/x_key/no", "/srv/[a]"):
+        assert exports.holds(path), path
+    for path in ("/data/secret", "//data/secret", "/data//secret/", "/etc//shadow", "/etc/ssh//x_key/", "/etc/shadow-/x"):
+        assert not exports.shows(path), path
+    wild = Exports(["/srv/a?/x*/sub", "/srv/[b]"])
+    for path in ("/srv/ab/x/sub", "/srv/ab/xyz/sub/file", "/srv/[b]"):
+        assert wild.holds(path), path
+    for path in ("/", "/srv", "/srv/ab", "/srv/ab/xyz"):
+        assert wild.leads(path) and not wild.holds(path), path
+    for path in ("/srv/a/x/sub", "/srv/ab/x/y/sub", "/srv/abc", "/srv/ab/x/subs", "/srv/b", "/sr"):
+        assert not wild.shows(path), path
+
+
 def test_a_digest_is_computed_once_and_not_kept_of_what_has_just_changed(tmp_path):
     digests, path = Digests(), tmp_path / "file"
     path.write_text("one")
