@@ -129,7 +129,7 @@ def test_slashes_wild_cards_and_odd_names():
     exports = Exports(["/", "/srv/a?/x*/sub"], ["/data/secret"])
     for path in ("/", "//", "/a\nb", "/data", "/data/secrets", "/data/secret\n", "/etc/ssh/x_keys", "/srv/[a]"):
         assert exports.holds(path), path
-    for path in ("/data/secret", "//data/secret", "/data//secret/", "/etc//shadow", "/etc/ssh//x_key/", "/etc/shadow/x"):
+    for path in ("/data/secret", "//data//secret/", "/etc//shadow", "/etc/ssh//x_key/", "/etc/shadow/x"):
         assert not exports.shows(path), path
     wild = Exports(["/srv/a?/x*/sub", "/srv/[b]"])
     for path in ("/srv/ab/x/sub", "/srv/ab/xyz/sub/file", "/srv/[b]"):
