@@ -13,8 +13,8 @@ from tests.cluster.virtual import VirtualCluster, cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-# Tells the pid of its child; then has as many come and go as a line says, and tells how many pids these had, and whether
-# one was that in the line.
+# Tells the pid of its child; then has as many come and go as a line says, and tells how many pids these had, and
+# whether one was that in the line.
 PARENT = """
 import os, signal, sys
 def fork():
