@@ -11,7 +11,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,12 +87,19 @@ class Desk:
 
     def await_lines(self) -> None:
         """Waits until the shell's line editor has given the terminal away: it does so after it has echoed the line."""
-        wait_until(lambda: self.local_modes() & termios.ICANON, "the terminal should be in line mode")
+        self._until(lambda: self.local_modes() & termios.ICANON, "the terminal should be in line mode")
 
     def await_turn(self) -> None:
         """Waits until the shell has given the terminal to a job of `fg`: it does so after it has said to which."""
         self.await_lines()
-        wait_until(self._in_background, "the job should have the terminal")
+        self._until(self._in_background, "the job should have the terminal")
+
+    def _until(self, what: Callable[[], object], sentence: str) -> None:
+        try:
+            wait_until(what, sentence)
+        except AssertionError as error:
+            shown = os.read(self.master, 65536) if select.select([self.master], [], [], 0)[0] else b""
+            raise AssertionError(f"{error}; the screen: {self.text[self.mark :]!r}, then {shown!r}") from None
 
     def _in_background(self) -> bool:
         """Whether the shell has given its terminal away where it is: of that its ghost says nothing."""

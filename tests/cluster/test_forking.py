@@ -97,5 +97,6 @@ def test_a_program_that_forks(it, folder, program, way):
 def test_shells_that_move_themselves_at_once(it):
     # The kernel drops the name of a file that is open when the next writer of that file looks for it.
     command = ["sh", "-c", f"echo $$ > {it.mount}/nodes/1/migrate || exit 98; exit 7"]
-    shells = [subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0) for _ in range(8)]
+    nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    shells = [subprocess.Popen(command, process_group=0, **nothing) for _ in range(8)]
     assert [shell.wait(60) for shell in shells] == [7] * 8
