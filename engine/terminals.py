@@ -36,11 +36,15 @@ _TIOCNOTTY: Final = 0x5422
 _OPEN_FLAGS: Final = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
 _PATIENCE_S: Final = 5.0  # takes 0.1 ms; afterwards the process lives without
 
+STOPPED: Final = -2
+"""No group: see `foreground`."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
     """What /proc/PID/stat says of a process and its terminal, in pids of the job namespace."""
 
+    state: bytes
     terminal: int  # tty_nr: 0, or the device as the kernel encodes it
     foreground: int  # tpgid
 
@@ -167,8 +171,11 @@ def order_foreground(init: int, sid: int, group: int) -> int:
 
 
 def foreground(init: int, sid: int) -> int:
-    """The foreground group of a session's terminal, as its leader sees it; 0: there is none."""
+    """The foreground group of a session's terminal, as its leader sees it; 0: there is none; STOPPED: the leader stands
+    still, for its parent to see, and obeys no order until it goes on."""
     stat = _stat(init, sid)
+    if stat is not None and stat.state == b"T":
+        return STOPPED
     return stat.foreground if stat is not None else 0
 
 
@@ -186,4 +193,4 @@ def _stat(init: int, pid: int) -> _Stat | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return _Stat(int(fields[4]), int(fields[5]))
+    return _Stat(fields[0], int(fields[4]), int(fields[5]))

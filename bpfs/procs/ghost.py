@@ -167,6 +167,8 @@ class Ghost:
         self._seen = 0  # events for which `seen` was called
         self._pidfd = -1
         self._stat = -1
+        self.conts = 0
+        """SIGCONTs of the user's that have been dealt with, of those that this run of the program has told."""
         self.continued = -math.inf
         """When it told of the user's last SIGCONT, by trio's clock."""
 
@@ -429,8 +431,9 @@ class Ghost:
         await self._send(Packet(Ctl.KILLED, signo, int(core)))
 
     async def stop(self, signo: int) -> None:
-        """Stops it, once output so far has been written: its parent sees WSTOPSIG signo. Void if continued since."""
-        await self._send(Packet(Ctl.STOP, signo))
+        """Stops it, once output so far has been written: its parent sees WSTOPSIG signo. Void if continued since, be it
+        that we have still to hear of that."""
+        await self._send(Packet(Ctl.STOP, signo, self.conts))
 
     async def cont(self) -> None:
         """Continues it since the real process was continued; no Signal comes back."""

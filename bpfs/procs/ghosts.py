@@ -182,6 +182,7 @@ class Ghosts:
     async def _take(self, away: Away, event: control.Event) -> None:
         match event:
             case control.Signal(signo=signo):
+                away.ghost.conts += signo == signal.SIGCONT
                 if self.signals.knows_already(away, event):
                     return
                 if signo == signal.SIGCONT:
@@ -198,6 +199,7 @@ class Ghosts:
                 self._stops.debuggers.forget(away.proc)
                 await self._gone(away)
             case control.Reborn():
+                away.ghost.conts = 0
                 await self._reconnect(away)
             case control.StreamLost(errno=code):
                 _log.info("process %d: its stream ended (%s)", away.proc.pid, os.strerror(code) if code else "closed")

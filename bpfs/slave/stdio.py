@@ -22,9 +22,9 @@ from bpfs.slave.relay import Ends, Front, Listed, Relay, StreamBroke, StreamEnde
 from bpfs.wire.messages import MakeJob, Plain, RelayAttach, RelayAttached, RelayDetach, RelayLost
 from bpfs.wire.mux import ChanKind, Channel
 from bpfs.wire.streams import open_stream
-from engine.terminals import foreground, order_foreground
+from engine.terminals import STOPPED, foreground, order_foreground
 
-FRONT_SECONDS: Final = 0.2  # a placeholder takes 0.1 ms; one that is stopped, for its parent to see, does not answer
+FRONT_SECONDS: Final = 1.0  # a placeholder takes 0.1 ms, where it need not wait for a processor
 FRONT_LOOK: Final = 0.0003  # seconds between looks
 
 
@@ -201,7 +201,7 @@ class StdioHost:
         with suppress(OSError):
             wanted = order_foreground(self.init, session, event.group)
             with trio.move_on_after(FRONT_SECONDS):
-                while wanted and foreground(self.init, session) != wanted:
+                while wanted and foreground(self.init, session) not in (wanted, STOPPED):
                     await trio.sleep(FRONT_LOOK)
 
 

@@ -32,6 +32,7 @@ struct port control, signals;
 static int64_t lease_ends = -1; /* set once the master is gone */
 static int lease_seconds;
 static pid_t master_pid;
+static int conts_told; /* SIGCONTs, to this master */
 static bool announced_cont; /* C_CONT came: the next SIGCONT of the master's is not the user's */
 bool pumping;        /* this is a child that only pumps; the ghost has ended */
 static bool typed_there; /* the real process has the session's terminal on its node: the kernel there sends what is typed */
@@ -45,7 +46,7 @@ static int64_t hold_deadline; /* C_HELD goes out when all is written, or then */
 
 /* What may be lost with a master that dies before it has dealt with it. */
 #define UNSEEN_MOST 256
-static struct { uint8_t head[CTL_HEAD]; } unseen[UNSEEN_MOST];
+static struct { _Alignas(struct ctl) uint8_t head[CTL_HEAD]; } unseen[UNSEEN_MOST];
 static unsigned told, seen;    /* of all */
 static unsigned counted_from; /* where this master began to count */
 
@@ -61,6 +62,7 @@ void tell(uint32_t type, int a, int b, int c, int d, uint64_t value)
 
 	if (type == C_SIGNAL || type == C_CHILD)
 		memcpy(&unseen[told++ % UNSEEN_MOST], &m, CTL_HEAD);
+	conts_told += type == C_SIGNAL && a == SIGCONT;
 	say(&m);
 }
 
@@ -68,8 +70,13 @@ static void tell_again(void)
 {
 	unsigned first = told - seen > UNSEEN_MOST ? told - UNSEEN_MOST : seen;
 
-	for (unsigned i = first; i != told; i++)
-		say(&unseen[i % UNSEEN_MOST]);
+	conts_told = 0;
+	for (unsigned i = first; i != told; i++) {
+		const struct ctl *m = (const void *)&unseen[i % UNSEEN_MOST];
+
+		conts_told += m->type == C_SIGNAL && m->a == SIGCONT;
+		say(m);
+	}
 	seen = first;
 }
 
@@ -418,7 +425,7 @@ static void obey(const struct ctl *m, size_t text, int fd)
 		break;
 	case C_STOP:
 		/* The user's SIGCONT, which the job is about to get, comes after any stop. */
-		if (barrier.what == B_END || barrier.what == B_CONT || cont_pending())
+		if (barrier.what == B_END || barrier.what == B_CONT || cont_pending() || m->b != conts_told)
 			break;
 		if (ttys_stop_is_stale(m->a)) {
 			struct signalfd_siginfo own = { .ssi_signo = SIGCONT, .ssi_pid = getpid(), .ssi_uid = getuid() };
@@ -489,7 +496,7 @@ static int64_t wait_us(void)
 	if (pumping)
 		return 1000 * MS;
 	if (barrier.what != B_NONE)
-		next = barrier.deadline;
+		next = barrier_until();
 	if (hold_deadline && hold_deadline < next)
 		next = hold_deadline;
 	if (lease_ends >= 0 && lease_ends < next)
@@ -546,7 +553,7 @@ void start_over(int control_fd, bool has_terminal)
 	memset(&barrier, 0, sizeof(barrier));
 	control.fd = signals.fd = -1;
 	announced_cont = hold_asked = hold_home = false;
-	told = seen = counted_from = 0;
+	told = seen = counted_from = conts_told = 0;
 	hold_deadline = 0;
 	lease_ends = -1;
 	typed_there = has_terminal;

@@ -69,6 +69,7 @@ void signal_self(int signo);
 /* ghost_life.c */
 void barrier_start(enum barrier_what what, int number);
 void barrier_check(void);
+int64_t barrier_until(void); /* when it is over at the latest */
 void pump_check(void);
 bool cont_pending(void);
 

@@ -7,9 +7,9 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#define BARRIER_MS 300         /* most a stop or continue waits for output to come through */
+#define BARRIER_MS 300         /* most a stop or continue waits for output to come through to who reads it here */
 #define READER_MS 100          /* at the end: without progress so long, a slow reader is left to a child */
-#define NETWORK_MS 2000        /* at the end: most without any progress */
+#define NETWORK_MS 2000        /* most that a node takes to answer, and, at the end, most without any progress */
 #define ORPHAN_MS 5            /* who was not even stopped so long is in an orphaned group, which the kernel does not stop */
 
 struct barrier barrier;
@@ -112,6 +112,12 @@ void barrier_start(enum barrier_what what, int number)
 	}
 }
 
+/* Going on before its group is in front there, it would be stopped at once, by its next read: so a busy node is waited for. */
+int64_t barrier_until(void)
+{
+	return barrier.deadline + (barrier.what == B_CONT && !barrier.drained ? NETWORK_MS - BARRIER_MS : 0);
+}
+
 /* Under TOSTOP a local job could not have ended before its last words were out: it would stand still in its write. */
 static bool stopped_for_output(void)
 {
@@ -136,7 +142,7 @@ void barrier_check(void)
 		barrier.drained = true;
 	if (barrier.what == B_END && the_stream.progress)
 		barrier.deadline = now_ms() + (written ? NETWORK_MS : READER_MS);
-	if (!(barrier.drained && written) && now_ms() < barrier.deadline)
+	if (!(barrier.drained && written) && now_ms() < barrier_until())
 		return;
 	switch (barrier.what) {
 	case B_STOP:

@@ -23,6 +23,7 @@
 #endif
 
 #define STALE_MS 300
+#define STALE_MOST 3 /* so many in a row: the kernel's there, ours, and one that was on its way before SIGCONT */
 
 static int tty_fd(const struct chan *c)
 {
@@ -79,6 +80,7 @@ static void tell_background(int signo)
 bool ttys_stop_is_stale(int signo)
 {
 	static int64_t next;
+	static int lately;
 	bool told = told_background, stale = false;
 
 	if (signo != SIGTTIN && signo != SIGTTOU)
@@ -91,10 +93,12 @@ bool ttys_stop_is_stale(int signo)
 			continue;
 		if (!in_foreground(c))
 			return false;
-		stale |= told || (c->tty->native && c->tty->controlling && now_ms() >= next);
+		stale |= told || (c->tty->native && c->tty->controlling && (now_ms() >= next || lately < STALE_MOST));
 	}
-	if (stale)
+	if (stale) {
+		lately = now_ms() < next ? lately + 1 : 1;
 		next = now_ms() + STALE_MS;
+	}
 	return stale;
 }
 

@@ -36,7 +36,7 @@ enum ctl_type {
 	C_RESUME = 4, /* undo C_HOLD on the same stream */
 	C_EXIT = 5,   /* a: exit code */
 	C_KILLED = 6, /* a: signal, b: 1 when a core was dumped */
-	C_STOP = 7,   /* a: signal */
+	C_STOP = 7,   /* a: signal, b: how many C_SIGNALs of SIGCONT have been heard: where more were told, it is over */
 	C_CONT = 8,   /* the real process was continued on its node; SIGCONT follows */
 	C_PUMP = 9,   /* give what is held to pump processes, put fresh pipes in place */
 	C_FORK = 10,  /* a: pid, b: process group, c: session, text: struct birth, command line; + its control socket */

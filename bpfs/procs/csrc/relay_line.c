@@ -20,7 +20,7 @@
 #define READ_US (50 * MS)      /* most that a drain through another's stream goes on reading */
 #define SYNC_US (300 * MS)     /* a speaker that has not even said "not yet" by then is stopped or stuck */
 #define LISTEN_US (100 * MS)   /* what a speaker in the background was given is asked after that */
-#define SETTLE_US (500 * MS)   /* the leader's placeholder takes some 0.1 ms */
+#define SETTLE_US (1500 * MS)  /* the leader's placeholder takes some 0.1 ms; it is bpslave that may be gone */
 
 static struct line *lines;
 static int orders; /* given to bpslave */
