@@ -15,7 +15,7 @@ from engine.descriptors.kin import Kin
 from engine.descriptors.model import CONTENT_LIMIT, Entry
 from engine.descriptors.relatives import kept_by_descendants
 from engine.foresight import Recheck
-from engine.freeze import Frozen, freeze, unseized
+from engine.freeze import Frozen, InVfork, freeze, in_vfork, unseized
 from engine.image import Image
 from engine.linux import procfs, ptrace
 from engine.memory import Survey, pack_runs, send_pages
@@ -162,7 +162,7 @@ def inspect(
     carried = {(entry["dev"], entry["ino"]) for entry in descriptors.table if entry["kind"] in ("memfd", "deleted")}
     if kin is not None:
         carried |= kin.memory.keys()
-    if family and not at_home and refusals == [] and kin is None:
+    if family and not at_home and kin is None:
         refusals += kept_by_descendants(frozen.pid, descriptors.externals)
     refusals += survey.refusals + descriptors.refusals + differences
     later = owed.choose(frozen, survey) if lazy else []
@@ -199,13 +199,17 @@ def obstacles_of(pid: int, family: bool = False, at_home: bool = False, contents
         OSError: there is no such process.
     """
     try:
+        if in_vfork(pid):
+            raise InVfork
         frozen = freeze(pid)
-    except PermissionError as error:
-        # Held by another tracer: what it is made of can be seen all the same.
+    except (PermissionError, InVfork) as error:
+        # Held by another tracer, or it would not stop: what it is made of can be seen all the same.
         frozen = unseized(pid)
         stat = procfs.parse_stat(procfs.read(f"{frozen.live}/stat"))
-        descriptors = inspect_descriptors(pid, content_limit=contents)
+        descriptors = inspect_descriptors(pid, content_limit=contents, at_home=at_home)
         found = obstacles(frozen, stat, family) + Survey(frozen).refusals + descriptors.refusals
+        if family and not at_home:
+            found += kept_by_descendants(pid, descriptors.externals)
         return [str(error.strerror), *found]
     try:
         return inspect(frozen, family=family, at_home=at_home, contents=contents).refusals

@@ -370,6 +370,14 @@ def _is_blocked(tid: int) -> bool:
         return False
 
 
+def in_vfork(pid: int) -> bool:
+    """Whether a thread of it waits for a child that runs in its memory."""
+    try:
+        return any(_waits_for_child(tid) for tid in procfs.threads(pid))
+    except FileNotFoundError:
+        return False
+
+
 def _waits_for_child(tid: int) -> bool:
     try:
         state = procfs.parse_stat(procfs.read(procfs.own_file(tid, "stat"))).state

@@ -53,6 +53,59 @@ def test_all_that_is_in_the_way_with_advice(it):
         process.communicate()
 
 
+# Gets all of that, and a child that has its standard output, too, when a line comes; and gives all away at another.
+GETS_LADEN = """
+import ctypes, os, signal, socket, sys
+sys.stdin.readline()
+server = socket.create_server(("127.0.0.1", 0))
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+libc.shmdt.argtypes = [ctypes.c_void_p]
+segment = libc.shmget(0, 4096, 0o600)
+address = libc.shmat(segment, None, 0)
+libc.shmctl(segment, 0, None)
+child = os.fork()
+if not child:
+    signal.pause()
+print(child, flush=True)
+sys.stdin.readline()
+os.kill(child, signal.SIGKILL)
+assert os.waitpid(child, 0)[1] == signal.SIGKILL and not libc.shmdt(address)
+server.close()
+print("free", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_all_that_is_in_the_way_on_a_node_is_named_at_once(it):
+    command = [sys.executable, "-c", GETS_LADEN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            move(it, process.pid, 0)
+            print(file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
+            lines = it.read(f"procs/{process.pid}/cantmove").splitlines()
+            for words in (
+                "System V shared memory",
+                "listening TCP",
+                f"process {child}, which stays, has its fd 1, too",
+            ):
+                assert sum(words in line for line in lines) == 1, lines
+            advised = check_move(it, process.pid).stdout.splitlines()
+            assert len(advised) == 2 * len(lines) and set(lines) <= {line.split(": ", 1)[-1] for line in advised}, (
+                advised
+            )
+            print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "free\n"
+            assert it.read(f"procs/{process.pid}/cantmove") == ""
+            move(it, process.pid, -1)
+            process.communicate("\n", timeout=60)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+
+
 def test_one_that_can_move(it):
     process = subprocess.Popen(["sleep", "600"])
     try:

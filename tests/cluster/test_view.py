@@ -239,7 +239,7 @@ def threads(program: Path, folder: Path, **environment: str):
     build_victims()
     shutil.copy(VICTIMS / "bin/threads", program)
     with open(program, "ab") as file:
-        file.write(os.urandom(100_000))  # no other file is like it
+        file.write(os.urandom(200_000))  # no other is like it; small ones come with their digest
     stop = folder / "stop"
     with (
         open(folder / "output", "wb") as output,  # what is read and written at once does not move there
@@ -441,6 +441,31 @@ def test_a_damaged_object_is_fetched_again(it, exported):
     before = cache(it)
     assert shell(it, f"cat {target} | sha256sum").split()[0] == digest
     assert cache(it)["damaged"] == before["damaged"] + 1
+
+
+def test_a_moved_program_is_not_made_of_damaged_objects_and_keeps_its_own(it, exported, tmp_path):
+    program = exported / "sound"
+    with threads(program, tmp_path) as process:
+        it.write("nodes/0/cache", f"prestage {program}")
+        digest = hashlib.sha256(program.read_bytes()).hexdigest()
+        stored = it.rundir.node_cache(0) / "objects" / digest
+        times = stored.stat().st_mtime_ns
+        stored.chmod(0o644)
+        stored.write_bytes(os.urandom(program.stat().st_size))
+        os.utime(stored, ns=(times, times))  # nothing but its content tells
+        before = cache(it)
+        move(it, process.pid, 0)
+        assert f"cache {program}" in it.read(f"procs/{process.pid}/mapped").splitlines()
+        assert hashlib.sha256(stored.read_bytes()).hexdigest() == digest
+        assert cache(it)["damaged"] == before["damaged"] + 1
+        it.write("nodes/0/cache", "purge")
+        assert stored.exists()  # it is mapped
+        move(it, process.pid, 1)
+        it.write("nodes/0/cache", "purge")
+        assert not stored.exists()
+        move(it, process.pid, 0)
+        assert stored.exists()
+        move(it, process.pid, -1)
 
 
 def test_an_object_comes_from_another_node_that_has_it(it, exported):

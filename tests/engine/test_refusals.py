@@ -125,6 +125,15 @@ def test_everything_is_named_of_a_traced_process_too(mover: Mover, victim: Calla
     assert_unharmed(one, maps(one.pid))
 
 
+def test_everything_is_named_of_one_that_does_not_stop(mover: Mover, victim: Callable[..., Victim]) -> None:
+    one = victim("obstacle", "vfork sysv")
+    found = mover.worker().ask("obstacles", pid=one.pid)["refusals"]
+    assert "waits for a child that it has by vfork" in found[0], found
+    assert any("System V" in line for line in found) and any("runs in its memory" in line for line in found[1:]), found
+    one.stop()
+    assert one.process.wait() == 0, one.text()
+
+
 def test_a_32_bit_program(mover: Mover, tmp_path: Path) -> None:
     code = 'void _start(void) { for (;;) __asm__ volatile("int $0x80" :: "a"(29)); }'  # pause
     program = tmp_path / "small"

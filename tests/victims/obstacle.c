@@ -43,7 +43,7 @@ int main(int argc, char **argv)
 	}
 	if (!strcmp(argv[2], "child"))
 		munmap(shared, 4096);
-	if (!strcmp(argv[2], "sysv")) {
+	if (strstr(argv[2], "sysv")) {
 		int id = shmget(IPC_PRIVATE, 4096, 0600);
 		void *at = shmat(id, 0, 0);
 		CHECK(at != (void *)-1 && !shmctl(id, IPC_RMID, 0));
@@ -115,7 +115,7 @@ int main(int argc, char **argv)
 	for (unsigned i = 0; i < sizeof spaces / sizeof *spaces; i++)
 		if (!strcmp(argv[2], spaces[i].name))
 			skips(unshare(spaces[i].flag));
-	if (!strcmp(argv[2], "vfork") && !vfork()) {
+	if (strstr(argv[2], "vfork") && !vfork()) {
 		ready(argc, argv);
 		while (!told_to_end())
 			nap();
