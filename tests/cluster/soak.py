@@ -54,12 +54,22 @@ class Soak:
         drivers = [
             threading.Thread(target=self._drive, args=(random.Random(self.seed * 100 + i), end)) for i in range(DRIVERS)
         ]
+        threading.Thread(target=self._watch_the_machine, daemon=True).start()
         for driver in drivers:
             driver.start()
         for driver in drivers:
             driver.join()
         if self.wrong:
             raise Wrong(f"seed {self.seed}: " + "; ".join(self.wrong))
+
+    def _watch_the_machine(self) -> None:
+        """Where all of it stands still for long, leases of nodes may end, rightly."""
+        while True:
+            began = time.monotonic()
+            time.sleep(0.1)
+            if (stood := time.monotonic() - began) > LEASE / 3:
+                self.diary.note(f"the machine stood still for {stood:.0f} s: lose all nodes, maybe")
+                self.lost += [(began, node) for node in range(NODES)]
 
     def _drive(self, rng: random.Random, end: float) -> None:
         jobs: list[Job] = []
