@@ -28,13 +28,12 @@ if child == 0:
     for number in range(3):
         os.close(number)
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
-    def heard(number, frame):
-        os.write(log, f"{signal.Signals(number).name}\\n".encode())
-    for number in (signal.SIGHUP, signal.SIGCONT, signal.SIGTERM):
-        signal.signal(number, heard)
+    # A handler of Python's would be late for ever where the signal comes between its check and the pause.
+    waited = {signal.SIGHUP, signal.SIGCONT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     os.write(log, b"ready\\n")
     while True:
-        signal.pause()
+        os.write(log, f"{signal.Signals(signal.sigwait(waited)).name}\\n".encode())
 print(child, flush=True)
 sys.stdin.readline()
 """
