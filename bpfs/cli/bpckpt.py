@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from bpfs.cli.common import EXIT_ERROR, make_parser, run
 from engine.checkpoint import Chain, describe, merge
+from engine.image import MAGIC
 
 PROG = "bpckpt"
 
@@ -137,10 +139,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_name(path: str) -> None:
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise OSError(errno.EEXIST, "there is a file of this name that is no checkpoint")
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     spare = f"{arguments.output}.{os.getpid()}.part"
     with closing(_open(arguments.file)) as chain:
         try:
+            _check_name(arguments.output)
             fd = os.open(spare, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 merge(chain, fd)

@@ -176,6 +176,28 @@ def test_the_content_of_its_files_decides_whether_it_comes_back(it, folder):
             assert why in it.read("procs/restart").splitlines()[-1]
 
 
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_it_has_open_and_is_not_there_any_more_is_named(it, folder, what):
+    home, spare = folder / "home", folder / "spare"
+    (home / "here").mkdir(parents=True)
+    script = f"exec 5>>{home}/file; cd {home}/here; echo on >&5; exec sleep 1000"
+    with subprocess.Popen(["bash", "-c", script], **QUIET) as process:
+        wait_until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n", "it did not begin")
+        checkpoint(it, process.pid, f"{folder}/ck stop")
+    missing = home / {"file": "file", "folder": "here"}[what]
+    missing.rename(spare)
+    for node in (-1, 0):
+        assert echo(it, f"{folder}/ck {node}", "procs/restart").returncode
+        assert f"{missing}: No such file or directory" in it.read("procs/restart").splitlines()[-1]
+        gone(process.pid)
+    spare.rename(missing)
+    pid = restart(it, f"{folder}/ck 0")
+    with ended(pid):
+        assert place(it, pid) == "0"
+        move(it, pid, -1)
+        assert os.readlink(f"/proc/{pid}/cwd") == f"{home}/here" and os.readlink(f"/proc/{pid}/fd/5") == f"{home}/file"
+
+
 def test_stop_ends_it_right_after_its_image(it, folder):
     with stepping(folder) as process:
         move(it, process.pid, 1)
@@ -315,6 +337,32 @@ def test_a_full_disk_leaves_the_last_image_and_the_process_as_they_were(it, fold
             assert sorted(path.name for path in folder.iterdir()) == ["ck", "filler", "out"]
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_merge_replaces_images_only_and_needs_room(it, folder):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "ck", folder], check=True)
+    try:
+        with stepping(folder) as process:
+            checkpoint(it, process.pid, f"{folder}/a")
+            checkpoint(it, process.pid, f"{folder}/b since a")
+        (folder / "text").write_text("mine\n")
+        refused = bpckpt("merge", folder / "b", "-o", folder / "text")
+        assert refused.returncode == 1 and "no checkpoint" in refused.stderr and refused.stderr.count("\n") == 1
+        assert (folder / "text").read_text() == "mine\n"
+        names, small = sorted(path.name for path in folder.iterdir()), (folder / "b").read_bytes()
+        state = os.statvfs(folder)
+        (folder / "filler").write_bytes(bytes(state.f_bavail * state.f_frsize - (1 << 20)))
+        refused = bpckpt("merge", folder / "b", "-o", folder / "b")
+        assert refused.returncode == 1 and "No space left on device" in refused.stderr
+        (folder / "filler").unlink()
+        assert sorted(path.name for path in folder.iterdir()) == names and (folder / "b").read_bytes() == small
+        assert bpckpt("merge", folder / "b", "-o", folder / "b").returncode == 0
+        (folder / "a").unlink()
+        assert bpckpt("verify", folder / "b").returncode == 0
+        with ended(restart(it, f"{folder}/b -1")):  # nodes do not see this disk
+            goes_on(folder)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 USER = {"user": 1234, "group": 1234, "extra_groups": []}

@@ -148,6 +148,35 @@ def test_a_program_whose_file_has_been_replaced(it: VirtualCluster, tmp_path: Pa
         one.close()
 
 
+ECHO = """
+import os, sys
+first, second = map(int, sys.argv[1:])
+while line := os.read(first, 1000):
+    os.write(second, line.upper())
+"""
+
+
+def test_pipes_to_others_at_any_number(it: VirtualCluster) -> None:
+    (there, to), (back, answer) = os.pipe(), os.pipe()
+    command = [sys.executable, "-c", ECHO, str(there), str(answer)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(there, answer)) as process:
+        try:
+            os.close(there), os.close(answer)
+            for node in (*JOURNEY, 1, -1):
+                os.write(to, b"before ")  # nobody reads what it says of that before it has moved
+                move(it, process.pid, node)
+                os.write(to, b"after.")
+                said = b""
+                while not said.endswith(b"."):
+                    said += os.read(back, 1000)
+                assert said == b"BEFORE AFTER."
+            os.close(to)
+            assert os.read(back, 1000) == b"" and process.wait(60) == 0
+        finally:
+            process.kill()
+            os.close(back)
+
+
 PROGRAMS = VICTIMS / "programs"
 
 

@@ -177,3 +177,16 @@ def test_as_many_as_were_asked_for_stay_and_are_their_owners(
             assert is_whole(path)
     one.stop()
     assert one.process.wait() == 0, one.text()
+
+
+def test_memory_that_was_never_touched_takes_no_room(
+    mover: Mover, victim: Callable[..., Victim], tmp_path: Path
+) -> None:
+    one, folder = victim("shared"), tmp_path / "disk"  # has terabytes of it
+    with disk(folder):
+        taken(mover, one.pid, folder / "ck")
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        resident, mapped = (int(status.split(f"{key}:")[1].split()[0]) << 10 for key in ("VmRSS", "VmSize"))
+        assert (folder / "ck").stat().st_size < resident + (1 << 20) and mapped > 1 << 41
+    one.stop()
+    assert one.process.wait() == 0, one.text()
