@@ -84,8 +84,8 @@ class Soak:
                 self.diary.note(f"job {job.pid}: {act.__name__}")
                 act(self, job, rng)
                 if job.ended:
-                    jobs.remove(job)
                     self._account(job)
+                    jobs.remove(job)
             for job in jobs:
                 self.finish(job, rng)
                 self._account(job)
