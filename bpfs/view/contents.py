@@ -78,7 +78,9 @@ class Contents:
         fd = self._stored(node)  # another request may have fetched it meanwhile
         if fd < 0:
             self._store.statistics.misses += 1
-            attributes, digest, fd = remote.fetch(node.path, node.digest, self._store)
+            flags, *_ = fuse.OPEN_IN.unpack_from(request.body)
+            executes = bool(flags & fuse.FMODE_EXEC)
+            attributes, digest, fd = remote.fetch(node.path, node.digest, self._store, executes)
             with self._core.lock:
                 if self._changes.replace(node, attributes):
                     os.close(fd)

@@ -124,6 +124,7 @@ def main(argv: list[str]) -> int:
     kernel.set_parent_death_signal(signal.SIGKILL)
     kernel.set_comm("bpview")
     log.start("view", None, False)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody opens an object that is about to be removed
     threading.stack_size(256 << 10)
     sys.setswitchinterval(0.0005)  # the reader answers at once, whatever the others do
     os.set_blocking(int(fuse_fd), False)

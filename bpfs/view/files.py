@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -78,6 +79,18 @@ class Digests:
                 while len(self._known) > KEPT:
                     self._known.popitem(last=False)
         return digest
+
+
+def is_written(fd: int) -> bool:
+    """Whether a file, open for reading, is open for writing somewhere: a lease is refused then (fcntl(2))."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # its file system has none
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def _key(status: os.stat_result) -> Key:

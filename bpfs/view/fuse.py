@@ -23,6 +23,7 @@ _INIT_IN = struct.Struct("=IIII")
 _INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
 _STATFS = struct.Struct("=QQQQQIIII24x")
 _DIRENT = struct.Struct("=QQII")
+OPEN_IN = struct.Struct("=II")  # flags open_flags
 READ_IN = struct.Struct("=QQIIQII")  # fh offset size ...
 FORGET_IN = struct.Struct("=Q")
 BATCH_IN = struct.Struct("=II")
@@ -32,6 +33,7 @@ XATTR_IN = struct.Struct("=II")
 _ASYNC_READ, _PARALLEL_DIROPS, _MAX_PAGES, _CACHE_SYMLINKS, _INIT_EXT = 1, 1 << 18, 1 << 22, 1 << 23, 1 << 30
 _PASSTHROUGH, _HAS_RESEND = 1 << 5, 1 << 7  # of flags2
 
+FMODE_EXEC: Final = 0x20  # among the flags of an open for execve(2): include/linux/fs.h
 FOPEN_KEEP_CACHE: Final = 2
 FOPEN_CACHE_DIR: Final = 8
 FOPEN_NOFLUSH: Final = 32

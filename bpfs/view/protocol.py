@@ -7,8 +7,9 @@ its answer `[errno, …]`; one request at a time a stream. After the answer to `
     beside path       -> [0, [[name, attributes or nil, link target or "", digest or "", file capabilities], …] or nil,
                          watched]: all that is in a directory; attributes nil: to be asked for by `look`; nil: too much
     list  path        -> [0, [[name, type], …], watched]
-    read  path, body, others -> [0, attributes, digest, bytes of the body that follows, others]; body 0: only if it is
-                         small; `others`: instead of a body there may be nodes that have it: [[host, port, secret], …]
+    read  path, body, others, executes -> [0, attributes, digest, bytes of the body that follows, others]; body 0: only
+                         if it is small; `others`: instead of a body there may be nodes that have it:
+                         [[host, port, secret], …]; `executes`: not what somebody writes to (ETXTBSY)
     here  /, port, secret    -> [0]: the node of this stream gives objects there (bpfs.view.peers)
     has   /, digest   -> [0]: that node has this object now
     tops  /           -> [0, [[path, link target or ""], …]]

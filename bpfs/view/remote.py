@@ -95,23 +95,24 @@ class Remote:
         entries, watched = self._ask(["list", path])
         return [(str(name), int(kind)) for name, kind in entries], bool(watched)
 
-    def fetch(self, path: str, digest: str, store: Store) -> tuple[Attributes, str, int]:
+    def fetch(self, path: str, digest: str, store: Store, executes: bool = False) -> tuple[Attributes, str, int]:
         """Have a file's object in the store.
 
         Args:
             digest: what it is believed to be, and is not in the store; empty where that is not known.
+            executes: it is wanted as a program.
 
         Returns:
             Its attributes, its digest, and the object's descriptor.
 
         Raises:
-            Refused: as the master says.
+            Refused: as the master says; ETXTBSY: a program that somebody writes to.
             Silent: no answer, or what came was damaged three times.
             OSError: the store cannot take it (ENOSPC).
         """
         whole, others = bool(digest), True
         for _ in range(4):
-            attributes, digest, body, peers = self._ask(["read", path, whole, others])
+            attributes, digest, body, peers = self._ask(["read", path, whole, others, executes])
             if peers:
                 fd = self._from_others(peers, digest, attributes[4], store)
                 if fd >= 0:

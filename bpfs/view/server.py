@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from errno import EINVAL
+from errno import EINVAL, ETXTBSY
 from typing import Any
 
 import msgpack
@@ -21,7 +21,7 @@ import msgpack
 from bpfs import kernel, log
 from bpfs.view import protocol
 from bpfs.view.exports import Exports
-from bpfs.view.files import Digests, Files, Looked
+from bpfs.view.files import Digests, Files, Looked, is_written
 from bpfs.view.peers import Holders
 from bpfs.view.protocol import SMALL, Change, Entry
 from bpfs.view.watches import Watches
@@ -87,8 +87,7 @@ class Server:
             return True
         try:
             if op == "read":
-                whole, others = (bool(flag) for flag in [*request[2:4], False, False][:2])
-                self._read(stream, path, whole, others)
+                self._read(stream, path, *(bool(flag) for flag in [*request[2:5], False, False, False][:3]))
                 return False
             if op in ("here", "has"):
                 self._hear(stream, op, request[2:])
@@ -141,11 +140,13 @@ class Server:
         else:
             raise OSError(EINVAL, "sent nonsense")
 
-    def _read(self, stream: socket.socket, path: str, wanted: bool, others: bool) -> None:
+    def _read(self, stream: socket.socket, path: str, wanted: bool, others: bool, executes: bool) -> None:
         with _refusing():
             fd = self._files.open(path)
         try:
             with _refusing():
+                if executes and is_written(fd):
+                    raise OSError(ETXTBSY, os.strerror(ETXTBSY), path)
                 digest, status = self._digests.of(fd)
             attributes = self._files.attributes(status)
             if status.st_size <= SMALL or not wanted:
@@ -213,6 +214,7 @@ def main(argv: list[str]) -> int:
     """`CONTROL_FD`: started by bpmaster only. A packet with a descriptor is a stream, one without the exports."""
     for signo in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signo, signal.SIG_IGN)  # the master's end is the end of the socket
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody opens what `is_written` looks at
     kernel.set_comm("bpfiles")
     kernel.set_parent_death_signal(signal.SIGKILL)
     log.start("bpfiles")

@@ -108,6 +108,19 @@ def test_scripts_and_the_errors_of_exec(it, exported):
     assert run(it, str(exported / "good"), "1", "2").stdout == "1,2\n"
 
 
+def test_a_program_that_is_written_to_is_no_program_yet(it, exported):
+    program = exported / "growing"
+    shutil.copy("/bin/echo", program)
+    with talking(it) as say:
+        assert say(f"{program} once") == "once\n"
+        with program.open("ab") as writer:
+            writer.write(b"more")
+            writer.flush()
+            wait_until(lambda: "Text file busy" in say(f"{program} twice 2>&1"), "it should be busy")
+            assert say(f"wc -c < {program}") == f"{program.stat().st_size}\n"  # to be read by anybody
+        wait_until(lambda: say(f"{program} twice 2>&1") == "twice\n", "it should be a program again")
+
+
 def test_files_of_the_master_as_standard_input_and_output(it, tmp_path):
     (tmp_path / "in").write_text("".join(f"{n}\n" for n in range(1000)))
     with open(tmp_path / "in") as source, open(tmp_path / "out", "w") as out:
