@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -91,17 +91,47 @@ def describe(init: int, pid: int) -> bytes:
     return (head + cmdline).ljust(size, b"\0")
 
 
-def without_ends(packet: bytes, pids: Container[int]) -> bytes:
-    """The packet without what it tells of ends of these. Raises as `parse`."""
-    kept, at = b"", 0
+def still_news(packets: Sequence[bytes], alive: Container[int]) -> list[bytes]:
+    """What is left of these packets, in their order, for somebody who may have heard of some: to be told once more.
+
+    Who has come and gone, and was waited for, is no news: told again, it would be a child to wait for. Of several ends
+    of one process only the last was its own: the others were those of copies, left behind by moves.
+
+    Args:
+        alive: pids that are in use now; these have not ended.
+
+    Raises:
+        ValueError, struct.error: as `parse`.
+    """
+    reaped, ended, left = set[int](), set[int](), list[bytes]()
+    for packet in reversed(packets):
+        kept = list[bytes]()
+        for kind, pid, record in reversed(list(_pieces(packet))):
+            if kind == Kind.IS:
+                stays = pid not in reaped
+            elif kind == Kind.ENDED:
+                stays = pid not in alive and pid not in ended
+                ended.add(pid)
+            else:
+                stays = pid not in alive
+            if kind == Kind.REAPED:
+                reaped.add(pid)
+                ended.discard(pid)
+            if stays:
+                kept.append(record)
+        left.append(b"".join(reversed(kept)))
+    return left[::-1]
+
+
+def _pieces(packet: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Kind, pid and bytes of each record."""
+    at = 0
     while at < len(packet):
         size, kind, _, pid = RECORD.unpack_from(packet, at)[:4]
-        if size < RECORD.size:
+        if size < RECORD.size or at + size > len(packet):
             raise ValueError(f"a record of {size} bytes")
-        if kind == Kind.IS or pid not in pids:
-            kept += packet[at : at + size]
+        yield kind, pid, packet[at : at + size]
         at += size
-    return kept
 
 
 def open_shared(path: Path) -> subprocess.Popen[bytes]:

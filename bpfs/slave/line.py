@@ -20,7 +20,7 @@ from bpfs.slave.spool import Slot, Source, Spool
 from bpfs.wire.link import Handlers, Link
 from bpfs.wire.messages import JobEvents, JobReport, Message
 from engine.jobspace import Kind, Report
-from engine.jobwatch import without_ends
+from engine.jobwatch import still_news
 
 _ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
@@ -90,14 +90,18 @@ class Line:
         """Tell the master something that has come another way."""
         self.tell(self._spool.put(packet, source))
 
-    def tell(self, slot: Slot, alive: Container[int] = ()) -> None:
-        """Have the master told, over this link or the next; not of ends of these."""
+    def tell(self, slot: Slot, data: bytes | None = None) -> None:
+        """Have the master told, over this link or the next.
+
+        Args:
+            data: what is left of it, where not all of it is news; None: all is.
+        """
         if self._link.reason:
             return
         self._spool.last += 1
         slot.told = self._spool.last  # before it can have been heard
         try:
-            self._link.notify_nowait(_message(slot, alive))
+            self._link.notify_nowait(_message(slot, slot.data if data is None else data))
         except LinkClosed:
             slot.told = 0
 
@@ -124,12 +128,18 @@ class Line:
         for slot in self._spool:
             if slot.told and (slot.told <= heard if heard is not None else not _may_come_twice(slot)):
                 self._spool.drop(slot)
+        news = None
         if heard is None:
             self._leave_out_ends(alive)
+            news = iter(still_news([slot.data for slot in self._spool if slot.source is Source.EVENTS], alive))
         for slot in self._spool:
             slot.told = 0
         for slot in self._spool:
-            self.tell(slot, alive if heard is None else ())
+            data = next(news) if news is not None and slot.source is Source.EVENTS else slot.data
+            if data:
+                self.tell(slot, data)
+            else:
+                self._spool.drop(slot)
 
     def _leave_out_ends(self, alive: Container[int]) -> None:
         ends = [slot for slot in self._spool if _is_end(slot)]
@@ -158,9 +168,9 @@ def _is_end(slot: Slot) -> bool:
     return report.kind == Kind.CHILD and report.code in _ENDS
 
 
-def _message(slot: Slot, alive: Container[int]) -> Message:
+def _message(slot: Slot, data: bytes) -> Message:
     if slot.source is Source.EVENTS:
-        return JobEvents(without_ends(slot.data, alive))
+        return JobEvents(data)
     report = _report(slot)
     return JobReport(
         kind=int(report.kind),
