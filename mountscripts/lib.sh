@@ -108,7 +108,7 @@ install_system() {
 # move: about 30 s where none is there. Without them those tests are skipped.
 install_test_tools() {
     LOG=$(mktemp)
-    (install_packages git rsync parallel pdsh clustershell tmux groff-base htop vim less psmisc strace systemd python3-numpy golang-go default-jre-headless) || say "tests of what is missing will be skipped"
+    (install_packages git rsync parallel pdsh clustershell tmux groff-base htop vim less psmisc strace systemd python3-numpy libopenblas0-pthread golang-go default-jre-headless) || say "tests of what is missing will be skipped"
     rm -f "$LOG"
     install_sshd
 }

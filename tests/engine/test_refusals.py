@@ -41,7 +41,6 @@ def refusals(mover: Mover, pid: int) -> list[str]:
         ("secret", ["secret memory"]),
         ("ring", ["it maps", "socket:["]),
         ("counter", ["perf_event"]),
-        ("device", ["it maps the device"]),
         ("hugetlb", ["huge pages (hugetlb)"]),
         ("user", ["a user namespace of its own"]),
         ("mount", ["a mount namespace of its own"]),

@@ -10,7 +10,6 @@
 #include <sys/prctl.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
-#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 /* A kernel without it: says so, and ends as a test that does not apply. */
@@ -90,7 +89,7 @@ int main(int argc, char **argv)
 		int fd = (int)skips(syscall(SYS_memfd_secret, 0));
 		CHECK(!ftruncate(fd, 4096) && mmap(0, 4096, 3, MAP_SHARED, fd, 0) != MAP_FAILED && !close(fd));
 	}
-	if (!strcmp(argv[2], "ring")) { /* mapped, and open no more; as the next two */
+	if (!strcmp(argv[2], "ring")) { /* mapped, and open no more; as the next one */
 		struct tpacket_req request = {4096, 1, 2048, 2};
 		int fd = (int)skips(socket(AF_PACKET, SOCK_RAW, 0));
 		skips(setsockopt(fd, SOL_PACKET, PACKET_RX_RING, &request, sizeof request));
@@ -100,13 +99,6 @@ int main(int argc, char **argv)
 		struct perf_event_attr event = {.type = PERF_TYPE_SOFTWARE, .size = sizeof event, .config = PERF_COUNT_SW_DUMMY};
 		int fd = (int)skips(syscall(SYS_perf_event_open, &event, 0, -1, -1, 0));
 		CHECK(mmap(0, 8192, 3, MAP_SHARED, fd, 0) != MAP_FAILED && !close(fd));
-	}
-	if (!strcmp(argv[2], "device")) { /* the machine's memory: what its firmware has left */
-		char name[4096];
-		snprintf(name, sizeof name, "%s.device", argv[1]);
-		skips(mknod(name, S_IFCHR | 0600, makedev(1, 1)));
-		int fd = (int)skips(open(name, O_RDONLY));
-		skips(mmap(0, 4096, PROT_READ, MAP_SHARED, fd, 0xf0000) == MAP_FAILED ? -1 : close(fd));
 	}
 	if (!strcmp(argv[2], "hugetlb")) {
 		int fd = (int)skips(memfd_create("huge", MFD_HUGETLB));
