@@ -57,6 +57,8 @@ def parent_on(it: VirtualCluster, node: int) -> Iterator[tuple[subprocess.Popen[
             yield parent, child
         finally:
             subprocess.run(["kill", "-9", str(child), str(parent.pid)], check=False)
+            # The block is small: the next one's child may have the same pid. Not every init waits at once.
+            wait_until(lambda: not Path(f"/proc/{child}").exists(), "nobody has waited for the child's ghost")
 
 
 def gives_away(parent: subprocess.Popen[str], pid: int) -> bool:
