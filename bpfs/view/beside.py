@@ -13,8 +13,8 @@ KEPT = 20_000
 SEEN = 10_000
 """Directories of which is remembered that one name was looked up."""
 
-Directory: TypeAlias = dict[str, Entry] | None
-"""What is in one, by name; None: it has too much, or nobody tells when it changes."""
+Directory: TypeAlias = dict[str, Entry | None] | None
+"""What is in one, by name, None for what was not looked at; None: too much, or nobody tells when it changes."""
 
 
 class Beside:

@@ -75,7 +75,7 @@ class Control:
     def _libraries(self, path: str) -> str:
         with self._turn:
             plain = os.path.dirname(self._plain(os.path.normpath(path) + "/."))
-            if not stat.S_ISDIR(self._remote.look(plain)[0][0]):
+            if not stat.S_ISDIR(self._remote.look(plain)[0].attributes.mode):
                 self._fetch(plain, LINKS)
                 return ""
             for name, type_ in self._remote.names(plain)[0]:
@@ -86,8 +86,8 @@ class Control:
     def _fetch(self, path: str, links: int) -> None:
         """Fetch a file, all files of a directory, or what a link leads to."""
         path = os.path.normpath(path)
-        attributes, target, digest, *_ = self._remote.look(self._plain(path))
-        kind = stat.S_IFMT(attributes[0])
+        (attributes, target, digest, _), _ = self._remote.look(self._plain(path))
+        kind = stat.S_IFMT(attributes.mode)
         if kind == stat.S_IFLNK:
             if not links:
                 raise OSError(ELOOP, "too many symbolic links")
@@ -118,7 +118,7 @@ class Control:
             if len(words) <= 1:
                 return os.path.join(done, *words)
             first = os.path.join(done, words.pop(0))
-            target = self._remote.look(first)[1]
+            target = self._remote.look(first)[0].target
             if target:
                 words = [w for w in os.path.normpath(os.path.join(done, target)).split("/") if w] + words
                 done = "/"

@@ -10,7 +10,7 @@ from bpfs.view.changes import ABSENT_KEPT, Changes
 from bpfs.view.core import Core, Quick, Request, Slow
 from bpfs.view.fuse import Op
 from bpfs.view.nodes import Node
-from bpfs.view.protocol import Attributes, Entry
+from bpfs.view.protocol import Entry
 from bpfs.view.remote import Refused, Remote
 from engine import digests
 
@@ -61,17 +61,20 @@ class Names:
         entries = self._changes.beside.of(directory)
         if entries is None:
             return False
-        if (entry := entries.get(name)) is None:
+        if name not in entries:
             self._give_nothing(request, path, True)
             return True
-        return entry.attributes is not None and self._enter(request, path, entry, True)
+        entry = entries[name]
+        return entry is not None and self._enter(request, path, entry, True)
 
     def _enter(self, request: Request, path: str, entry: Entry, fresh: bool) -> bool:
         old = self._nodes.by_path.get(path)
-        if old is not None and entry.attributes is not None:
+        if old is not None:
             self._changes.replace(old, entry.attributes)
-        known = [entry.attributes, entry.target, entry.digest, fresh, entry.capability]
-        return self._give(request, self._nodes.enter(path, known))
+        return self._give(request, self._know(path, entry, fresh))
+
+    def _know(self, path: str, entry: Entry, fresh: bool) -> Node:
+        return self._nodes.enter(path, [entry.attributes, entry.target, entry.digest, fresh, entry.capability])
 
     def _give(self, request: Request, node: Node) -> bool:
         assert node.attributes is not None
@@ -88,7 +91,7 @@ class Names:
         if due and self._look_beside(request, directory, remote):
             return
         try:
-            attributes, target, digest, watched, capability = remote.look(path)
+            entry, watched = remote.look(path)
         except Refused as refusal:
             if refusal.errno != ENOENT:
                 raise
@@ -96,8 +99,7 @@ class Names:
                 self._give_nothing(request, path, self._changes.may_keep(directory, epoch))
             return
         with self._core.lock:
-            fresh = bool(watched) and self._changes.may_keep(directory, epoch)
-            self._enter(request, path, Entry(Attributes(*attributes), target, digest, capability), fresh)
+            self._enter(request, path, entry, watched and self._changes.may_keep(directory, epoch))
 
     def _look_beside(self, request: Request, directory: str, remote: Remote) -> bool:
         """Ask for all that is in a directory; whether the request is answered by that."""
@@ -143,16 +145,16 @@ class Names:
         with self._core.lock:
             node, epoch = self._core.node(request), self._changes.epoch
         try:
-            attributes, target, digest, watched, capability = remote.look(node.path)
+            entry, watched = remote.look(node.path)
         except Refused:
             if node.attributes is None:
                 raise
             self._core.reply(request, fuse.attr_out(node.attributes, 0))
             return
         with self._core.lock:
-            if not self._changes.replace(node, Attributes(*attributes)):
-                fresh = bool(watched) and self._changes.may_keep(_split(node.path)[0], epoch)
-                self._nodes.enter(node.path, [attributes, target, digest, fresh, capability])
+            if not self._changes.replace(node, entry.attributes):
+                fresh = watched and self._changes.may_keep(_split(node.path)[0], epoch)
+                self._know(node.path, entry, fresh)
             assert node.attributes is not None
             self._core.reply(request, fuse.attr_out(node.attributes, VALID if node.fresh else 0))
 
@@ -161,7 +163,7 @@ class Names:
         return bool(target) and self._core.reply(request, os.fsencode(target))
 
     def _readlink_far(self, request: Request, remote: Remote) -> None:
-        self._core.reply(request, os.fsencode(remote.look(self._core.node(request).path)[1]))
+        self._core.reply(request, os.fsencode(remote.look(self._core.node(request).path)[0].target))
 
     def _getxattr(self, request: Request) -> bool:
         size, _ = fuse.XATTR_IN.unpack_from(request.body)
@@ -211,9 +213,9 @@ class Names:
         return self._core.reply(request, b"".join(out))
 
 
-def _listing(entries: dict[str, Entry]) -> list[tuple[str, int]] | None:
+def _listing(entries: dict[str, Entry | None]) -> list[tuple[str, int]] | None:
     """Names and types; None where one is not known."""
-    found = [(name, entry.attributes.mode >> 12) for name, entry in entries.items() if entry.attributes is not None]
+    found = [(name, entry.attributes.mode >> 12) for name, entry in entries.items() if entry is not None]
     return found if len(found) == len(entries) else None
 
 

@@ -3,9 +3,9 @@
 A packet is a u32 (little-endian) length and that many bytes of msgpack, an array. A request is `[op, path, flag]`,
 its answer `[errno, …]`; one request at a time a stream. After the answer to `read` with a body come its raw bytes.
 
-    look  path        -> [0, attributes, link target or "", digest or "", watched, file capabilities]
-    beside path       -> [0, [[name, attributes or nil, link target or "", digest or "", file capabilities], …] or nil,
-                         watched]: all that is in a directory; attributes nil: to be asked for by `look`; nil: too much
+    look  path        -> [0, attributes, link target or "", digest or "", file capabilities, watched]
+    beside path       -> [0, [[name, attributes, link target or "", digest or "", file capabilities], …] or nil,
+                         watched]: all that is in a directory; a name alone: to be asked for by `look`; nil: too much
     list  path        -> [0, [[name, type], …], watched]
     read  path, body, others, executes -> [0, attributes, digest, bytes of the body that follows, others]; body 0: only
                          if it is small; `others`: instead of a body there may be nodes that have it:
@@ -62,9 +62,9 @@ class Attributes(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What `look` says of an object; `attributes` None: it was not looked at."""
+    """What `look` says of an object."""
 
-    attributes: Attributes | None
+    attributes: Attributes
     target: str
     digest: str
     capability: bytes

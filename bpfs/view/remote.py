@@ -11,6 +11,7 @@ from errno import EBADMSG, EDQUOT, EIO, ENOSPC, ETIMEDOUT
 from typing import Any
 
 from bpfs.view import protocol
+from bpfs.view.beside import Directory
 from bpfs.view.peers import Giver, take
 from bpfs.view.protocol import Attributes, Entry
 from bpfs.view.store import CHUNK, Store
@@ -75,11 +76,12 @@ class Remote:
         self._timeout = timeout
         self._sock: socket.socket | None = None
 
-    def look(self, path: str) -> list[Any]:
-        """What `Nodes.enter` wants to know of a path. Raises Refused or Silent."""
-        return self._ask(["look", path])
+    def look(self, path: str) -> tuple[Entry, bool]:
+        """What a path leads to, and whether changes are told. Raises Refused or Silent."""
+        *known, watched = self._ask(["look", path])
+        return _entry(*known), bool(watched)
 
-    def beside(self, path: str) -> tuple[dict[str, Entry] | None, bool]:
+    def beside(self, path: str) -> tuple[Directory, bool]:
         """All that is in a directory, None where that is too much, and whether changes are told.
 
         Raises:
@@ -88,7 +90,7 @@ class Remote:
         found, watched = self._ask(["beside", path])
         if found is None:
             return None, bool(watched)
-        return {str(name): _entry(*known) for name, *known in found}, bool(watched)
+        return {str(name): _entry(*known) if known else None for name, *known in found}, bool(watched)
 
     def names(self, path: str) -> tuple[list[tuple[str, int]], bool]:
         """A directory's names and types, and whether changes are told. Raises Refused or Silent."""
@@ -222,5 +224,5 @@ class Remote:
             self._sock = None
 
 
-def _entry(attributes: list[int] | None, target: str, digest: str, capability: bytes) -> Entry:
-    return Entry(None if attributes is None else Attributes(*attributes), target, digest, capability)
+def _entry(attributes: list[int], target: str, digest: str, capability: bytes) -> Entry:
+    return Entry(Attributes(*attributes), target, digest, capability)

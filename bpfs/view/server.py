@@ -108,18 +108,16 @@ class Server:
         # Watched first: what changes after the look is told.
         watched = self._watches.add(path.rpartition("/")[0] or "/")
         with _refusing():
-            status, target, capability = self._files.look(path)
-        return [self._files.attributes(status), target, self._digests.known(status), watched, capability]
+            looked = self._files.look(path)
+        return [*self._entry(looked), watched]
 
     def _beside(self, path: str) -> list[Any]:
         watched = self._watches.add(path)
         with _refusing():
             found = self._files.beside(path)
-        return [found and [[name, *self._entry(looked)] for name, looked in found], watched]
+        return [found and [[name, *(self._entry(looked) if looked else ())] for name, looked in found], watched]
 
-    def _entry(self, looked: Looked | None) -> Entry:
-        if looked is None:
-            return Entry(None, "", "", b"")
+    def _entry(self, looked: Looked) -> Entry:
         status, target, capability = looked
         return Entry(self._files.attributes(status), target, self._digests.known(status), capability)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bpfs.view.beside import KEPT, Beside
-from bpfs.view.protocol import Entry
+from bpfs.view.protocol import Attributes, Entry
 
-ENTRY = Entry(None, "", "", b"")
+ENTRY = Entry(Attributes(*range(8)), "", "", b"")
 
 
 def test_all_is_asked_for_with_the_second_name_and_once() -> None:
